@@ -1,0 +1,533 @@
+"""Stage 3: PPO on the SFT adapter, scored by the reward adapter, priced by its distance from the frozen SFT policy.
+
+In:  a base model, an SFT adapter, a reward adapter, prompts.
+Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl, samples.jsonl; step_<n>/ likewise.
+
+    maximise  E[score(query, response)] - kl_coef * KL(policy || SFT),  by the clipped surrogate of PPO (rlhf/ppo.py)
+
+    python rl_training.py --base_model_name baichuan-inc/baichuan-7B --sft_model_lora_path runs/sft \\
+        --reward_model_lora_path runs/reward --dataset_name prompts.jsonl --output_dir runs/ppo --save_freq 10
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import Adafactor, PreTrainedTokenizerBase
+
+from rlhf import ppo
+from rlhf.arguments import CommonArguments, flag, parse
+from rlhf.artefacts import (
+    base_fingerprint,
+    check_adapter,
+    claim_output_dir,
+    resolve_model,
+    save_adapter,
+    write_json,
+    write_run,
+)
+from rlhf.checkpoint import defect, load_optimizer, newest_complete, publish, save_optimizer
+from rlhf.data import (
+    DataArguments,
+    collate_prompts,
+    data_fingerprint,
+    inspect_rows,
+    load_rows,
+    load_tokenizer,
+    prompt_rows,
+)
+from rlhf.launch import run_script
+from rlhf.report import Eta, MetricsLog
+from rlhf.roles import Roles, load_roles, pick_dtype, save_value_head
+from rlhf.rollout import Rollout, Sampling, by_length, generate, join, score_logprobs
+from rlhf.update import update
+
+STATE_FILE = "state.json"
+
+
+@dataclass(kw_only=True)
+class ScriptArguments(CommonArguments, DataArguments):
+    """Flags of rl_training.py. Every flag the tutorial had still parses; where the meaning changed, the help says so."""
+
+    # ---- artefacts ----
+    base_model_name: str = flag(help="base: directory or hub id", group="artefacts", aliases=["--model_name"])
+    sft_model_lora_path: str = flag(help="SFT adapter: the policy starts from it", group="artefacts")
+    reward_model_lora_path: str = flag(help="reward adapter with its score head", group="artefacts")
+    merged_sft_model_path: str | None = flag(
+        None, help="merged SFT model as reference; without it the SFT adapter on the same base", group="artefacts"
+    )
+    save_freq: int | None = flag(
+        None, help="steps between checkpoints step_<n>; none: the end only", group="artefacts"
+    )
+    # ---- sampling ----
+    max_prompt_length: int = flag(512, help="queries of more tokens are dropped, and counted", group="data")
+    output_max_length: int = flag(128, help="response tokens at most", group="sampling")
+    batched_gen: bool = flag(True, help="sample the whole batch at once; False: one query at a time", group="sampling")
+    temperature: float = flag(1.0, help="divides the logits, of policy and reference alike", group="sampling")
+    suppress_empty: bool = flag(True, help="forbid EOS as first token (begin_suppress_tokens)", group="sampling")
+    min_new_tokens: int = flag(0, help="forbid EOS before this many tokens", group="sampling")
+    top_k: int = flag(0, help="sample among the k likeliest; not matched in the KL, so better 0", group="sampling")
+    top_p: float = flag(1.0, help="sample within this mass; not matched in the KL, so better 1", group="sampling")
+    # ---- reward ----
+    reward_transform: str = flag(
+        "sigmoid",
+        help="of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
+        group="reward",
+        choices=["sigmoid", "raw", "standardize"],
+    )
+    reward_baseline: float = flag(0.0, help="subtracted from the transformed score", group="reward")
+    missing_eos_penalty: float = flag(0.0, help="subtracted where a response hit the maximum length", group="reward")
+    init_kl_coef: float = flag(0.5, help="price of one nat of KL to the reference", group="reward")
+    adap_kl_ctrl: bool = flag(False, help="move the price so that the KL stays at its target", group="reward")
+    adap_kl_target: float = flag(6.0, help="nats a response, for --adap_kl_ctrl", group="reward")
+    adap_kl_horizon: int = flag(10000, help="responses, for --adap_kl_ctrl", group="reward")
+    # ---- update ----
+    steps: int = flag(20000, help="responses in total, of all processes, rounded up to whole batches", group="update")
+    batch_size: int = flag(32, help="responses a step and process", group="update")
+    mini_batch_size: int = flag(1, help="responses a backward pass", group="update")
+    gradient_accumulation_steps: int = flag(
+        4, help="backward passes an optimizer step; a window may span epochs", group="update"
+    )
+    ppo_epochs: int = flag(4, help="passes over each batch", group="update")
+    learning_rate: float = flag(1.41e-5, help="of adapter and value head", group="update")
+    adafactor: bool = flag(False, help="Adafactor in place of Adam", group="update")
+    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm", group="update")
+    early_stopping: bool = flag(False, help="leave out a batch's other epochs past 1.5 x target_kl", group="update")
+    target_kl: float = flag(0.1, help="nats a token that one update may move, for --early_stopping", group="update")
+    gamma: float = flag(1.0, help="discount", group="update")
+    lam: float = flag(0.95, help="lambda of GAE", group="update")
+    cliprange: float = flag(0.2, help="of the ratio", group="update")
+    cliprange_value: float = flag(0.2, help="of the value", group="update")
+    vf_coef: float = flag(0.1, help="weight of the value loss", group="update")
+    old_logprobs: str = flag(
+        "auto",
+        help="as sampled, or recomputed before the update; auto: recomputed only in half precision",
+        group="update",
+        choices=["auto", "sampled", "recomputed"],
+    )
+    forward_batch_size: int = flag(32, help="rows at once in passes without gradient", group="machine")
+    # ---- report ----
+    sample_freq: int = flag(10, help="steps between printed samples (all of that batch go to samples.jsonl)")
+
+    def __post_init__(self):
+        CommonArguments.__post_init__(self)
+        DataArguments.__post_init__(self)
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError(
+                f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {self.mini_batch_size}"
+            )
+        for name in ("steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
+                     "output_max_length", "forward_batch_size", "sample_freq"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.temperature <= 0:
+            raise ValueError(
+                f"--temperature {self.temperature} must be above 0: PPO needs a distribution to sample from"
+            )
+        if self.min_new_tokens >= self.output_max_length:
+            raise ValueError("--min_new_tokens must be below --output_max_length")
+        if self.save_freq is not None and self.save_freq < 1:
+            raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
+
+
+def parse_args(argv: list[str] | None = None) -> ScriptArguments:
+    """Parse and check a command line (values and combinations; `main` checks the paths)."""
+    return parse(ScriptArguments, argv, __doc__)
+
+
+@dataclass
+class Loop:
+    """What the functions of a step share: the roles, what trains them, and the little that a restart brings back."""
+
+    args: ScriptArguments
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    roles: Roles
+    prompts: list[dict]
+    sampling: Sampling
+    optimizer: torch.optim.Optimizer
+    kl_controller: ppo.FixedKLController | ppo.AdaptiveKLController
+    reward_stats: dict[str, float] = field(default_factory=dict)
+
+    def generator(self, step: int, purpose: str) -> torch.Generator:
+        """A random source that depends on seed, step, rank and purpose alone, so a restart needs no stored state."""
+        place = f"{self.args.seed} {step} {self.accelerator.process_index} {purpose}"
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big")
+        return torch.Generator(self.accelerator.device).manual_seed(seed)
+
+    def moments(self, x: Tensor, mask: Tensor) -> Tensor:
+        """[3] float64: count, sum and sum of squares of the real entries on all ranks."""
+        return self.accelerator.reduce(ppo.masked_moments(x, mask), "sum")
+
+    def mean(self, x: Tensor) -> float:
+        """Mean of a local [B] tensor over all ranks."""
+        return self.accelerator.gather(x.float()).mean().item()
+
+    def refuse_non_finite(self, rollout: Rollout, raw_scores: Tensor) -> None:
+        """Stop before anything is learnt from a value that is no number, naming what and where, on all ranks together."""
+        found = {"log-probability": rollout.logprobs, "value": rollout.values,
+                 "reference log-probability": rollout.ref_logprobs, "score": raw_scores[:, None]}  # fmt: skip
+        bad = {name: (~x.isfinite()).any(1).nonzero().flatten().tolist() for name, x in found.items()}
+        bad = {name: rows for name, rows in bad.items() if rows}
+        anywhere = self.accelerator.reduce(torch.tensor([float(bool(bad))], device=raw_scores.device), "sum")
+        if anywhere.item():
+            raise FloatingPointError(
+                f"not finite on this rank: {bad or 'nothing'} (rows of the batch); nothing was learnt"
+            )
+
+
+# ---- one step: sample, score, reward, update ----
+def next_prompts(loop: Loop, step: int) -> list[dict]:
+    """This rank's prompts of a step: consecutive slices of a fresh permutation of the data for each pass over it."""
+    size, ranks = loop.args.batch_size, loop.accelerator.num_processes
+    first = (step * ranks + loop.accelerator.process_index) * size
+    chosen = []
+    for place in range(first, first + size):
+        epoch, index = divmod(place, len(loop.prompts))
+        order = torch.randperm(len(loop.prompts), generator=torch.Generator().manual_seed(loop.args.seed + epoch))
+        chosen.append(loop.prompts[order[index]])
+    return chosen
+
+
+def sample_responses(loop: Loop, step: int, purpose: str = "rollout") -> Rollout:
+    """One response to each of the step's prompts, under the policy as it is now."""
+    prompts = next_prompts(loop, step)
+    batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
+    ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
+    generator, at_once = loop.generator(step, purpose), len(prompts) if loop.args.batched_gen else 1
+    parts = [
+        generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
+        for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
+    ]
+    return join(parts, loop.sampling.pad_token_id)
+
+
+@torch.no_grad()
+def score_responses(loop: Loop, rollout: Rollout) -> Tensor:
+    """[B] float32: the reward model's own score of each row, on the token ids themselves."""
+    scores = torch.empty(len(rollout.mask), device=rollout.mask.device)
+    for rows in by_length(rollout, loop.args.forward_batch_size):
+        part = rollout.rows(rows)
+        scores[rows] = loop.roles.scores(part.input_ids, part.attention_mask)
+    return scores
+
+
+@torch.no_grad()
+def record_logprobs(loop: Loop, rollout: Rollout) -> None:
+    """Fill in the reference's log-probabilities and, where asked, the policy's own and its values once more."""
+    recompute = loop.args.old_logprobs == "recomputed" or (
+        loop.args.old_logprobs == "auto" and loop.roles.model.dtype != torch.float32
+    )
+    if recompute:
+        logprobs, values = score_logprobs(loop.roles, "policy", rollout, loop.sampling, loop.args.mini_batch_size)
+        rollout.logprobs, rollout.values = logprobs, values
+    rollout.ref_logprobs, _ = score_logprobs(
+        loop.roles, "reference", rollout, loop.sampling, loop.args.forward_batch_size
+    )
+
+
+def transform_scores(loop: Loop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
+    """[B] float32: what PPO maximises, from the reward model's own scores."""
+    scores = raw_scores
+    if loop.args.reward_transform == "sigmoid":
+        scores = raw_scores.sigmoid()
+    elif loop.args.reward_transform == "standardize":
+        scores = ((raw_scores - loop.reward_stats["mean"]) / loop.reward_stats["std"]).clamp(-5, 5)
+    unfinished = ~rollout.ended(loop.sampling.eos_token_id)
+    return scores - loop.args.reward_baseline - loop.args.missing_eos_penalty * unfinished
+
+
+def set_advantages(loop: Loop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Fill in returns and advantages (whitened over all ranks); gives back rewards and kl, [B, T] each."""
+    rewards, kl = ppo.token_rewards(
+        scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, loop.kl_controller.value
+    )
+    advantages, rollout.returns = ppo.gae(rewards, rollout.values, rollout.mask, loop.args.gamma, loop.args.lam)
+    sums = loop.accelerator.reduce(ppo.masked_moments(advantages, rollout.mask), "sum")
+    rollout.advantages = ppo.whiten(advantages, rollout.mask, moments=ppo.moments_of(sums))
+    return rewards, kl
+
+
+def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
+    """One PPO step. Returns its metrics, the same on every rank, and this rank's rows in words."""
+    clock = [time.perf_counter()]
+    loop.roles.train(False)
+    rollout = sample_responses(loop, step)
+    clock.append(time.perf_counter())
+    raw_scores = score_responses(loop, rollout)
+    record_logprobs(loop, rollout)
+    loop.refuse_non_finite(rollout, raw_scores)
+    scores = transform_scores(loop, raw_scores, rollout)
+    rewards, kl = set_advantages(loop, rollout, scores)
+    clock.append(time.perf_counter())
+    moved = update(
+        loop.roles,
+        loop.optimizer,
+        rollout,
+        loop.sampling,
+        loop.args,
+        loop.accelerator,
+        loop.generator(step, "update"),
+    )
+    clock.append(time.perf_counter())
+    samples = in_words(loop, step, rollout, {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1)})
+    metrics = {"step": step, **describe(loop, rollout, samples), "rewards/mean": loop.mean(rewards.sum(1)), **moved}
+    metrics |= {"kl_coef": loop.kl_controller.value, "lr": loop.optimizer.param_groups[0]["lr"]}
+    metrics |= timings(loop, rollout, clock)
+    loop.kl_controller.update(metrics["kl/mean"], loop.args.batch_size * loop.accelerator.num_processes)
+    return metrics, samples
+
+
+# ---- what a step says ----
+def in_words(loop: Loop, step: int, rollout: Rollout, columns: dict[str, Tensor]) -> list[dict]:
+    """One record a row: query and response as text, with the numbers of `columns` ([B] each)."""
+    texts = {
+        name: loop.tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)],
+                                          skip_special_tokens=True)
+        for name, ids, mask in (
+            ("query", rollout.query_ids, rollout.query_mask), ("response", rollout.response_ids, rollout.mask)
+        )
+    }  # fmt: skip
+    columns = columns | {"length": rollout.lengths(), "ended": rollout.ended(loop.sampling.eos_token_id)}
+    numbers = {name: column.tolist() for name, column in columns.items()}
+    return [
+        {"step": step, **{name: values[row] for name, values in (texts | numbers).items()}}
+        for row in range(len(rollout.mask))
+    ]
+
+
+def describe(loop: Loop, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
+    """Statistics of the sampled batch over all ranks, under the names of metrics.jsonl."""
+    columns = [[float(row[name]) for row in samples] for name in ("score", "raw_score", "kl", "length", "ended")]
+    columns.append([float(not row["response"].strip()) for row in samples])
+    table = loop.accelerator.gather(torch.tensor(columns, device=rollout.mask.device).T.contiguous())
+    score, raw, kl, length, finished, empty = table.T
+    bigrams = [pair for ids, n in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True)
+               for pair in pairwise(ids[:n])]  # fmt: skip
+    error = ppo.moments_of(loop.moments(rollout.returns - rollout.values, rollout.mask))[1]
+    spread = ppo.moments_of(loop.moments(rollout.returns, rollout.mask))[1]
+    entropy = ppo.moments_of(loop.moments(rollout.entropy, rollout.mask))[0]
+    return {
+        "score/mean": score.mean().item(),
+        "score/std": score.std().item() if len(score) > 1 else 0.0,
+        "score/raw_mean": raw.mean().item(),
+        "env/reward_mean": score.mean().item(),
+        "kl/mean": kl.mean().item(),
+        "len/mean": length.mean().item(),
+        "len/min": length.min().item(),
+        "empty_frac": empty.mean().item(),
+        "eos_frac": finished.mean().item(),
+        "distinct_2": loop.mean(torch.tensor([len(set(bigrams)) / max(1, len(bigrams))], device=table.device)),
+        "entropy": entropy.item(),
+        "var_explained": (1 - error / spread.clamp(min=1e-12)).item(),
+    }
+
+
+def timings(loop: Loop, rollout: Rollout, clock: list[float]) -> dict[str, float]:
+    """Seconds of each phase on this rank, and what the whole run got through in a second."""
+    tokens = loop.accelerator.reduce(rollout.mask.sum(), "sum").item()
+    seconds = clock[3] - clock[0]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "time/rollout": clock[1] - clock[0],
+        "time/score": clock[2] - clock[1],
+        "time/update": clock[3] - clock[2],
+        "time/step": seconds,
+        "tokens/s": tokens / seconds,
+        "samples/s": loop.args.batch_size * loop.accelerator.num_processes / seconds,
+        "mem/peak_gb": peak / 1e9,
+    }
+
+
+def step_line(metrics: dict, total: int, eta: str) -> str:
+    """The step in one readable line."""
+    return (
+        f"step {metrics['step'] + 1}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
+        f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
+        f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
+        f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
+        f"update {metrics['time/update']:.1f}) | ETA {eta}"
+    )
+
+
+# ---- start, checkpoint, end ----
+def measure_sft_scores(loop: Loop) -> dict[str, float]:
+    """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
+    loop.roles.train(False)
+    sums = torch.zeros(3, dtype=torch.float64, device=loop.accelerator.device)
+    for batch in range(max(1, round(128 / (loop.args.batch_size * loop.accelerator.num_processes)))):
+        scores = score_responses(loop, sample_responses(loop, batch, "statistics"))
+        sums += loop.moments(scores, torch.ones_like(scores, dtype=torch.bool))
+    mean, variance = ppo.moments_of(sums)
+    if variance == 0:
+        raise ValueError(
+            "the reward model gives every answer of the SFT model the same score: it cannot teach anything"
+        )
+    return {"mean": mean.item(), "std": variance.sqrt().item()}
+
+
+def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
+    """The policy's adapter, value head, tokenizer and run.json: all that later stages and other tools need."""
+    save_adapter(loop.roles.peft_model, folder, "policy")
+    save_value_head(loop.roles.value_head, folder)
+    loop.tokenizer.save_pretrained(folder)
+    write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
+
+
+def save_checkpoint(loop: Loop, step: int, run: dict, metrics: dict) -> None:
+    """step_<n>/ after n steps: the stage's files and what a restart needs, complete or not there at all."""
+
+    def write(folder: Path) -> None:
+        save_stage(loop, folder, run, metrics)
+        save_optimizer(loop.optimizer, folder)
+        state = {"step": step, "kl_coef": loop.kl_controller.value, "reward_stats": loop.reward_stats}
+        write_json(folder / STATE_FILE, state | {"processes": loop.accelerator.num_processes})
+
+    if loop.accelerator.is_main_process:
+        publish(Path(loop.args.output_dir), f"step_{step}", write)
+    loop.accelerator.wait_for_everyone()
+
+
+def resume(loop: Loop, folder: Path) -> int:
+    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
+    load_optimizer(loop.optimizer, folder)
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if state["processes"] != loop.accelerator.num_processes:
+        raise ValueError(
+            f"{folder} was written by {state['processes']} processes, this run has {loop.accelerator.num_processes}: "
+            "the same number is needed to go on as if nothing had happened"
+        )
+    loop.kl_controller.value, loop.reward_stats = state["kl_coef"], state["reward_stats"]
+    return state["step"]
+
+
+def checkpoint_to_resume(args: ScriptArguments) -> Path | None:
+    """The folder to go on from: the one named, or the newest complete one for `True`, or None for a fresh start."""
+    if args.resume_from_checkpoint in (None, "True"):
+        return newest_complete(args.output_dir) if args.resume_from_checkpoint else None
+    reason = defect(Path(args.resume_from_checkpoint))
+    if reason:
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} cannot be used: {reason}")
+    return Path(args.resume_from_checkpoint)
+
+
+def check_inputs(args: ScriptArguments, tokenizer) -> dict:
+    """Refuse what does not belong together, before any model is loaded; returns what run.json says of the inputs."""
+    base = base_fingerprint(args.base_model_name)
+    wanted = {"base": base, "tokenizer": tokenizer, "template": args.prompt_template}
+    sft, reward = args.sft_model_lora_path, args.reward_model_lora_path
+    check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
+    check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
+    return {"base": base, "template": args.prompt_template, "parents": {"sft": sft, "reward": reward}}
+
+
+def make_loop(
+    args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: list[dict], start: Path | None
+) -> Loop:
+    """Load the roles (from a checkpoint, if there is one) and build the optimizer round what they train."""
+    roles = load_roles(
+        args.base_model_name,
+        args.sft_model_lora_path,
+        args.reward_model_lora_path,
+        dtype=pick_dtype(args.bf16),
+        device=accelerator.device,
+        merged_sft_dir=args.merged_sft_model_path,
+        policy_dir=start,
+    )
+    if args.gradient_checkpointing:
+        roles.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = list(roles.trainable().values())
+    if args.adafactor:
+        optimizer = Adafactor(
+            trained, lr=args.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
+        )
+    else:
+        optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=accelerator.device.type == "cuda")
+    adaptive = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
+    return Loop(
+        args=args,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        roles=roles,
+        prompts=prompts,
+        sampling=Sampling(
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            max_new_tokens=args.output_max_length,
+            temperature=args.temperature,
+            min_new_tokens=args.min_new_tokens,
+            suppress_empty=args.suppress_empty,
+            top_k=args.top_k,
+            top_p=args.top_p,
+        ),
+        optimizer=optimizer,
+        kl_controller=adaptive if args.adap_kl_ctrl else ppo.FixedKLController(args.init_kl_coef),
+    )
+
+
+def train(loop: Loop, done: int, run: dict) -> dict:
+    """Steps `done` to the end, each reported and every save_freq-th saved; returns the summary for run.json."""
+    args, main = loop.args, loop.accelerator.is_main_process
+    per_step = args.batch_size * loop.accelerator.num_processes
+    total = -(-args.steps // per_step)
+    if main:
+        print(
+            f"{total} steps of {per_step} responses; {args.mini_batch_size} rows a backward pass, an optimizer step "
+            f"each {args.mini_batch_size * args.gradient_accumulation_steps * loop.accelerator.num_processes}",
+            flush=True,
+        )
+    log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if main else None
+    eta, metrics = Eta(total, done), log.last if main else {}
+    for step in range(done, total):
+        metrics, samples = train_step(loop, step)
+        if main:
+            log.write(metrics)
+            print(step_line(metrics, total, eta.left(step + 1)), flush=True)
+            if step % args.sample_freq == 0 or step == total - 1:
+                log.write_samples(samples)
+        if args.save_freq and (step + 1) % args.save_freq == 0:
+            save_checkpoint(loop, step + 1, run, {"steps": step + 1, **metrics})
+    if main:
+        log.close()
+    return {"steps": total, **metrics}
+
+
+def main(args: ScriptArguments) -> None:
+    """Check, load, train, save."""
+    args.base_model_name = resolve_model(args.base_model_name, "--base_model_name")
+    if args.merged_sft_model_path:
+        args.merged_sft_model_path = resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
+    tokenizer = load_tokenizer(args.tokenizer_name or args.base_model_name)
+    run = check_inputs(args, tokenizer)
+    rows, funnel = load_rows(args.dataset_name, "prompt", args.train_split, args=args)
+    prompts = prompt_rows(tokenizer, rows, args.prompt_template, args.max_prompt_length, funnel)
+    if args.inspect_data:
+        inspect_rows(tokenizer, prompts, funnel)
+        return
+    accelerator = Accelerator()
+    if accelerator.is_main_process:
+        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+        print(funnel.table(), flush=True)
+    accelerator.wait_for_everyone()
+    run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
+    start = checkpoint_to_resume(args)
+    loop = make_loop(args, accelerator, tokenizer, prompts, start)
+    done = resume(loop, start) if start else 0
+    if args.reward_transform == "standardize" and not loop.reward_stats:
+        loop.reward_stats = measure_sft_scores(loop)
+    summary = train(loop, done, run)
+    if accelerator.is_main_process:
+        save_stage(loop, Path(args.output_dir), run, summary)
+        print(f"policy adapter and value head saved in {args.output_dir}", flush=True)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

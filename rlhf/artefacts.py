@@ -1,0 +1,257 @@
+"""The contract between stages: adapter directories, run.json, fingerprints, refusing what does not fit together."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+ADAPTER_FILE = "adapter_model.safetensors"
+SHAPE_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+# What a run leaves at the top of its directory: all that --overwrite_output_dir removes, whatever else lies there.
+RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
+RUN_FOLDERS = ("step_", "checkpoint-")
+
+
+def write_json(path: Path | str, content: dict) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as out:
+        json.dump(content, out, ensure_ascii=False, indent=2, default=str)
+        out.write("\n")
+    os.chmod(out.name, 0o644)
+    os.replace(out.name, path)
+
+
+# ---- base model ----
+def resolve_model(name: str, flag: str = "--model_name") -> str:
+    """A model's local directory: the path itself, or the hub's snapshot (downloaded once, read offline ever after).
+
+    Raises: FileNotFoundError in one sentence where neither exists.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(f"{flag} {name} has no config.json: give the directory of a base model")
+        return str(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{flag} {name} does not exist: give a model directory or a hub id (owner/name)")
+    try:
+        found = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors", "*.txt"])
+        if not list(Path(found).glob("*.safetensors")):
+            found = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.bin", "*.txt"])
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{flag} {name} is not a local directory and the hub cannot be reached ({type(error).__name__}): "
+            "download the model once, or give its directory"
+        ) from error
+    return found
+
+
+def base_fingerprint(model_dir: str) -> dict:
+    """What identifies a base model: its shape, and a hash over stored bytes of tensors spread over it."""
+    config = AutoConfig.from_pretrained(model_dir).to_dict()
+    shape = {name: config[name] for name in SHAPE_FIELDS if name in config}
+    return {**shape, "weights": _weights_hash(Path(model_dir))}
+
+
+def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
+    """Hash stored bytes, not cast values: the same file gives the same hash on every dtype and device."""
+    where = {}
+    for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")]):
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as shard:
+                where |= {name: (file, None) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+        elif not list(model_dir.glob("*.safetensors")):
+            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            where |= {name: (file, tensor) for name, tensor in shard.items()}
+    names = sorted(name for name in where if not name.endswith("inv_freq"))
+    if not names:
+        raise FileNotFoundError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
+    digest = hashlib.sha256()
+    for name in names[:: max(1, len(names) // tensors)]:
+        file, tensor = where[name]
+        if tensor is None:
+            with safe_open(file, "pt") as shard:
+                head = shard.get_slice(name)[:rows]
+        else:
+            head = tensor[:rows]
+        digest.update(name.encode() + str(head.dtype).encode())
+        digest.update(head.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """Hash over the vocabulary, the special ids and how a probe text is split."""
+    probe = tokenizer("问：1+1等于几？\n\n答：2。 Hello, world!", add_special_tokens=False)["input_ids"]
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    content = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials, probe])
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+# ---- writing ----
+def save_adapter(model: PeftModel, output_dir: str | Path, adapter_name: str = "default") -> None:
+    """Save one adapter at the root of `output_dir`, whatever its name in memory; lists in its config are sorted.
+
+    peft puts an adapter that is not called "default" into a subfolder; every artefact here is at its directory's root,
+    so that plain `PeftModel.from_pretrained(base, output_dir)` finds it.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch:
+        model.save_pretrained(scratch, selected_adapters=[adapter_name], save_embedding_layers=False)
+        saved = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
+        config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+        for key, value in config.items():
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                config[key] = sorted(value)
+        os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
+        write_json(output_dir / "adapter_config.json", config)
+
+
+def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, parents=None, metrics=None) -> dict:
+    """Write run.json, which later stages read to refuse what does not fit; returns what was written.
+
+    Args:
+        stage: "sft", "reward" or "ppo". args: the script's dataclass (no secrets are among the flags).
+        base: of `base_fingerprint`. template: prompt template. data: fingerprint, funnel. parents: role -> directory.
+    """
+    run = {
+        "stage": stage,
+        "arguments": dataclasses.asdict(args),
+        "base": base,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "prompt_template": template,
+        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "data": data or {},
+        "parents": {role: {"path": str(path), "adapter": _file_hash(path)} for role, path in (parents or {}).items()},
+        "metrics": metrics or {},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
+        },
+        "git_commit": _git_commit(),
+    }
+    write_json(Path(output_dir) / "run.json", run)
+    return run
+
+
+def _file_hash(adapter_dir) -> str | None:
+    file = Path(adapter_dir) / ADAPTER_FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+# ---- reading ----
+def load_run(adapter_dir: str | Path) -> dict | None:
+    """run.json of a stage's directory, or None for an adapter that was trained elsewhere."""
+    file = Path(adapter_dir) / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not readable JSON ({error}): the stage that wrote it did not finish") from error
+
+
+def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Config and weights of an adapter; a .bin of old is read with weights_only=True, so no pickle code runs."""
+    folder = Path(adapter_dir)
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
+    config = PeftConfig.from_pretrained(str(folder))
+    if (folder / ADAPTER_FILE).is_file():
+        try:
+            return config, load_file(folder / ADAPTER_FILE)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / ADAPTER_FILE} is damaged ({error}): train or copy it again") from error
+    if (folder / "adapter_model.bin").is_file():
+        return config, torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    raise FileNotFoundError(f"{folder} has an adapter_config.json but no {ADAPTER_FILE}")
+
+
+def check_adapter(
+    adapter_dir, *, stage: str | tuple, base: dict, tokenizer=None, template: str | None = None, flag="adapter"
+):
+    """Refuse an adapter of another stage, base, tokenizer or template, naming the field that differs.
+
+    Args:
+        stage: the stage (or stages) whose adapter is wanted here. base: of `base_fingerprint`.
+        tokenizer, template: what this run uses; None leaves the comparison out.
+        flag: named in messages.
+    Returns: its run.json, or None (with a warning) for an adapter that was trained elsewhere.
+    """
+    if not (Path(adapter_dir) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json")
+    run = load_run(adapter_dir)
+    if run is None:
+        warnings.warn(
+            f"{flag} {adapter_dir} has no run.json: trained elsewhere, only its keys and shapes are checked",
+            stacklevel=2,
+        )
+        return None
+    stages = (stage,) if isinstance(stage, str) else stage
+    if run.get("stage") not in stages:
+        raise ValueError(
+            f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but one of {'/'.join(stages)} is wanted here"
+        )
+    pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
+    if tokenizer is not None:
+        pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
+    if template is not None:
+        pairs.append(("prompt_template", run.get("prompt_template"), template))
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
+    return run
+
+
+# ---- output directory ----
+def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
+    """Make `output_dir` ready for a run; a directory in use needs `resume` or `overwrite`, and says so.
+
+    Subfolders that hold other runs (runs/sft, runs/reward under runs/) do not count as use.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    used = [path for path in folder.iterdir() if path.is_file() or path.name.startswith(RUN_FOLDERS)]
+    if used and not (resume or overwrite):
+        raise FileExistsError(
+            f"--output_dir {folder} is not empty ({used[0].name}, ...): give --resume_from_checkpoint True to go on, "
+            "--overwrite_output_dir True to start over, or another directory"
+        )
+    for path in used if overwrite else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name in RUN_FILES:
+            path.unlink()
+    return folder

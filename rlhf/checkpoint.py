@@ -1,0 +1,90 @@
+"""Checkpoints of the PPO loop: complete and verified, or ignored."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.artefacts import write_json
+
+MANIFEST = "MANIFEST.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def publish(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """Let `write(folder)` fill a temporary folder, list its files with their hashes, and give it its name at once.
+
+    A reader finds either no folder of that name or a complete one, whenever the process dies.
+    """
+    scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
+    try:
+        write(scratch)
+        write_manifest(scratch)
+        scratch.chmod(0o755)
+        target = output_dir / name
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def write_manifest(folder: Path) -> None:
+    """List the files of a finished checkpoint with size and sha256; `defect` goes by this list."""
+    files = {str(p.relative_to(folder)): _entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    write_json(folder / MANIFEST, {"files": files})
+
+
+def _entry(file: Path) -> dict:
+    return {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def defect(folder: Path) -> str | None:
+    """Why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
+    for name, entry in listed.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _entry(folder / name) != entry:
+            return f"{name} is not what the manifest lists"
+    return None
+
+
+def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | None:
+    """The complete checkpoint with the highest number, or None; incomplete ones are reported and passed over."""
+    folders = [p for p in Path(output_dir).glob(f"{prefix}*") if p.name.removeprefix(prefix).isdigit()]
+    for folder in sorted(folders, key=lambda p: int(p.name.removeprefix(prefix)), reverse=True):
+        reason = defect(folder)
+        if reason is None:
+            return folder
+        print(f"ignoring checkpoint {folder}: {reason}", flush=True)
+    return None
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Write the optimizer's per-parameter state as safetensors, named "<parameter index>.<key>"."""
+    tensors = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    save_file(tensors, folder / OPTIMIZER_FILE)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Put back what `save_optimizer` wrote; the optimizer must hold the same parameters in the same order."""
+    content = optimizer.state_dict()
+    content["state"] = {}
+    for name, tensor in load_file(folder / OPTIMIZER_FILE).items():
+        index, key = name.split(".", 1)
+        content["state"].setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict(content)

@@ -1,0 +1,262 @@
+"""Data of every stage: which rows, read and checked and counted; the one module the scripts import data from.
+
+    rows, funnel = load_rows(source, "sft" | "preference" | "prompt")   plain rows, each with "where" = "file:line"
+    train, evaluation = split_eval(rows, 0.05, seed)                    no prompt on both sides
+    sft_rows | preference_rows | prompt_rows(tokenizer, rows, ...)      token ids, what the collators take
+
+`load_splits` does the first two as the flags of `DataArguments` say. Nothing is dropped uncounted: every row read is
+kept or stands under a reason in the `Funnel`. Below it: sources.py (files, hub), formats.py (columns), dialogues.py
+(turns), splits.py, encoding.py (tokenizer, template, ids), batches.py (collators, sampler).
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.arguments import flag
+from rlhf.batches import LengthGroupedSampler, PairCollator, collate_prompts
+from rlhf.dialogues import BadRow, Unusable, first_question
+from rlhf.encoding import (
+    DEFAULT_TEMPLATE,
+    check_template,
+    encode,
+    encode_answer,
+    inspect_rows,
+    load_tokenizer,
+    preference_rows,
+    prompt_rows,
+    render,
+    sft_rows,
+)
+from rlhf.formats import examples, find_format
+from rlhf.funnel import Funnel
+from rlhf.sources import Located, splits_of
+from rlhf.splits import split_eval, subset, without_overlap
+
+__all__ = [
+    "DEFAULT_TEMPLATE",
+    "PREFERENCE_DATASET",
+    "SFT_DATASET",
+    "DataArguments",
+    "Funnel",
+    "LengthGroupedSampler",
+    "PairCollator",
+    "collate_prompts",
+    "data_fingerprint",
+    "encode",
+    "encode_answer",
+    "inspect_rows",
+    "load_rows",
+    "load_splits",
+    "load_tokenizer",
+    "preference_rows",
+    "prompt_rows",
+    "render",
+    "sft_rows",
+    "split_eval",
+    "subset",
+]
+
+SFT_DATASET = "Hello-SimpleAI/HC3-Chinese"
+PREFERENCE_DATASET = "beyond/rlhf-reward-single-round-trans_chinese"
+EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
+# Tokenizing millions of characters takes minutes, and no --max_length would keep such a row.
+MAX_CHARACTERS = 200_000
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Flags that say which rows a stage reads."""
+
+    dataset_name: str = flag(
+        PREFERENCE_DATASET,
+        help="hub id, save_to_disk directory, directory of data files, or one .json/.jsonl/.csv/.parquet file",
+        group="data",
+    )
+    dataset_config_name: str | None = flag(None, help="configuration of a hub data set", group="data")
+    train_split: str = flag("train", help="split to train on", group="data")
+    eval_split: str | None = flag(
+        None, help="split to evaluate on; by default test or validation, else one is made", group="data"
+    )
+    eval_dataset_name: str | None = flag(None, help="evaluate on this source instead", group="data")
+    eval_size: float = flag(
+        0.05, help="rows of an evaluation split made here: a share below 1, or their number; 0 for none", group="data"
+    )
+    prompt_field: str | None = flag(None, help="column of the prompt, if not found by its name", group="data")
+    answer_field: str | None = flag(None, help="column of the answer, likewise", group="data")
+    chosen_field: str | None = flag(None, help="column of the preferred answer, likewise", group="data")
+    rejected_field: str | None = flag(None, help="column of the other answer, likewise", group="data")
+    prompt_template: str = flag(
+        DEFAULT_TEMPLATE, help="what stands round a prompt, the same in all stages; \\n is a new line", group="data"
+    )
+    bad_rows: str = flag(
+        "stop",
+        help="malformed rows: stop and name them, or skip them into bad_rows.jsonl",
+        group="data",
+        choices=["stop", "skip"],
+    )
+
+    def __post_init__(self):
+        # A shell passes backslash and n where a new line is meant.
+        self.prompt_template = check_template(self.prompt_template.replace("\\n", "\n"))
+        if self.eval_size < 0:
+            raise ValueError(f"--eval_size {self.eval_size} is negative: give a share below 1 or a number of rows")
+        if self.eval_split == self.train_split and not self.eval_dataset_name:
+            raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
+
+    def named_columns(self) -> dict[str, str | None]:
+        """The columns the user named, as `find_format` takes them."""
+        return {role: getattr(self, f"{role}_field") for role in ("prompt", "answer", "chosen", "rejected")}
+
+
+# ---- reading ----
+def load_rows(
+    source: str,
+    kind: str,
+    split: str = "train",
+    *,
+    args: DataArguments | None = None,
+    bad_rows_file: Path | str | None = None,
+) -> tuple[list[dict], Funnel]:
+    """Read one split of a source, check its rows, and bring them to one form.
+
+    Args:
+        source: as `--dataset_name`.
+        kind: "sft" -> {"prompt", "answer"}, "preference" -> {"prompt", "chosen", "rejected"}, "prompt" -> {"prompt"}.
+        args: columns, template, what to do at bad rows; None for the defaults.
+        bad_rows_file: where `--bad_rows skip` writes malformed rows.
+    Returns: rows, each with "where" ("file:line") and "opening" (a dialogue's first question), and the funnel.
+    Raises: ValueError naming malformed rows, or where nothing is left; OSError where the source cannot be read.
+    """
+    reader = _Reader(kind, args or DataArguments())
+    rows = reader.rows(source, splits_of(source, reader.args.dataset_config_name), split)
+    reader.finish(bad_rows_file)
+    return rows, reader.funnel
+
+
+def load_splits(
+    args: DataArguments, kind: str, seed: int, bad_rows_file: Path | str | None = None
+) -> tuple[list[dict], list[dict], Funnel]:
+    """Training and evaluation rows as the flags say; no prompt stands in both.
+
+    Evaluation rows come from --eval_dataset_name, else --eval_split, else a split with a usual name, else they are set
+    aside from the training rows. A training row whose prompt is in a given evaluation split is dropped.
+
+    Returns: training rows, evaluation rows (none at --eval_size 0 without a split), one funnel for both.
+    Raises: as `load_rows`.
+    """
+    reader, splits = _Reader(kind, args), splits_of(args.dataset_name, args.dataset_config_name)
+    rows = reader.rows(args.dataset_name, splits, args.train_split)
+    given = _evaluation_source(args, splits)
+    evaluation = reader.rows(*given) if given else []
+    reader.finish(bad_rows_file)
+    if given:
+        return without_overlap(rows, evaluation, reader.funnel), evaluation, reader.funnel
+    train, evaluation = split_eval(rows, args.eval_size, seed) if args.eval_size else (rows, [])
+    return train, evaluation, reader.funnel
+
+
+def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, str] | None:
+    """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
+    if args.eval_dataset_name:
+        splits = splits_of(args.eval_dataset_name)
+        usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits)))
+        return args.eval_dataset_name, splits, args.eval_split or usual
+    usual = next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
+    split = args.eval_split or usual
+    return (args.dataset_name, splits, split) if split else None
+
+
+class _Reader:
+    """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
+
+    def __init__(self, kind: str, args: DataArguments):
+        self.kind, self.args, self.funnel = kind, args, Funnel()
+        self.malformed: list[dict] = []
+
+    def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
+        """The good rows of a split. Raises: ValueError where it is missing, or holds no row of this kind."""
+        if split not in splits:
+            raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
+        located = list(splits[split])
+        counts = Counter(name for _, row in located if isinstance(row, dict) for name in row)
+        # Columns that most rows have: one stray name must not decide how all the others are read.
+        columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
+        fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
+        if fmt:
+            self.funnel.formats.append(str(fmt))
+        seen: set[tuple] = set()
+        kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
+        if not kept and not (self.malformed and self.args.bad_rows == "stop"):
+            raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
+        return kept
+
+    def _examples(self, where: str, row, fmt, seen: set[tuple]) -> list[dict]:
+        self.funnel.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            made = examples(row, fmt, self.args.prompt_template)
+        except Unusable as reason:
+            self.funnel.drop(str(reason), where)
+            return []
+        except BadRow as error:
+            self.funnel.drop("malformed", where)
+            self.funnel.bad_rows.append(f"{where}: {error}")
+            self.malformed.append({"where": where, "reason": str(error), "row": error.row if error is row else row})
+            return []
+        self.funnel.expanded += len(made) - 1
+        good = [example for example in made if self._is_usable(example, where, seen)]
+        for example in good:
+            example.update(where=where, opening=first_question(example["prompt"], self.args.prompt_template))
+        return good
+
+    def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
+        """Whether an example is neither empty nor huge nor seen before; where not, it is counted."""
+        values = tuple(example.values())
+        reason = None
+        if not all(values):
+            reason = "empty " + next(name for name, value in example.items() if not value)
+        elif sum(map(len, values)) > MAX_CHARACTERS:
+            reason = f"longer than {MAX_CHARACTERS} characters"
+        elif values in seen:
+            reason = "duplicate"
+        elif "chosen" in example and (example["prompt"], example["rejected"], example["chosen"]) in seen:
+            reason = "contradicts an earlier pair"
+        if reason:
+            self.funnel.drop(reason, where)
+            return False
+        seen.add(values)
+        return True
+
+    def finish(self, bad_rows_file: Path | str | None) -> None:
+        """Stop at malformed rows, or write them down. Raises: ValueError naming the first ones."""
+        if self.malformed and self.args.bad_rows == "stop":
+            more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
+            raise ValueError(
+                f"malformed rows: {'; '.join(self.funnel.bad_rows[:5])}{more}: "
+                "mend them, or leave them out with --bad_rows skip"
+            )
+        if self.malformed and bad_rows_file:
+            _write_rows(Path(bad_rows_file), self.malformed)
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    # Every process of a run writes the same rows: to a name of its own first, so that none reads half of them.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+def data_fingerprint(rows: Iterable[dict]) -> str:
+    """sha256 of the rows' contents in their order, wherever their file lies."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = {key: value for key, value in row.items() if key != "where"}
+        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()

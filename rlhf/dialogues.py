@@ -1,0 +1,133 @@
+"""Dialogues: turns of text, messages or tagged text, and how several of them become one prompt.
+
+A dialogue is folded by repeating the prompt template. With `问：{prompt}\\n\\n答：` the query of a second question is
+
+    问：<first question>\\n\\n答：<first answer>\\n\\n问：<second question>\\n\\n答：
+
+so the model sees earlier turns exactly as single ones, and there is no second template. A system message stands in
+front of the first question.
+"""
+
+import re
+from collections.abc import Iterable
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "Assistant"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+# The turns of HH-style text; a translation may have turned the colon into a full-width one.
+HH_TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant)[:：][ \t]*")
+
+Turn = tuple[str, str]
+
+
+class BadRow(ValueError):
+    """A malformed row: the reason, without file and line; `row` is what could be read of it."""
+
+    def __init__(self, reason: str, row=None):
+        super().__init__(reason)
+        self.row = row
+
+
+class Unusable(ValueError):
+    """A well-formed row that makes no example (empty, one-sided ...): the reason it is counted under."""
+
+
+# ---- turns ----
+def turns(value, field: str, default_role: str) -> list[Turn]:
+    """(role, text) of a text (HH-style tags split), of one message, or of a list of messages (OpenAI or ShareGPT)."""
+    if isinstance(value, str):
+        return _hh_turns(text_of(value, field), default_role)
+    if isinstance(value, dict):
+        return [_message(value, field)]
+    if not isinstance(value, list):
+        raise BadRow(f"field '{field}' must be text or a list of messages, not {type_name(value)}")
+    if not value:
+        raise Unusable(f"empty {field}")
+    return [_message(message, field) for message in value]
+
+
+def _message(message, field: str) -> Turn:
+    if not isinstance(message, dict):
+        raise BadRow(f"field '{field}' must hold messages with a role and a text, not {type_name(message)}")
+    role_key = first_of(("role", "from"), message)
+    text_key = first_of(("content", "value", "text"), message)
+    if role_key is None or text_key is None:
+        raise BadRow(f"a message of field '{field}' needs role and content, or from and value")
+    role = message[role_key]
+    if not isinstance(role, str) or role not in ROLES:
+        raise BadRow(f"a message of field '{field}' has the unknown role {role!r:.40}")
+    return ROLES[role], text_of(message[text_key], field)
+
+
+def _hh_turns(text: str, default_role: str) -> list[Turn]:
+    """Turns of `\\n\\nHuman: ...\\n\\nAssistant: ...`; text that begins with no tag is one of `default_role`."""
+    if not HH_TAG.match(text):
+        return [(default_role, text)]
+    pieces = HH_TAG.split(text)[1:]
+    found = [(ROLES[tag], said.strip()) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    # A prompt ends with an open "Assistant:", which the template's own end replaces.
+    return found[:-1] if len(found) > 1 and found[-1] == ("assistant", "") else found
+
+
+def up_to_last_question(dialogue: list[Turn]) -> list[Turn]:
+    merged = merged_turns(dialogue)
+    return merged[:-1] if merged and merged[-1][0] == "assistant" else merged
+
+
+def merged_turns(dialogue: list[Turn]) -> list[Turn]:
+    """Neighbouring turns of one role joined; a system message counts as part of the question after it."""
+    merged: list[Turn] = []
+    for spoken, said in dialogue:
+        role = "user" if spoken == "system" else spoken
+        if merged and merged[-1][0] == role:
+            merged[-1] = (role, f"{merged[-1][1]}\n\n{said}".strip())
+        else:
+            merged.append((role, said))
+    return merged
+
+
+def fold(dialogue: list[Turn], template: str) -> str:
+    """A dialogue that ends with a question, as one prompt (see the head of this module).
+
+    Args:
+        dialogue: user and assistant in turn.
+    Raises: Unusable where there is no question, an answer comes first, or a turn is empty.
+    """
+    if not dialogue or not all(said for _, said in dialogue):
+        raise Unusable("empty prompt")
+    if dialogue[0][0] != "user":
+        raise Unusable("dialogue begins with an answer")
+    before, after = template.split("{prompt}")
+    folded = dialogue[0][1]
+    for role, said in dialogue[1:]:
+        folded += f"{after}{said}" if role == "assistant" else f"\n\n{before}{said}"
+    return folded
+
+
+def first_question(prompt: str, template: str) -> str:
+    """The opening of a folded dialogue; a prompt of one turn is its own opening."""
+    after = template.split("{prompt}")[1]
+    return prompt.split(after)[0] if after else prompt
+
+
+# ---- values ----
+def text_of(value, field: str) -> str:
+    """`value` stripped at both ends. Raises: BadRow where it is no text, or text that no file can hold."""
+    if not isinstance(value, str):
+        raise BadRow(f"field '{field}' must be text, not {type_name(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"field '{field}' holds half a surrogate pair at character {error.start + 1}") from None
+    return value.strip()
+
+
+def type_name(value) -> str:
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "None" if value is None else names.get(type(value), type(value).__name__)
+
+
+def first_of(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    return next((name for name in names if name in columns), None)

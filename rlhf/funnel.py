@@ -1,0 +1,54 @@
+"""The count of what became of every row of data."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Funnel:
+    """What became of every row: read + expanded = kept + all dropped.
+
+    Attributes:
+        read: rows in the sources. expanded: examples beyond one a row (several answers, several turns).
+        dropped: rows by reason. places: up to three "file:line" for each reason.
+        bad_rows: "file:line: reason" of each malformed row.
+        formats: how the columns of each source were read.
+    """
+
+    read: int = 0
+    expanded: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+    bad_rows: list[str] = field(default_factory=list)
+    formats: list[str] = field(default_factory=list)
+
+    @property
+    def kept(self) -> int:
+        return self.read + self.expanded - self.dropped.total()
+
+    def drop(self, reason: str, where: str) -> None:
+        """Count one row out."""
+        self.dropped[reason] += 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < 3:
+            places.append(where)
+
+    def table(self) -> str:
+        """The counts as lines of text, with places to look at."""
+        lines = [("read", self.read, "; ".join(self.formats))]
+        if self.expanded:
+            lines.append(("+ expanded", self.expanded, "further answers or turns of the same rows"))
+        for reason, count in self.dropped.most_common():
+            lines.append((f"- {reason}", count, ", ".join(self.places[reason])))
+        lines.append(("kept", self.kept, ""))
+        width = max(len(name) for name, _, _ in lines)
+        return "\n".join(f"{name:<{width}} {count:>9,}  {note}".rstrip() for name, count, note in lines)
+
+    def summary(self) -> str:
+        """The counts in half a sentence, for an error."""
+        reasons = ", ".join(f"{count} {reason} ({self.places[reason][0]})" for reason, count in self.dropped.items())
+        return f"{self.read} read" + (f", dropped: {reasons}" if reasons else "")
+
+    def as_dict(self) -> dict:
+        """The counts for run.json."""
+        return {"read": self.read, "expanded": self.expanded, "kept": self.kept, "dropped": dict(self.dropped)}

@@ -1,0 +1,76 @@
+"""Starting a script: one process, or one for each GPU; and turning errors into one sentence and an exit code."""
+
+import os
+import sys
+import traceback
+import uuid
+import warnings
+
+import torch
+import transformers
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def is_launched() -> bool:
+    """Whether torchrun, accelerate or the like has started this process already."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES) or any(
+        name.startswith("ACCELERATE_") for name in os.environ
+    )
+
+
+def wanted_processes(nproc: int) -> int:
+    """`nproc`, or one for each visible GPU, or one."""
+    return nproc or max(1, torch.cuda.device_count())
+
+
+def quieten() -> None:
+    """Leave out what libraries print about things in order: progress bars of loading, heads that are new on purpose."""
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")
+
+
+def run_script(main, parse_args) -> None:
+    """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
+
+    Exit codes: 0 done, 1 an error (one sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, else the worker's own.
+    """
+    args = parse_args()
+    quieten()
+    # A script without --nproc (merge, compare) is one process, however many GPUs there are.
+    processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
+    if processes > 1 and not getattr(args, "inspect_data", False):
+        sys.exit(_start_workers(processes))
+    try:
+        main(args)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("RLHF_TRACEBACK"):
+            traceback.print_exc()
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _start_workers(processes: int) -> int:
+    """Run this command line in `processes` workers of torch's launcher; returns the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
+    # Each process would otherwise use every core for its own matrix products.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *sys.argv)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    return 0

@@ -1,0 +1,235 @@
+"""One base model and the roles that share it: policy, reference, reward model and value head."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
+from rlhf.artefacts import read_adapter
+from rlhf.scoring import accepts, position_ids, score
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+
+# ---- loading ----
+def pick_dtype(bf16: bool) -> torch.dtype:
+    """Dtype of the base weights: bfloat16 where asked and possible, float16 on a card without, float32 on a CPU."""
+    if not bf16 or not torch.cuda.is_available():
+        return torch.float32
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    warnings.warn("this card has no bfloat16: using float16 instead", stacklevel=2)
+    return torch.float16
+
+
+def load_base(model_dir: str, dtype: torch.dtype, head: str = "causal", device=None) -> PreTrainedModel:
+    """The base with a language model head ("causal") or a one-number score head ("score"), in an explicit dtype.
+
+    transformers obeys the checkpoint's own dtype (often float16) unless told otherwise.
+    """
+    auto, extra = {
+        "causal": (AutoModelForCausalLM, {}),
+        "score": (AutoModelForSequenceClassification, {"num_labels": 1}),
+    }[head]
+    model = auto.from_pretrained(model_dir, dtype=dtype, **extra)
+    model.config.use_cache = False
+    return model if device is None else model.to(device)
+
+
+def lora_targets(model: nn.Module, spec: str | None) -> list[str]:
+    """Names of the modules that get an adapter: 'a|b' split, or the attention projections of this architecture.
+
+    Raises: ValueError naming a module that the model does not have.
+    """
+    present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if spec is None:
+        usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+        found = ["W_pack"] if "W_pack" in present else list(usual)
+        if not found:
+            raise ValueError(f"give --lora_target_models for {model.config.model_type}: some of {sorted(present)}")
+        return found
+    wanted = [name.strip() for name in spec.replace(",", "|").split("|") if name.strip()]
+    missing = [name for name in wanted if name not in present]
+    if missing or not wanted:
+        raise ValueError(f"--lora_target_models {spec}: no module {missing} in this model; it has {sorted(present)}")
+    return wanted
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0, so that train() and eval() give the same log-probabilities."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Put the LoRA weights of a stored adapter on `model` (bare base or PeftModel) under `name`.
+
+    A reward adapter goes onto the language model like any other: its task type is dropped and its score head returned,
+    because peft would lose the head there without a word.
+
+    Returns: the PeftModel, and the stored tensors that are no LoRA weights (name -> tensor).
+    Raises: ValueError where keys or shapes do not fit this base.
+    """
+    config, weights = read_adapter(adapter_dir)
+    config = copy.deepcopy(config)
+    config.task_type, config.modules_to_save, config.inference_mode = None, None, not trainable
+    config.lora_dropout = 0.0
+    lora = {key: tensor for key, tensor in weights.items() if "lora_" in key}
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = PeftModel(model, config, adapter_name=name)
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter_dir} does not fit this base: {error}") from error
+    wanted = get_peft_model_state_dict(model, adapter_name=name)
+    for key in sorted(wanted.keys() | lora.keys()):
+        theirs, ours = lora.get(key), wanted.get(key)
+        if theirs is None or ours is None or theirs.shape != ours.shape:
+            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (theirs, ours)]
+            raise ValueError(f"adapter {adapter_dir} does not fit this base: {key} is {shapes[0]}, not {shapes[1]}")
+    set_peft_model_state_dict(model, lora, adapter_name=name)
+    return model, {key: tensor for key, tensor in weights.items() if "lora_" not in key}
+
+
+# ---- running ----
+def backbone_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder without its head, whatever the architecture calls it."""
+    return getattr(model, model.base_model_prefix)
+
+
+def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, columns: Tensor, cache=None):
+    """Logits and the hidden states they were made from, at some columns only: [B, L, V] is never built.
+
+    The hidden states are caught where they enter the output layer, so models that scale or cap logits stay right.
+
+    Args:
+        model: a causal language model (adapters inside are whatever is active).
+        input_ids: [B, L], with a cache the new tokens only. attention_mask: [B, whole length].
+        columns: [K] long, columns of `input_ids` to keep. cache: a transformers Cache, grown in place.
+    Returns: logits [B, K, V] and hidden [B, K, H], both in the model's dtype.
+    """
+    caught = {}
+    output_layer = model.get_output_embeddings()
+    extra = {"logits_to_keep": columns} if accepts(type(model), "logits_to_keep") else {}
+    if accepts(type(model), "position_ids"):
+        extra["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
+    hook = output_layer.register_forward_pre_hook(lambda module, inputs: caught.update(hidden=inputs[0]))
+    try:
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=attention_mask.long(),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            **extra,
+        ).logits
+    finally:
+        hook.remove()
+    if "logits_to_keep" in extra:
+        return logits, caught["hidden"]
+    return logits[:, columns], caught["hidden"][:, columns]
+
+
+class Roles:
+    """The four roles of PPO on one set of base weights.
+
+    `use(role)` makes "policy", "reference" or "reward" the active adapter and always comes back to the policy, the
+    only adapter that takes gradients. A separate merged reference model, if given, is used as it is.
+    """
+
+    def __init__(self, model: PeftModel, value_head: nn.Linear, score_head: nn.Linear, reference=None):
+        self.peft_model, self.value_head, self.score_head = model, value_head, score_head
+        self.model = model.get_base_model()
+        self.separate_reference = reference
+        self._activate("policy")
+
+    def _activate(self, role: str) -> None:
+        self.peft_model.base_model.set_adapter(role, inference_mode=role != "policy")
+
+    @contextmanager
+    def use(self, role: str):
+        """The causal LM it gives plays `role` within the block; afterwards, even on error, the policy is active."""
+        if role == "reference" and self.separate_reference is not None:
+            yield self.separate_reference
+            return
+        if role != "policy":
+            self._activate(role)
+        try:
+            yield self.model
+        finally:
+            if role != "policy":
+                self._activate("policy")
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B] float32: the reward model's score of each row (no gradient)."""
+        with self.use("reward") as model, torch.no_grad():
+            return score(backbone_of(model), self.score_head, input_ids, attention_mask)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """[...] float32: the critic's estimate at each hidden state [..., H]."""
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that PPO trains: the policy adapter and the value head."""
+        adapter = {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
+        return adapter | {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+
+    def train(self, mode: bool = True) -> None:
+        """train() lets gradient checkpointing work in the update; dropout is off in either mode."""
+        self.model.train(mode)
+
+
+def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
+    """The frozen fp32 score head [hidden] -> [1] among the tensors of a reward adapter that are no LoRA weights.
+
+    Raises: ValueError where there is none.
+    """
+    heads = [tensor for tensor in rest.values() if tensor.dim() == 2 and tensor.shape[0] == 1]
+    if len(heads) != 1:
+        raise ValueError(f"reward adapter {reward_dir} has no score head: was it written by reward_modeling.py?")
+    head = nn.Linear(heads[0].shape[1], 1, bias=False).requires_grad_(False)
+    head.weight.copy_(heads[0])
+    return head
+
+
+def load_roles(base_dir, sft_dir, reward_dir, *, dtype, device, merged_sft_dir=None, policy_dir=None) -> Roles:
+    """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
+
+    Args:
+        merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
+        policy_dir: a PPO directory whose policy and value head go on; by default SFT and a value head of zeros.
+    Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
+    """
+    model, _ = add_lora(load_base(base_dir, dtype, device=device), policy_dir or sft_dir, "policy", trainable=True)
+    if merged_sft_dir is None:
+        add_lora(model, sft_dir, "reference", trainable=False)
+    _, rest = add_lora(model, reward_dir, "reward", trainable=False)
+    score_head = score_head_of(rest, reward_dir).to(device)
+    value_head = nn.Linear(score_head.in_features, 1).to(device)
+    nn.init.zeros_(value_head.weight)
+    nn.init.zeros_(value_head.bias)
+    if policy_dir is not None:
+        value_head.load_state_dict(load_file(Path(policy_dir) / VALUE_HEAD_FILE))
+    reference = None
+    if merged_sft_dir is not None:
+        reference = load_base(merged_sft_dir, dtype, device=device).eval().requires_grad_(False)
+    roles = Roles(model, value_head, score_head, reference)
+    disable_dropout(roles.model)
+    return roles
+
+
+def save_value_head(value_head: nn.Linear, output_dir: str | Path) -> None:
+    """Write value_head.safetensors (fp32 weight [1, hidden] and bias [1])."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
+    save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)

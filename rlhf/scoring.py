@@ -1,0 +1,39 @@
+"""The score of a response: one function for reward training, the audit and PPO."""
+
+import inspect
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+
+@lru_cache(maxsize=64)
+def accepts(forward_owner: type, name: str) -> bool:
+    """Whether `forward` of this module class takes an argument of that name (BLOOM has no position_ids, for one)."""
+    return name in inspect.signature(forward_owner.forward).parameters
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, L] long, counted over real tokens, so that a token's position does not depend on the padding beside it."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Score of each row: the head on the hidden state of the last real token.
+
+    transformers' own classification models look for the rightmost id that is not the pad id, whatever the mask says;
+    that misses an EOS which doubles as padding, and with it the difference between an empty and an unfinished answer.
+
+    Args:
+        backbone: decoder without a head, returning `last_hidden_state`. head: [hidden] -> [1].
+        input_ids, attention_mask: [B, L], padding on either side; at least one real token a row.
+    Returns: [B] float32.
+    """
+    extra = {"position_ids": position_ids(attention_mask)} if accepts(type(backbone), "position_ids") else {}
+    hidden = backbone(
+        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra
+    ).last_hidden_state
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    last = (columns * attention_mask.long()).argmax(-1)
+    pooled = hidden[torch.arange(len(last), device=last.device), last]
+    return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()

@@ -1,0 +1,238 @@
+"""Where rows come from: local files, a directory of them, a `save_to_disk` directory, the hub.
+
+Every reader yields (where, row): `where` is "file:line" (the row's number where there are no lines), `row` the parsed
+object, or a `BadRow` in place of what could not be read. Reading goes on after a bad row wherever the next is found.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from rlhf.dialogues import BadRow
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
+# Loading scripts on the hub, which datasets 4 and later refuse: their data files (one a config) are read instead.
+SCRIPT_DATASETS = ("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3")
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+Located = tuple[str, object]
+
+
+def splits_of(source: str, config: str | None = None) -> dict[str, Iterator[Located]]:
+    """The splits of a local path or a hub id; a single file is one split named "train".
+
+    Raises: FileNotFoundError, ValueError or ConnectionError, in one sentence, where the source cannot be read at all.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"train": read_file(path)}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_splits(path)
+    if path.is_dir():
+        return _directory_splits(path)
+    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(f"--dataset_name {source} does not exist: give a local file, a directory or a hub id")
+    return _hub_splits(source, config)
+
+
+# ---- directories and the hub ----
+def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
+    # Imported where needed: datasets takes a second, and `--help` should not.
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is no readable save_to_disk directory ({_short(error)}): save it again") from None
+    named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
+
+
+def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
+    files: dict[str, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
+        if file.suffix in SUFFIXES and not hidden:
+            files.setdefault(_split_of(inside), []).append(file)
+    if not files:
+        raise ValueError(
+            f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
+        )
+    return {split: (row for file in found for row in read_file(file)) for split, found in files.items()}
+
+
+def _split_of(file: Path) -> str:
+    """The split a data file belongs to, by the first split name among the words of its path; else "train"."""
+    words = re.split(r"[^a-z]+", str(file).lower())
+    return next((word for word in words if word in SPLITS), "train")
+
+
+def _hub_splits(name: str, config: str | None) -> dict[str, Iterator[Located]]:
+    try:
+        if name in SCRIPT_DATASETS:
+            file = f"{config or 'all'}.jsonl"
+            return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
+        import datasets
+
+        found = datasets.load_dataset(name, config)
+    # RuntimeError is what datasets raises for any other loading script.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConnectionError(
+            f"--dataset_name {name} could not be loaded from the hub ({_short(error)}): download its data files where "
+            "there is a network and pass --dataset_name the local file"
+        ) from None
+    return {split: _numbered(f"{name}[{split}]", rows) for split, rows in found.items()}
+
+
+def _numbered(label: str, rows) -> Iterator[Located]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{label}:{number}", row
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of a library's message, which may run over many lines."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first[:200].rstrip(".")
+
+
+# ---- files ----
+def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
+    """Rows of one data file. Raises: ValueError where it is empty, of another kind, or not text at all."""
+    label = label or str(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{label} is empty: check how it was made or downloaded")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path, label)
+        return
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
+    if data.startswith(codecs.BOM_UTF8):
+        yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
+        data = data.removeprefix(codecs.BOM_UTF8)
+    # Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    text = data.decode("utf-8", "surrogateescape")
+    if path.suffix == ".csv":
+        yield from _csv_rows(text, label)
+    elif text.lstrip().startswith("["):
+        yield from _array_rows(text, label)
+    else:
+        yield from _line_rows(text, label)
+
+
+def _line_rows(text: str, label: str) -> Iterator[Located]:
+    lines = text.split("\n")
+    if lines[0].strip() == "{":
+        raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{label}:{number}"
+        try:
+            row = json.loads(line)
+        # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
+        except (ValueError, RecursionError) as error:
+            cut = number == len(lines)
+            yield where, BadRow(not_utf8(line) or ("the last line is cut off" if cut else _not_json(error)), line)
+        else:
+            reason = not_utf8(line)
+            yield where, BadRow(reason, line) if reason else row
+
+
+def _array_rows(text: str, label: str) -> Iterator[Located]:
+    """Elements of one JSON array, each with the line on which it begins."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = gap.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{label}:{line}"
+        if text.startswith("]", at):
+            if text[at + 1 :].strip():
+                yield where, BadRow("there is more text after the closed array", text[at + 1 :][:2000])
+            return
+        if at == len(text):
+            yield where, BadRow("the file is cut off: its array is never closed")
+            return
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            rest = text[at : at + 2000]
+            yield where, BadRow(not_utf8(rest) or f"{_not_json(error)}; nothing after it can be read", rest)
+            return
+        reason = not_utf8(text[at:end])
+        yield where, BadRow(reason, text[at:end]) if reason else row
+        at = end
+
+
+def _csv_rows(text: str, label: str) -> Iterator[Located]:
+    # The default limit of 131,072 characters a cell would stop at a long answer; `strict` reports unclosed quotes.
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{label}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield where, BadRow(f"not CSV ({error})")
+            continue
+        reason = not_utf8(",".join(cells))
+        if header is None and reason:
+            raise ValueError(f"{where}: {reason}")
+        if header is None:
+            header = cells
+        elif reason or len(cells) not in (0, len(header)):
+            yield where, BadRow(reason or f"{len(cells)} cells under {len(header)} column names", cells)
+        elif cells:
+            yield where, dict(zip(header, cells, strict=True))
+
+
+def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            for index in range(batch.num_rows):
+                number += 1
+                try:
+                    yield f"{label}:{number}", batch.slice(index, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    yield f"{label}:{number}", BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{label} is no readable Parquet file ({_short(error)}): download it again") from None
+
+
+def not_utf8(text: str) -> str | None:
+    """Why text decoded with surrogateescape was no UTF-8, with a hint where it would be GB18030; None if it was."""
+    found = NOT_UTF8.search(text)
+    if not found:
+        return None
+    reason = f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8"
+    try:
+        text.encode("utf-8", "surrogateescape").decode("gb18030")
+    except UnicodeError:
+        return f"{reason}: the text is damaged"
+    return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
+
+
+def _not_json(error: Exception) -> str:
+    return (
+        f"not JSON ({error.msg})"
+        if isinstance(error, json.JSONDecodeError)
+        else "not JSON (nested or long beyond reason)"
+    )

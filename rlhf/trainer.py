@@ -1,0 +1,301 @@
+"""What the two Trainer stages (SFT, reward) share: flags, TrainingArguments, the log, checkpoints to be trusted."""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import SchedulerType, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.training_args import OptimizerNames
+
+from rlhf.arguments import flag
+from rlhf.artefacts import load_run, save_adapter
+from rlhf.batches import LengthGroupedSampler
+from rlhf.checkpoint import defect, newest_complete, write_manifest
+from rlhf.report import Eta, MetricsLog
+from rlhf.roles import pick_dtype
+
+CHECKPOINT_PREFIX = "checkpoint-"
+# How a run is carried out, not what comes out of it: these may differ when a finished stage is asked for again.
+MACHINE_FLAGS = {"resume_from_checkpoint", "overwrite_output_dir", "nproc", "local_rank", "log_with", "logging_steps"}
+
+
+@dataclass(kw_only=True)
+class TrainerFlags:
+    """Flags of both Trainer stages, under the names TrainingArguments has for them; defaults are the SFT stage's."""
+
+    # ---- training ----
+    num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training")
+    max_steps: int = flag(-1, help="optimizer steps in total; above 0 it overrides num_train_epochs", group="training")
+    per_device_train_batch_size: int = flag(4, help="rows of a forward pass on each device", group="training")
+    gradient_accumulation_steps: int = flag(1, help="forward passes an optimizer step", group="training")
+    learning_rate: float = flag(1e-4, help="peak learning rate", group="training")
+    lr_scheduler_type: str = flag("linear", help="schedule: linear, cosine, constant, ...", group="training")
+    warmup_ratio: float = flag(0.0, help="share of the steps in which the rate rises from 0", group="training")
+    weight_decay: float = flag(0.0, help="decoupled weight decay", group="training")
+    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm; 0 leaves them", group="training")
+    optim: str = flag("adamw_torch", help="optimizer; adamw_hf of old means adamw_torch", group="training")
+    adam_beta1: float = flag(0.9, help="of AdamW", group="training")
+    adam_beta2: float = flag(0.999, help="of AdamW", group="training")
+    adam_epsilon: float = flag(1e-8, help="of AdamW", group="training")
+    # ---- data ----
+    max_length: int = flag(512, help="tokens of query and answer; longer rows are dropped and counted", group="data")
+    train_subset: int = flag(-1, help="training rows to use, drawn by the seed; -1: all", group="data")
+    eval_subset: int = flag(-1, help="evaluation rows to use, drawn by the seed; -1: all", group="data")
+    # ---- evaluation, saving, log ----
+    per_device_eval_batch_size: int = flag(8, help="rows of a forward pass in evaluation", group="evaluation")
+    eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
+    save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts")
+    save_total_limit: int | None = flag(None, help="checkpoints to keep; none: all", group="artefacts")
+    logging_steps: int = flag(10, help="steps between printed lines (metrics.jsonl has every step)")
+    deepspeed: str | None = flag(None, help="DeepSpeed configuration, handed to the Trainer as it is", group="machine")
+
+    def __post_init__(self):
+        if self.optim == "adamw_hf":
+            self.optim = "adamw_torch"
+        for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+            if getattr(self, name) not in list(known):
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(known)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "max_length", "logging_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be above 0")
+        for name in ("train_subset", "eval_subset"):
+            if getattr(self, name) == 0 or getattr(self, name) < -1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be a number of rows, or -1 for all")
+
+
+def training_arguments(args, config_class, evaluates: bool, **extra):
+    """transformers' TrainingArguments (or a subclass) as our flags say.
+
+    Args:
+        args: the script's flags. config_class: TrainingArguments or SFTConfig.
+        evaluates: whether there are evaluation rows. extra: fields of `config_class` on top.
+    """
+    dtype = pick_dtype(args.bf16)
+    same_name = (
+        "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit", "deepspeed", "seed",
+    )  # fmt: skip
+    return config_class(
+        **{name: getattr(args, name) for name in same_name},
+        warmup_steps=args.warmup_ratio,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        # Every adapter weight takes part in every step, so DDP need not search the graph for unused ones.
+        ddp_find_unused_parameters=False,
+        eval_strategy="steps" if evaluates and args.eval_steps else "no",
+        eval_steps=args.eval_steps or None,
+        save_strategy="steps" if args.save_steps else "no",
+        save_steps=args.save_steps or 500,
+        # One record a step; StageLog prints every --logging_steps of them and feeds the tracker.
+        logging_steps=1,
+        # A NaN must be seen: the Trainer would otherwise log the mean of the losses before it.
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **extra,
+    )
+
+
+# ---- processes ----
+def world() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher says, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(*lines: str) -> None:
+    """Print on the first process only."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def announce_batches(args, rows: int, unit: str) -> None:
+    """Say how many rows an optimizer step sees on all processes together."""
+    processes = world()[1]
+    size = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+    say(
+        f"{rows:,} {unit}; {size} a step = {args.per_device_train_batch_size} a device x {processes} process(es) "
+        f"x {args.gradient_accumulation_steps} accumulated"
+    )
+
+
+# ---- starting again ----
+def finished_run(args, stage: str) -> dict | None:
+    """run.json of this very run if it ended before and --resume_from_checkpoint True asks for it again, else None.
+
+    Raises: ValueError naming a flag where output_dir holds the finished run of another command.
+    """
+    run = load_run(args.output_dir) if args.resume_from_checkpoint == "True" else None
+    if run is None or run["stage"] != stage:
+        return None
+    now = json.loads(json.dumps(asdict(args)))
+    for name, value in run["arguments"].items():
+        if name not in MACHINE_FLAGS and now.get(name, value) != value:
+            raise ValueError(
+                f"--output_dir {args.output_dir} holds a finished run with another --{name} ({value}, "
+                f"not {now[name]}): give --overwrite_output_dir True to train again, or another directory"
+            )
+    return run
+
+
+def resume_point(args) -> str | None:
+    """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
+
+    Raises: ValueError where the named checkpoint is not complete.
+    """
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "True":
+        found = newest_complete(args.output_dir, CHECKPOINT_PREFIX)
+        say(f"going on from {found}" if found else f"no checkpoint in {args.output_dir} yet: starting fresh")
+        return None if found is None else str(found)
+    reason = defect(Path(args.resume_from_checkpoint))
+    if reason is not None:
+        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} cannot be used: {reason}")
+    return args.resume_from_checkpoint
+
+
+def cut_metrics(output_dir: str, resume_from: str | None) -> list[dict]:
+    """Drop what metrics.jsonl says of steps after the checkpoint (they will be run again); returns what is left."""
+    file = Path(output_dir) / "metrics.jsonl"
+    if resume_from is None or not file.is_file():
+        return []
+    step = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX))
+    text = file.read_text(encoding="utf-8")
+    # A killed process may have left half a line.
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    if world()[0] == 0:
+        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    return [json.loads(line) for line in kept]
+
+
+# ---- while training ----
+def save_checkpoint(trainer, output_dir: str | None) -> None:
+    """What a Trainer stage writes of its model: adapter and tokenizer, no pickled arguments beside them."""
+    if trainer.args.should_save:
+        save_adapter(trainer.model, output_dir or trainer.args.output_dir)
+        trainer.processing_class.save_pretrained(output_dir or trainer.args.output_dir)
+
+
+def forked_rng():
+    """Context in which random numbers may be drawn without changing what training draws afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)
+
+
+class StageLog(TrainerCallback):
+    """metrics.jsonl at every step, a readable line every few, and a manifest for every checkpoint.
+
+    A training record: step, epoch, loss (of the step's batches), lr, grad_norm (before clipping), tokens/s (real tokens
+    of all processes), time/step (seconds, without evaluation and saving), and the `extra` names of the stage.
+    An evaluation record: step and the metrics the stage names, eval_loss among them.
+
+    Args:
+        log: None on all processes but the first. print_every: steps between printed lines.
+        sampler: told the epoch at its start. accelerate does that too, but not on several processes after a resume.
+        extra: further names of the Trainer's log to keep.
+    """
+
+    def __init__(self, log: MetricsLog | None, print_every: int, sampler: LengthGroupedSampler, extra=()):
+        self.log, self.print_every, self.sampler, self.extra = log, print_every, sampler, extra
+        self.mark, self.tokens, self.marked_step = time.monotonic(), 0, 0
+
+    def _restart_clock(self, state) -> None:
+        self.mark, self.tokens, self.marked_step = time.monotonic(), state.num_input_tokens_seen, state.global_step
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.eta = Eta(state.max_steps, state.global_step)
+        self._restart_clock(state)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.log is None or "loss" not in logs:
+            return
+        seconds = max(time.monotonic() - self.mark, 1e-9)
+        record = {
+            "step": state.global_step,
+            "epoch": logs["epoch"],
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens/s": round((state.num_input_tokens_seen - self.tokens) / seconds),
+            "time/step": seconds / max(1, state.global_step - self.marked_step),
+        }
+        self.log.write(record | {name: logs[name] for name in self.extra if name in logs})
+        if state.global_step % self.print_every == 0 or state.global_step in (1, state.max_steps):
+            print(
+                f"step {state.global_step}/{state.max_steps} | loss {logs['loss']:.4f} | "
+                f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | {record['tokens/s']:,} tokens/s | "
+                f"{record['time/step']:.2f} s/step | ETA {self.eta.left(state.global_step)}",
+                flush=True,
+            )
+        self._restart_clock(state)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        measured = {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(EVAL_NOISE)}
+        if self.log is not None:
+            self.log.write({"step": state.global_step, **measured})
+            shown = " | ".join(f"{name} {value:.4f}" for name, value in measured.items())
+            print(f"step {state.global_step} | {shown} | {metrics['eval_runtime']:.1f} s", flush=True)
+        self._restart_clock(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        # The random states of all processes must be on disk before the list of files is drawn up.
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if self.log is not None:
+            write_manifest(Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}")
+        self._restart_clock(state)
+
+
+# Timings of the Trainer's own evaluation record; they are printed, and no business of metrics.jsonl.
+EVAL_NOISE = ("_runtime", "_per_second", "_time", "_num_tokens")
+
+
+def train(trainer, resume_from: str | None) -> None:
+    """Train from the start or from a checkpoint; one made after the last step only has its adapter loaded.
+
+    There the Trainer would make one step too many, because it looks at the number of steps only after each of them.
+    """
+    if resume_from is not None:
+        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
+        planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        if state.global_step >= planned:
+            trainer.model.load_adapter(resume_from, "default", is_trainable=True)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=resume_from)
+
+
+def last_evaluation(trainer) -> dict[str, float]:
+    """Metrics of the trained model: of the evaluation at the last step if there was one, else of one made now."""
+    done = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if done and done[-1]["step"] == trainer.state.global_step and trainer.state.global_step > 0:
+        return done[-1]
+    return trainer.evaluate()
