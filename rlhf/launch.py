@@ -25,7 +25,7 @@ def wanted_processes(nproc: int) -> int:
 
 
 def quieten() -> None:
-    """Leave out what libraries print about things in order: progress bars of loading, heads that are new on purpose."""
+    """Leave out what libraries print about things in order: bars while loading, heads that are new on purpose."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")

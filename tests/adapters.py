@@ -1,4 +1,4 @@
-"""Adapters with random weights, as the stages would have written them: what the later stages need, without training."""
+"""Adapters with random weights, in directories as the stages write them: what later stages need, without training."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,10 @@ def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = load_base(base, torch.float32, head="score" if stage == "reward" else "causal")
-        reward = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        config = LoraConfig(
-            r=4,
-            lora_alpha=8,
-            target_modules=lora_targets(model, None),
-            **(reward if stage == "reward" else {"task_type": "CAUSAL_LM"}),
-        )
+        task = {"task_type": "CAUSAL_LM"}
+        if stage == "reward":
+            task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, None), **task)
         model = get_peft_model(model, config)
         for parameter in model.parameters():
             if parameter.requires_grad:
