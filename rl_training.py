@@ -10,12 +10,9 @@ Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl,
 """
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from accelerate import Accelerator
@@ -30,10 +27,9 @@ from rlhf.artefacts import (
     claim_output_dir,
     resolve_model,
     save_adapter,
-    write_json,
     write_run,
 )
-from rlhf.checkpoint import defect, load_optimizer, newest_complete, publish, save_optimizer
+from rlhf.checkpoint import load_state, publish, save_state, to_resume
 from rlhf.data import (
     DataArguments,
     collate_prompts,
@@ -44,17 +40,19 @@ from rlhf.data import (
     prompt_rows,
 )
 from rlhf.launch import run_script
+from rlhf.metrics import describe, global_moments, in_words, refuse_non_finite, step_line, timings
 from rlhf.report import Eta, MetricsLog
 from rlhf.roles import Roles, load_roles, pick_dtype, save_value_head
 from rlhf.rollout import Rollout, Sampling, by_length, generate, join, score_logprobs
 from rlhf.update import update
 
-STATE_FILE = "state.json"
+# Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
+STATISTICS_SAMPLES = 128
 
 
 @dataclass(kw_only=True)
 class ScriptArguments(CommonArguments, DataArguments):
-    """Flags of rl_training.py. Every flag the tutorial had still parses; where the meaning changed, the help says so."""
+    """Flags of rl_training.py; every flag the tutorial had still parses."""
 
     # ---- artefacts ----
     base_model_name: str = flag(help="base: directory or hub id", group="artefacts", aliases=["--model_name"])
@@ -162,26 +160,6 @@ class Loop:
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big")
         return torch.Generator(self.accelerator.device).manual_seed(seed)
 
-    def moments(self, x: Tensor, mask: Tensor) -> Tensor:
-        """[3] float64: count, sum and sum of squares of the real entries on all ranks."""
-        return self.accelerator.reduce(ppo.masked_moments(x, mask), "sum")
-
-    def mean(self, x: Tensor) -> float:
-        """Mean of a local [B] tensor over all ranks."""
-        return self.accelerator.gather(x.float()).mean().item()
-
-    def refuse_non_finite(self, rollout: Rollout, raw_scores: Tensor) -> None:
-        """Stop before anything is learnt from a value that is no number, naming what and where, on all ranks together."""
-        found = {"log-probability": rollout.logprobs, "value": rollout.values,
-                 "reference log-probability": rollout.ref_logprobs, "score": raw_scores[:, None]}  # fmt: skip
-        bad = {name: (~x.isfinite()).any(1).nonzero().flatten().tolist() for name, x in found.items()}
-        bad = {name: rows for name, rows in bad.items() if rows}
-        anywhere = self.accelerator.reduce(torch.tensor([float(bool(bad))], device=raw_scores.device), "sum")
-        if anywhere.item():
-            raise FloatingPointError(
-                f"not finite on this rank: {bad or 'nothing'} (rows of the batch); nothing was learnt"
-            )
-
 
 # ---- one step: sample, score, reward, update ----
 def next_prompts(loop: Loop, step: int) -> list[dict]:
@@ -250,8 +228,8 @@ def set_advantages(loop: Loop, rollout: Rollout, scores: Tensor) -> tuple[Tensor
         scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, loop.kl_controller.value
     )
     advantages, rollout.returns = ppo.gae(rewards, rollout.values, rollout.mask, loop.args.gamma, loop.args.lam)
-    sums = loop.accelerator.reduce(ppo.masked_moments(advantages, rollout.mask), "sum")
-    rollout.advantages = ppo.whiten(advantages, rollout.mask, moments=ppo.moments_of(sums))
+    moments = global_moments(loop.accelerator, advantages, rollout.mask)
+    rollout.advantages = ppo.whiten(advantages, rollout.mask, moments=moments)
     return rewards, kl
 
 
@@ -263,7 +241,8 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     clock.append(time.perf_counter())
     raw_scores = score_responses(loop, rollout)
     record_logprobs(loop, rollout)
-    loop.refuse_non_finite(rollout, raw_scores)
+    numbers = {"log-probability": rollout.logprobs, "value": rollout.values, "score": raw_scores}
+    refuse_non_finite(loop.accelerator, numbers | {"reference log-probability": rollout.ref_logprobs})
     scores = transform_scores(loop, raw_scores, rollout)
     rewards, kl = set_advantages(loop, rollout, scores)
     clock.append(time.perf_counter())
@@ -277,99 +256,24 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
         loop.generator(step, "update"),
     )
     clock.append(time.perf_counter())
-    samples = in_words(loop, step, rollout, {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1)})
-    metrics = {"step": step, **describe(loop, rollout, samples), "rewards/mean": loop.mean(rewards.sum(1)), **moved}
+    columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
+    samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    metrics = {"step": step + 1, **describe(loop.accelerator, rollout, samples), **moved}
     metrics |= {"kl_coef": loop.kl_controller.value, "lr": loop.optimizer.param_groups[0]["lr"]}
-    metrics |= timings(loop, rollout, clock)
+    metrics |= timings(loop.accelerator, rollout, clock)
     loop.kl_controller.update(metrics["kl/mean"], loop.args.batch_size * loop.accelerator.num_processes)
     return metrics, samples
-
-
-# ---- what a step says ----
-def in_words(loop: Loop, step: int, rollout: Rollout, columns: dict[str, Tensor]) -> list[dict]:
-    """One record a row: query and response as text, with the numbers of `columns` ([B] each)."""
-    texts = {
-        name: loop.tokenizer.batch_decode([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)],
-                                          skip_special_tokens=True)
-        for name, ids, mask in (
-            ("query", rollout.query_ids, rollout.query_mask), ("response", rollout.response_ids, rollout.mask)
-        )
-    }  # fmt: skip
-    columns = columns | {"length": rollout.lengths(), "ended": rollout.ended(loop.sampling.eos_token_id)}
-    numbers = {name: column.tolist() for name, column in columns.items()}
-    return [
-        {"step": step, **{name: values[row] for name, values in (texts | numbers).items()}}
-        for row in range(len(rollout.mask))
-    ]
-
-
-def describe(loop: Loop, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
-    """Statistics of the sampled batch over all ranks, under the names of metrics.jsonl."""
-    columns = [[float(row[name]) for row in samples] for name in ("score", "raw_score", "kl", "length", "ended")]
-    columns.append([float(not row["response"].strip()) for row in samples])
-    table = loop.accelerator.gather(torch.tensor(columns, device=rollout.mask.device).T.contiguous())
-    score, raw, kl, length, finished, empty = table.T
-    bigrams = [pair for ids, n in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True)
-               for pair in pairwise(ids[:n])]  # fmt: skip
-    error = ppo.moments_of(loop.moments(rollout.returns - rollout.values, rollout.mask))[1]
-    spread = ppo.moments_of(loop.moments(rollout.returns, rollout.mask))[1]
-    entropy = ppo.moments_of(loop.moments(rollout.entropy, rollout.mask))[0]
-    return {
-        "score/mean": score.mean().item(),
-        "score/std": score.std().item() if len(score) > 1 else 0.0,
-        "score/raw_mean": raw.mean().item(),
-        "env/reward_mean": score.mean().item(),
-        "kl/mean": kl.mean().item(),
-        "len/mean": length.mean().item(),
-        "len/min": length.min().item(),
-        "empty_frac": empty.mean().item(),
-        "eos_frac": finished.mean().item(),
-        "distinct_2": loop.mean(torch.tensor([len(set(bigrams)) / max(1, len(bigrams))], device=table.device)),
-        "entropy": entropy.item(),
-        "var_explained": (1 - error / spread.clamp(min=1e-12)).item(),
-    }
-
-
-def timings(loop: Loop, rollout: Rollout, clock: list[float]) -> dict[str, float]:
-    """Seconds of each phase on this rank, and what the whole run got through in a second."""
-    tokens = loop.accelerator.reduce(rollout.mask.sum(), "sum").item()
-    seconds = clock[3] - clock[0]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "time/rollout": clock[1] - clock[0],
-        "time/score": clock[2] - clock[1],
-        "time/update": clock[3] - clock[2],
-        "time/step": seconds,
-        "tokens/s": tokens / seconds,
-        "samples/s": loop.args.batch_size * loop.accelerator.num_processes / seconds,
-        "mem/peak_gb": peak / 1e9,
-    }
-
-
-def step_line(metrics: dict, total: int, eta: str) -> str:
-    """The step in one readable line."""
-    return (
-        f"step {metrics['step'] + 1}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
-        f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
-        f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
-        f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
-        f"update {metrics['time/update']:.1f}) | ETA {eta}"
-    )
 
 
 # ---- start, checkpoint, end ----
 def measure_sft_scores(loop: Loop) -> dict[str, float]:
     """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
+    batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.accelerator.num_processes)))
     loop.roles.train(False)
-    sums = torch.zeros(3, dtype=torch.float64, device=loop.accelerator.device)
-    for batch in range(max(1, round(128 / (loop.args.batch_size * loop.accelerator.num_processes)))):
-        scores = score_responses(loop, sample_responses(loop, batch, "statistics"))
-        sums += loop.moments(scores, torch.ones_like(scores, dtype=torch.bool))
-    mean, variance = ppo.moments_of(sums)
+    scores = torch.cat([score_responses(loop, sample_responses(loop, n, "statistics")) for n in range(batches)])
+    mean, variance = global_moments(loop.accelerator, scores, torch.ones_like(scores, dtype=torch.bool))
     if variance == 0:
-        raise ValueError(
-            "the reward model gives every answer of the SFT model the same score: it cannot teach anything"
-        )
+        raise ValueError("the reward model gives all answers of the SFT model one score: it cannot teach anything")
     return {"mean": mean.item(), "std": variance.sqrt().item()}
 
 
@@ -381,41 +285,29 @@ def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
 
 
-def save_checkpoint(loop: Loop, step: int, run: dict, metrics: dict) -> None:
-    """step_<n>/ after n steps: the stage's files and what a restart needs, complete or not there at all."""
+def save_checkpoint(loop: Loop, done: int, run: dict, metrics: dict) -> None:
+    """step_<done>/: the stage's files and what a restart needs, complete or not there at all."""
 
     def write(folder: Path) -> None:
-        save_stage(loop, folder, run, metrics)
-        save_optimizer(loop.optimizer, folder)
-        state = {"step": step, "kl_coef": loop.kl_controller.value, "reward_stats": loop.reward_stats}
-        write_json(folder / STATE_FILE, state | {"processes": loop.accelerator.num_processes})
+        save_stage(loop, folder, run, {"steps": done, **metrics})
+        kept = {"step": done, "kl_coef": loop.kl_controller.value, "reward_stats": loop.reward_stats}
+        save_state(folder, loop.optimizer, kept | {"processes": loop.accelerator.num_processes})
 
     if loop.accelerator.is_main_process:
-        publish(Path(loop.args.output_dir), f"step_{step}", write)
+        publish(Path(loop.args.output_dir), f"step_{done}", write)
     loop.accelerator.wait_for_everyone()
 
 
 def resume(loop: Loop, folder: Path) -> int:
     """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
-    load_optimizer(loop.optimizer, folder)
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = load_state(folder, loop.optimizer)
     if state["processes"] != loop.accelerator.num_processes:
         raise ValueError(
             f"{folder} was written by {state['processes']} processes, this run has {loop.accelerator.num_processes}: "
-            "the same number is needed to go on as if nothing had happened"
+            "the same number is needed to go on exactly"
         )
     loop.kl_controller.value, loop.reward_stats = state["kl_coef"], state["reward_stats"]
     return state["step"]
-
-
-def checkpoint_to_resume(args: ScriptArguments) -> Path | None:
-    """The folder to go on from: the one named, or the newest complete one for `True`, or None for a fresh start."""
-    if args.resume_from_checkpoint in (None, "True"):
-        return newest_complete(args.output_dir) if args.resume_from_checkpoint else None
-    reason = defect(Path(args.resume_from_checkpoint))
-    if reason:
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} cannot be used: {reason}")
-    return Path(args.resume_from_checkpoint)
 
 
 def check_inputs(args: ScriptArguments, tokenizer) -> dict:
@@ -490,10 +382,10 @@ def train(loop: Loop, done: int, run: dict) -> dict:
         if main:
             log.write(metrics)
             print(step_line(metrics, total, eta.left(step + 1)), flush=True)
-            if step % args.sample_freq == 0 or step == total - 1:
-                log.write_samples(samples)
+            if step in (0, total - 1) or (step + 1) % args.sample_freq == 0:
+                log.write_samples([{"step": step + 1, **row} for row in samples])
         if args.save_freq and (step + 1) % args.save_freq == 0:
-            save_checkpoint(loop, step + 1, run, {"steps": step + 1, **metrics})
+            save_checkpoint(loop, step + 1, run, metrics)
     if main:
         log.close()
     return {"steps": total, **metrics}
@@ -517,7 +409,7 @@ def main(args: ScriptArguments) -> None:
         print(funnel.table(), flush=True)
     accelerator.wait_for_everyone()
     run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
-    start = checkpoint_to_resume(args)
+    start = to_resume(args.resume_from_checkpoint, args.output_dir)
     loop = make_loop(args, accelerator, tokenizer, prompts, start)
     done = resume(loop, start) if start else 0
     if args.reward_transform == "standardize" and not loop.reward_stats:

@@ -38,7 +38,7 @@ class Writing:
 
 @dataclass
 class Cell:
-    """One answer: text, its tokens (EOS included), whether it ended by itself, and its score if there is a reward model."""
+    """One answer: text, tokens (EOS included), whether it ended by itself, and its score if there is one."""
 
     text: str
     tokens: int

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter
+from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -29,6 +29,24 @@ def flag(default: Any = REQUIRED, *, help: str, group: str = "run", aliases: lis
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class _HelpFormat(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """The script's own lines first, then each flag with its default."""
+
+    def _format_action_invocation(self, action):
+        # Every flag also parses with dashes in its name; showing both would double the help.
+        shown = copy.copy(action)
+        shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
+        return super()._format_action_invocation(shown)
+
+    def _get_help_string(self, action):
+        # No default is worth no words, and a new line in one (the template's) would be lost among the spaces.
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, str) and "\n" in action.default:
+            return f"{action.help} (default: {repr(action.default).replace('%', '%%')})"
+        return super()._get_help_string(action)
+
+
 class _GroupedParser(HfArgumentParser):
     """HfArgumentParser whose `--help` is grouped by the field's `group`, not by its dataclass."""
 
@@ -48,6 +66,11 @@ class _GroupedParser(HfArgumentParser):
                 action.help = SUPPRESS
 
 
+def build_parser(cls: type, description: str) -> HfArgumentParser:
+    """The parser of a dataclass of `flag` fields; `description` is printed as it stands at the top of `--help`."""
+    return _GroupedParser(cls, description=description, allow_abbrev=False, formatter_class=_HelpFormat)
+
+
 def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
     """Parse a command line into `cls`; a wrong value ends the program with the usage and exit code 2.
 
@@ -56,9 +79,7 @@ def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arg
         argv: arguments without the program's name; None reads sys.argv.
         description: first lines of `--help`.
     """
-    parser = _GroupedParser(
-        cls, description=description, allow_abbrev=False, formatter_class=ArgumentDefaultsHelpFormatter
-    )
+    parser = build_parser(cls, description)
     namespace = parser.parse_args(argv)
     try:
         return cls(**vars(namespace))

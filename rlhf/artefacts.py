@@ -219,9 +219,8 @@ def check_adapter(
         return None
     stages = (stage,) if isinstance(stage, str) else stage
     if run.get("stage") not in stages:
-        raise ValueError(
-            f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but one of {'/'.join(stages)} is wanted here"
-        )
+        wanted = " or ".join(stages)
+        raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
     pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
     if tokenizer is not None:
         pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))

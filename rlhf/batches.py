@@ -48,7 +48,8 @@ class LengthGroupedSampler(Sampler[int]):
     """Row numbers of an epoch, shuffled so that rows of one group are about equally long: little padding.
 
     The order depends on (lengths, group_size, seed, epoch) and nothing else, no global random state: a run resumed in
-    its third epoch sees that epoch's order. Trainer and accelerate call `set_epoch` by themselves.
+    its third epoch sees that epoch's order. accelerate calls `set_epoch`, but on several processes not after a resume:
+    a callback must (rlhf/trainer.py).
 
     Args:
         lengths: tokens of each row.

@@ -15,6 +15,7 @@ from rlhf.artefacts import write_json
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 
 
 def publish(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
@@ -71,20 +72,35 @@ def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | Non
     return None
 
 
-def save_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Write the optimizer's per-parameter state as safetensors, named "<parameter index>.<key>"."""
+def to_resume(wish: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint of `--resume_from_checkpoint`: newest complete one for "True" (None if there is none), or a path.
+
+    Raises: ValueError naming what is wrong with a checkpoint that was asked for by its path.
+    """
+    if wish in (None, "True"):
+        return newest_complete(output_dir) if wish else None
+    reason = defect(Path(wish))
+    if reason:
+        raise ValueError(f"--resume_from_checkpoint {wish} cannot be used: {reason}")
+    return Path(wish)
+
+
+def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write the optimizer's tensors as safetensors ("<parameter index>.<key>") and `state` as JSON."""
     tensors = {}
-    for index, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
             tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(tensors, folder / OPTIMIZER_FILE)
+    write_json(folder / STATE_FILE, state)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Put back what `save_optimizer` wrote; the optimizer must hold the same parameters in the same order."""
+def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
+    """Put back what `save_state` wrote of the optimizer (same parameters, same order); returns the rest."""
     content = optimizer.state_dict()
     content["state"] = {}
     for name, tensor in load_file(folder / OPTIMIZER_FILE).items():
         index, key = name.split(".", 1)
         content["state"].setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict(content)
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))

@@ -163,7 +163,7 @@ def load_splits(
 def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, str] | None:
     """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
     if args.eval_dataset_name:
-        splits = splits_of(args.eval_dataset_name)
+        splits = splits_of(args.eval_dataset_name, flag="--eval_dataset_name")
         usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits)))
         return args.eval_dataset_name, splits, args.eval_split or usual
     usual = next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
@@ -186,9 +186,11 @@ class _Reader:
         counts = Counter(name for _, row in located if isinstance(row, dict) for name in row)
         # Columns that most rows have: one stray name must not decide how all the others are read.
         columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
-        fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
-        if fmt:
-            self.funnel.formats.append(str(fmt))
+        try:
+            fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+        self.funnel.formats += [str(fmt)] if fmt else []
         seen: set[tuple] = set()
         kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
         if not kept and not (self.malformed and self.args.bad_rows == "stop"):

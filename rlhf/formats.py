@@ -97,8 +97,8 @@ def _extras(columns: set[str], prompt: str) -> tuple[str, ...]:
 
 
 def _listed(columns: set[str]) -> str:
-    # A name may hold half a surrogate pair, which no terminal can print.
-    return ", ".join(sorted(columns)).encode("utf-8", "backslashreplace").decode("utf-8") or "(none)"
+    # A damaged file may have names that no terminal can print, or thousands of characters long: repr escapes them.
+    return ", ".join(repr(name)[1:-1][:40] for name in sorted(columns)[:20])
 
 
 # ---- one row ----
@@ -178,6 +178,8 @@ def _answered(dialogue: list[Turn], template: str) -> list[dict]:
     asked = [number for number, (role, _) in enumerate(merged) if role == "assistant"]
     if not asked:
         raise Unusable("no answer in the dialogue")
+    if asked[0] == 0:
+        raise Unusable("dialogue begins with an answer")
     return [{"prompt": fold(merged[:number], template), "answer": merged[number][1]} for number in asked]
 
 

@@ -40,7 +40,7 @@ class MetricsLog:
         """Cut metrics.jsonl and samples.jsonl back to the first `done` steps (of a resumed run), then append."""
         self.file, self.samples = Path(output_dir) / "metrics.jsonl", Path(output_dir) / "samples.jsonl"
         kept = {
-            file: [row for row in read_lines(file) if row.get("step", 0) < done] for file in (self.file, self.samples)
+            file: [row for row in read_lines(file) if row.get("step", 0) <= done] for file in (self.file, self.samples)
         }
         for file, rows in kept.items():
             file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

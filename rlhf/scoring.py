@@ -36,4 +36,6 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * attention_mask.long()).argmax(-1)
     pooled = hidden[torch.arange(len(last), device=last.device), last]
-    return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()
+    # Under autocast a score would be rounded to three digits: close answers would tie.
+    with torch.autocast(pooled.device.type, enabled=False):
+        return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()

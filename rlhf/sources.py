@@ -25,7 +25,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 Located = tuple[str, object]
 
 
-def splits_of(source: str, config: str | None = None) -> dict[str, Iterator[Located]]:
+def splits_of(source: str, config: str | None = None, flag: str = "--dataset_name") -> dict[str, Iterator[Located]]:
     """The splits of a local path or a hub id; a single file is one split named "train".
 
     Raises: FileNotFoundError, ValueError or ConnectionError, in one sentence, where the source cannot be read at all.
@@ -38,8 +38,8 @@ def splits_of(source: str, config: str | None = None) -> dict[str, Iterator[Loca
     if path.is_dir():
         return _directory_splits(path)
     if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise FileNotFoundError(f"--dataset_name {source} does not exist: give a local file, a directory or a hub id")
-    return _hub_splits(source, config)
+        raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
+    return _hub_splits(source, config, flag)
 
 
 # ---- directories and the hub ----
@@ -75,7 +75,7 @@ def _split_of(file: Path) -> str:
     return next((word for word in words if word in SPLITS), "train")
 
 
-def _hub_splits(name: str, config: str | None) -> dict[str, Iterator[Located]]:
+def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[Located]]:
     try:
         if name in SCRIPT_DATASETS:
             file = f"{config or 'all'}.jsonl"
@@ -86,8 +86,8 @@ def _hub_splits(name: str, config: str | None) -> dict[str, Iterator[Located]]:
     # RuntimeError is what datasets raises for any other loading script.
     except (OSError, ValueError, RuntimeError) as error:
         raise ConnectionError(
-            f"--dataset_name {name} could not be loaded from the hub ({_short(error)}): download its data files where "
-            "there is a network and pass --dataset_name the local file"
+            f"{flag} {name} is no local path and could not be loaded from the hub ({_short(error)}): download its "
+            f"data files where there is a network and pass {flag} the local file"
         ) from None
     return {split: _numbered(f"{name}[{split}]", rows) for split, rows in found.items()}
 

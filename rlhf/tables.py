@@ -16,13 +16,15 @@ Columns = dict[str, list[Cell]]
 
 def summarize(columns: Columns) -> list[list[str]]:
     """A header and a line a version: mean tokens, empty and cut answers, mean score where there is one."""
-    scored = any(cell.score is not None for cells in columns.values() for cell in cells)
-    lines = [["version", "mean tokens", "empty", "cut"] + ["mean score"] * scored]
+    header, lines = ["version", "mean tokens", "empty", "cut"], []
     for name, cells in columns.items():
-        line = [name, f"{mean(cell.tokens for cell in cells):.1f}", str(sum(not cell.text for cell in cells))]
-        line.append(str(sum(not cell.ended for cell in cells)))
-        lines.append(line + [f"{mean(cell.score for cell in cells):.3f}"] * scored)
-    return lines
+        counts = [sum(not cell.text for cell in cells), sum(not cell.ended for cell in cells)]
+        lines.append([name, f"{mean(cell.tokens for cell in cells):.1f}", *map(str, counts)])
+        scores = [cell.score for cell in cells if cell.score is not None]
+        if scores:
+            header = [*header[:4], "mean score"]
+            lines[-1].append(f"{mean(scores):.3f}")
+    return [header, *lines]
 
 
 def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:

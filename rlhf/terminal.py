@@ -1,4 +1,4 @@
-"""Text in a terminal: what a wide (Chinese) character takes, wrapping by it, and no control characters from a model."""
+"""Text in a terminal: the width of Chinese characters, wrapping by it, and no control characters from a model."""
 
 import re
 import unicodedata

@@ -6,11 +6,13 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import datasets
 import torch
 import torch.distributed as dist
 from transformers import SchedulerType, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from rlhf.arguments import flag
 from rlhf.artefacts import load_run, save_adapter
@@ -121,6 +123,12 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
 
 
 # ---- processes ----
+def quiet_libraries() -> None:
+    """No progress bars of the libraries: a log has one readable line a step."""
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
 def world() -> tuple[int, int]:
     """(rank, number of processes) as the launcher says, before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -178,19 +186,12 @@ def resume_point(args) -> str | None:
     return args.resume_from_checkpoint
 
 
-def cut_metrics(output_dir: str, resume_from: str | None) -> list[dict]:
-    """Drop what metrics.jsonl says of steps after the checkpoint (they will be run again); returns what is left."""
-    file = Path(output_dir) / "metrics.jsonl"
-    if resume_from is None or not file.is_file():
-        return []
-    step = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX))
-    text = file.read_text(encoding="utf-8")
-    # A killed process may have left half a line.
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    kept = [line for line in whole if json.loads(line)["step"] <= step]
-    if world()[0] == 0:
-        file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return [json.loads(line) for line in kept]
+def open_log(args, resume_from: str | None) -> MetricsLog | None:
+    """metrics.jsonl cut back to the checkpoint, as later steps will be run again; None but on the first process."""
+    if world()[0] != 0:
+        return None
+    step = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX)) if resume_from else -1
+    return MetricsLog(args.output_dir, args.log_with, done=step + 1)
 
 
 # ---- while training ----
@@ -210,8 +211,8 @@ def forked_rng():
 class StageLog(TrainerCallback):
     """metrics.jsonl at every step, a readable line every few, and a manifest for every checkpoint.
 
-    A training record: step, epoch, loss (of the step's batches), lr, grad_norm (before clipping), tokens/s (real tokens
-    of all processes), time/step (seconds, without evaluation and saving), and the `extra` names of the stage.
+    A training record: step, epoch, loss (of the step's batches), lr, grad_norm (before clipping), tokens/s (real
+    tokens of all processes), time/step (seconds, without evaluation and saving), and the `extra` names of the stage.
     An evaluation record: step and the metrics the stage names, eval_loss among them.
 
     Args:
@@ -234,6 +235,14 @@ class StageLog(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.sampler.set_epoch(int(state.epoch))
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # With float16 the gradient scaler leaves such a step out and goes on with a smaller scale.
+        if not args.fp16 and not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            raise FloatingPointError(
+                f"the gradient of step {state.global_step + 1} is not finite; training stops before it is applied: "
+                "lower --learning_rate, or look for broken rows with --inspect_data True"
+            )
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.log is None or "loss" not in logs:
             return
@@ -251,8 +260,9 @@ class StageLog(TrainerCallback):
         if state.global_step % self.print_every == 0 or state.global_step in (1, state.max_steps):
             print(
                 f"step {state.global_step}/{state.max_steps} | loss {logs['loss']:.4f} | "
-                f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | {record['tokens/s']:,} tokens/s | "
-                f"{record['time/step']:.2f} s/step | ETA {self.eta.left(state.global_step)}",
+                f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | "
+                f"{record['tokens/s']:,} tokens/s | {record['time/step']:.2f} s/step | "
+                f"ETA {self.eta.left(state.global_step)}",
                 flush=True,
             )
         self._restart_clock(state)
@@ -293,9 +303,8 @@ def train(trainer, resume_from: str | None) -> None:
     trainer.train(resume_from_checkpoint=resume_from)
 
 
-def last_evaluation(trainer) -> dict[str, float]:
-    """Metrics of the trained model: of the evaluation at the last step if there was one, else of one made now."""
-    done = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if done and done[-1]["step"] == trainer.state.global_step and trainer.state.global_step > 0:
-        return done[-1]
-    return trainer.evaluate()
+def final_evaluation(trainer) -> None:
+    """Evaluate the trained model, unless the last step ended with an evaluation."""
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.state.global_step == 0 or trainer.state.global_step not in steps:
+        trainer.evaluate()

@@ -95,14 +95,13 @@ def _backward(roles: Roles, part: Rollout, sampling: Sampling, args) -> tuple[Te
 
 def _optimizer_step(optimizer, parameters: list[nn.Parameter], window: Tensor, args, accelerator, norms: list) -> bool:
     """One flat all-reduce of gradients and counts, the division by the window's tokens, the step; False if skipped."""
-    counts = window[[SUMS.index("tokens"), SUMS.index("ratio/mean")]].float()
+    counts = window[[SUMS.index(name) for name in ("tokens", "ratio/mean", "loss/policy", "loss/value")]].float()
     gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
     flat = accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
-    tokens, ratio = flat[-2], flat[-1]
-    gradient = flat[:-2] / tokens
+    gradient, (tokens, ratio, *_) = flat[:-4] / flat[-4], flat[-4:]
     norm = gradient.norm().item()
     if not torch.isfinite(flat).all():
-        raise FloatingPointError("a gradient of the PPO update is not finite; nothing of this step was kept")
+        raise FloatingPointError("a loss or gradient of the PPO update is not finite; nothing of this step was kept")
     norms.append(norm)
     skip = (ratio / tokens).item() > MAX_MEAN_RATIO
     gradient = gradient * min(1.0, args.max_grad_norm / (norm + 1e-6))

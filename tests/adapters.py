@@ -19,7 +19,7 @@ class NoArguments:
 
 
 def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int = 0, scale: float = 0.05) -> str:
-    """Write an adapter of `stage` ("sft" or "reward", which has a score head) whose weights are all drawn at random."""
+    """Write an adapter of `stage` ("sft" or "reward", which has a score head) with random weights."""
     folder = Path(folder)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

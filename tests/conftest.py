@@ -1,5 +1,6 @@
 """Tiny models every test can afford: a native Baichuan and a stock Llama, built once a session from made-up text."""
 
+import json
 import os
 from itertools import product
 from pathlib import Path
@@ -115,3 +116,19 @@ def shared_data() -> Path:
     if not directory.is_dir():
         pytest.skip("the sample files of ../shared/data are not in this checkout")
     return directory
+
+
+@pytest.fixture(scope="session")
+def sample_lines(shared_data) -> list[str]:
+    """Every line of every text in both sample files, line ends included."""
+
+    def texts(value):
+        if isinstance(value, str):
+            yield value
+        else:
+            for item in value.values() if isinstance(value, dict) else value:
+                yield from texts(item)
+
+    files = [shared_data / name for name in ("alpaca_zh_demo.json", "dpo_zh_demo.json")]
+    found = [text for file in files for text in texts(json.loads(file.read_text(encoding="utf-8")))]
+    return [line for text in found for line in text.splitlines(keepends=True)]

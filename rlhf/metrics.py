@@ -1,0 +1,107 @@
+"""What a PPO step says of itself: the numbers of metrics.jsonl, the batch in words, one readable line."""
+
+from itertools import pairwise
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.ppo import masked_moments, moments_of
+from rlhf.rollout import Rollout
+
+
+def global_moments(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of the real entries of all ranks."""
+    return moments_of(accelerator.reduce(masked_moments(x, mask), "sum"))
+
+
+def in_words(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
+    """One record a row: query and response as text, length, whether it ended, the numbers of `columns` ([B] each)."""
+    sides = {"query": (rollout.query_ids, rollout.query_mask), "response": (rollout.response_ids, rollout.mask)}
+    table = {}
+    for name, (ids, mask) in sides.items():
+        real = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        table[name] = tokenizer.batch_decode(real, skip_special_tokens=True)
+    columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(eos_token_id)}
+    table |= {name: column.tolist() for name, column in columns.items()}
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+
+def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
+    """Statistics of the sampled batch over all ranks; `samples` are its rows in words."""
+    rows = [
+        [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
+    ]
+    empty = [[float(not row["response"].strip())] for row in samples]
+    table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
+    score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
+    error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
+    spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
+    return {
+        "score/mean": score.mean().item(),
+        "score/std": score.std().item() if len(score) > 1 else 0.0,
+        "score/raw_mean": raw.mean().item(),
+        "env/reward_mean": score.mean().item(),
+        "kl/mean": kl.mean().item(),
+        "rewards/mean": reward.mean().item(),
+        "len/mean": length.mean().item(),
+        "len/min": length.min().item(),
+        "empty_frac": empty.mean().item(),
+        "eos_frac": ended.mean().item(),
+        "distinct_2": _distinct_2(accelerator, rollout),
+        "entropy": global_moments(accelerator, rollout.entropy, rollout.mask)[0].item(),
+        "var_explained": (1 - error / spread.clamp(min=1e-12)).item(),
+    }
+
+
+def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
+    """Share of a batch's token pairs that are new in it, mean over ranks; it falls as answers grow alike."""
+    rows = zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True)
+    bigrams = [pair for ids, length in rows for pair in pairwise(ids[:length])]
+    share = len(set(bigrams)) / max(1, len(bigrams))
+    return accelerator.gather(torch.tensor([share], device=rollout.mask.device)).mean().item()
+
+
+def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> dict[str, float]:
+    """Seconds between the four ticks of `clock` on this rank, and what all ranks got through in a second."""
+    tokens = accelerator.reduce(rollout.mask.sum(), "sum").item()
+    seconds = clock[3] - clock[0]
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "time/rollout": clock[1] - clock[0],
+        "time/score": clock[2] - clock[1],
+        "time/update": clock[3] - clock[2],
+        "time/step": seconds,
+        "tokens/s": tokens / seconds,
+        "samples/s": len(rollout.mask) * accelerator.num_processes / seconds,
+        "mem/peak_gb": peak / 1e9,
+    }
+
+
+def step_line(metrics: dict, total: int, eta: str) -> str:
+    """A step in one line."""
+    return (
+        f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
+        f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
+        f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
+        f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
+        f"update {metrics['time/update']:.1f}) | ETA {eta}"
+    )
+
+
+def refuse_non_finite(accelerator: Accelerator, found: dict[str, Tensor]) -> None:
+    """Stop on all ranks together if any tensor ([B] or [B, T]) of any rank holds a value that is no number.
+
+    Raises: FloatingPointError naming the quantity and the rows of this rank's batch.
+    """
+    bad = {}
+    for name, tensor in found.items():
+        rows = (~tensor.isfinite()).flatten(1) if tensor.dim() > 1 else (~tensor.isfinite())[:, None]
+        if rows.any():
+            bad[name] = rows.any(1).nonzero().flatten().tolist()
+    anywhere = accelerator.reduce(torch.tensor([float(bool(bad))], device=accelerator.device), "sum")
+    if anywhere.item():
+        where = ", ".join(f"{name} in rows {rows}" for name, rows in bad.items()) or "on another process"
+        raise FloatingPointError(f"not finite: {where} of the batch; nothing was learnt from it")

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up .venv if needed, lints, runs every test. Arguments go to pytest: `bash scripts/run_tests.sh -m "not slow"`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_venv.sh requirements-dev.txt
+
+ruff check .
+ruff format --check .
+# One thread each: the models of the tests are too small to share out.
+OMP_NUM_THREADS=1 python -m pytest "$@"
