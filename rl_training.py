@@ -398,16 +398,18 @@ def main(args: ScriptArguments) -> None:
         args.merged_sft_model_path = resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
     tokenizer = load_tokenizer(args.tokenizer_name or args.base_model_name)
     run = check_inputs(args, tokenizer)
-    rows, funnel = load_rows(args.dataset_name, "prompt", args.train_split, args=args)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.is_main_process and not args.inspect_data:
+        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+    accelerator.wait_for_everyone()
+    bad_rows_file = None if args.inspect_data else Path(args.output_dir) / "bad_rows.jsonl"
+    rows, funnel = load_rows(args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file)
     prompts = prompt_rows(tokenizer, rows, args.prompt_template, args.max_prompt_length, funnel)
     if args.inspect_data:
         inspect_rows(tokenizer, prompts, funnel)
         return
-    accelerator = Accelerator()
     if accelerator.is_main_process:
-        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
         print(funnel.table(), flush=True)
-    accelerator.wait_for_everyone()
     run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
     start = to_resume(args.resume_from_checkpoint, args.output_dir)
     loop = make_loop(args, accelerator, tokenizer, prompts, start)

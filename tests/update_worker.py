@@ -1,0 +1,38 @@
+"""One process of a distributed update: takes its share of a stored rollout, updates, and rank 0 saves the parameters.
+
+torchrun --nproc-per-node 2 tests/update_worker.py inputs.pt output.pt
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+
+import rl_training
+from rlhf.roles import load_roles
+from rlhf.rollout import Rollout, Sampling
+from rlhf.update import update
+
+
+def main(inputs: str, output: str) -> None:
+    """Update on rows rank::world of the rollout stored in `inputs`; the parameters go to `output`."""
+    stored = torch.load(inputs, weights_only=True)
+    args = rl_training.parse_args(stored["flags"])
+    accelerator = Accelerator(cpu=True)
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    rollout = Rollout(**{name: tensor[share] for name, tensor in stored["rollout"].items()})
+    roles = load_roles(
+        args.base_model_name, args.sft_model_lora_path, args.reward_model_lora_path, dtype=torch.float32, device="cpu"
+    )
+    optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
+    sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
+    generator = torch.Generator().manual_seed(accelerator.process_index)
+    metrics = update(roles, optimizer, rollout, sampling, args, accelerator, generator)
+    if accelerator.is_main_process:
+        parameters = {name: p.detach() for name, p in roles.trainable().items()}
+        torch.save({"parameters": parameters, "metrics": metrics}, output)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
