@@ -190,8 +190,10 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
     """metrics.jsonl cut back to the checkpoint, as later steps will be run again; None but on the first process."""
     if world()[0] != 0:
         return None
-    step = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX)) if resume_from else -1
-    return MetricsLog(args.output_dir, args.log_with, done=step + 1)
+    if resume_from is None:
+        (Path(args.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+        return MetricsLog(args.output_dir, args.log_with)
+    return MetricsLog(args.output_dir, args.log_with, done=int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX)))
 
 
 # ---- while training ----

@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils import can_return_tuple
 
 from rlhf.baichuan.configuration import BaichuanConfig
 
@@ -110,6 +111,7 @@ class BaichuanForSequenceClassification(BaichuanPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
     ) -> SequenceClassifierOutputWithPast:

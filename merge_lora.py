@@ -1,0 +1,162 @@
+"""Merge an adapter into its base: a standalone model that needs no peft, and in Llama format no code of ours either.
+
+In:  a base model, and an adapter of any stage (a reward adapter gives a sequence classification model, head included).
+Out: <output_dir>: safetensors, config, tokenizer, run.json. Nothing is written unless the result proves equal.
+
+    W  <-  W + (alpha / r) * B @ A,   and with --format llama   [W_q; W_k; W_v] = W_pack
+
+    python merge_lora.py --base_model_name baichuan-inc/baichuan-7B --lora_path runs/sft --output_dir merged/sft
+    python merge_lora.py --adapter_only True --lora_path runs/sft --output_dir merged/sft_qkv   # LoRA for q, k, v
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
+
+from rlhf.arguments import flag, parse
+from rlhf.artefacts import ADAPTER_FILE, base_fingerprint, check_adapter, read_adapter, resolve_model, write_run
+from rlhf.export import BOUNDS, check_parity, probe, refuse_nonfinite, split_adapter, to_llama
+from rlhf.export_tokenizer import save_tokenizer
+from rlhf.launch import run_script
+from rlhf.roles import add_lora, load_base
+
+
+@dataclass(kw_only=True)
+class ScriptArguments:
+    """Flags of merge_lora.py."""
+
+    base_model_name: str | None = flag(
+        None, help="base: directory or hub id", aliases=["--model_name", "--model_path"]
+    )
+    lora_path: str | None = flag(None, help="adapter to merge; without it the base alone is converted to --format")
+    output_dir: str = flag(help="new or empty directory for the result")
+    format: str | None = flag(
+        None, help="llama: plain Llama without custom code; by default the base's own", choices=["baichuan", "llama"]
+    )
+    dtype: str = flag("bfloat16", help="of the merged weights", choices=list(BOUNDS))
+    adapter_only: bool = flag(False, help="write the W_pack adapter as a q_proj/k_proj/v_proj one; merge nothing")
+
+    def __post_init__(self):
+        if self.adapter_only and not self.lora_path:
+            raise ValueError("--adapter_only True needs --lora_path, the adapter to convert")
+        if not self.adapter_only and not self.base_model_name:
+            raise ValueError("--base_model_name is missing: give the model the adapter was trained on")
+        if not self.lora_path and not self.format:
+            raise ValueError(
+                "nothing to do: give --lora_path to merge an adapter, or --format llama to convert the base"
+            )
+
+
+def parse_args(argv: list[str] | None = None) -> ScriptArguments:
+    """Flags of the command line, values checked; paths are not."""
+    return parse(ScriptArguments, argv, __doc__)
+
+
+# ---- checks before anything loads ----
+def refuse_used(output_dir: str) -> Path:
+    """`output_dir` as a path. Raises: FileExistsError where something is there already."""
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"--output_dir {target} is not empty: give a new directory")
+    return target
+
+
+def check_format(base_dir: str, wanted: str | None) -> bool:
+    """Whether the weights must be turned into Llama's. Raises: ValueError where the base has no such format."""
+    kind = AutoConfig.from_pretrained(base_dir).model_type
+    if wanted not in (None, kind) and kind != "baichuan":
+        raise ValueError(f"--format {wanted} does not fit a {kind} base: leave it out to keep the base's own format")
+    return kind == "baichuan" and wanted == "llama"
+
+
+# ---- merging ----
+def merge(base_dir: str, lora_path: str | None, dtype: str, device: str):
+    """The base with the adapter in its weights.
+
+    Returns: the model on `device`, and what base + adapter, not merged, give on the probe (float32).
+    """
+    reward = lora_path is not None and read_adapter(lora_path)[0].task_type == "SEQ_CLS"
+    model = load_base(base_dir, getattr(torch, dtype), head="score" if reward else "causal", device=device).eval()
+    model.config.use_cache = True
+    # A new score head is random, but it is replaced by the adapter's below.
+    refuse_nonfinite(model.state_dict(), f"base {base_dir}")
+    if lora_path is None:
+        return model, probe(model)
+    wrapped, rest = add_lora(model, lora_path, "default", trainable=False)
+    for name, tensor in rest.items():
+        with torch.no_grad():
+            model.get_parameter(name.removeprefix("base_model.model.")).copy_(tensor)
+    expected = probe(wrapped.eval())
+    return wrapped.merge_and_unload(safe_merge=True), expected
+
+
+def write_tokenizer(base_dir: str, directory: Path, llama: bool):
+    """Save the base's tokenizer, for stock transformers if `llama`, and return it."""
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    if llama:
+        save_tokenizer(tokenizer, directory)
+    else:
+        tokenizer.save_pretrained(directory)
+    return tokenizer
+
+
+# ---- the two jobs ----
+def convert_adapter(args: ScriptArguments, target: Path) -> None:
+    """Write the adapter for q, k and v in place of W_pack: for a base that was converted by --format llama."""
+    config, weights = read_adapter(args.lora_path)
+    refuse_nonfinite(weights, f"adapter {args.lora_path}")
+    config, weights = split_adapter(config, weights)
+    # The base it was trained on has no q_proj: the one it now fits is the Llama-format copy, if given.
+    config.base_model_name_or_path = args.base_model_name
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target / ADAPTER_FILE, metadata={"format": "pt"})
+    config.save_pretrained(str(target))
+    print(f"adapter for q_proj, k_proj and v_proj written to {target}", flush=True)
+
+
+def merge_into(args: ScriptArguments, target: Path) -> None:
+    """Merge, save beside the target, load what was saved, compare, and only then move it into place."""
+    base_dir = resolve_model(args.base_model_name, "--base_model_name")
+    llama, fingerprint, run = check_format(base_dir, args.format), base_fingerprint(base_dir), None
+    if args.lora_path is not None:
+        refuse_nonfinite(read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
+        stages = ("sft", "reward", "ppo")
+        run = check_adapter(args.lora_path, stage=stages, base=fingerprint, flag="--lora_path")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, expected = merge(base_dir, args.lora_path, args.dtype, device)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        staged = Path(scratch) / "model"
+        (to_llama(model) if llama else model).save_pretrained(staged)
+        head = "score" if hasattr(model, "score") else "causal"
+        del model
+        tokenizer = write_tokenizer(base_dir, staged, llama)
+        found = probe(load_base(str(staged), getattr(torch, args.dtype), head=head, device=device).eval())
+        distance = check_parity(expected, found, args.dtype)
+        write_run(
+            staged, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer,
+            template=run and run["prompt_template"], metrics={"distance": distance, "bound": BOUNDS[args.dtype]},
+            parents={"adapter": args.lora_path} if args.lora_path else {},
+        )  # fmt: skip
+        if target.exists():
+            target.rmdir()
+        os.replace(staged, target)
+    print(f"{target}: {distance:.2g} from base + adapter (bound {BOUNDS[args.dtype]} in {args.dtype})", flush=True)
+
+
+def main(args: ScriptArguments) -> None:
+    """Check the paths, then convert the adapter or merge it."""
+    target = refuse_used(args.output_dir)
+    if args.adapter_only:
+        convert_adapter(args, target)
+    else:
+        merge_into(args, target)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

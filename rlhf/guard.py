@@ -1,0 +1,55 @@
+"""The collapse guard: what the score never shows, seen step by step in length, emptiness, KL and entropy."""
+
+import math
+from collections import deque
+from statistics import median
+
+MIN_LENGTH_SHARE = 0.3
+MAX_EMPTY = 0.5
+KL_FACTOR, KL_MARGIN, KL_WINDOW = 3.0, 1.0, 10
+MIN_ENTROPY_SHARE = 0.2
+NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
+
+
+class CollapseGuard:
+    """Compares each step's metrics with the run's start and with its last steps.
+
+    Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the median of
+    the last 10 steps and over 1 nat above it, an entropy under 20 % of the first step's, or a number that is none.
+    """
+
+    def __init__(self):
+        self.start: dict[str, float] = {}
+        self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
+
+    def judge(self, metrics: dict[str, float]) -> str | None:
+        """Why this step counts as a collapse, in one sentence, or None; a good step is remembered."""
+        reason = self._reason(metrics)
+        if reason is None:
+            self.start = self.start or {name: metrics[name] for name in ("len/mean", "entropy")}
+            self.recent_kl.append(metrics["kl/mean"])
+        return reason
+
+    def _reason(self, metrics: dict[str, float]) -> str | None:
+        for name in NUMBERS:
+            if not math.isfinite(metrics[name]):
+                return f"{name} is {metrics[name]}"
+        if metrics["empty_frac"] > MAX_EMPTY:
+            return f"{metrics['empty_frac']:.0%} of the answers are empty"
+        for name, share, what in (("len/mean", MIN_LENGTH_SHARE, "length"), ("entropy", MIN_ENTROPY_SHARE, "entropy")):
+            if self.start and metrics[name] < share * self.start[name]:
+                return f"mean {what} fell to {metrics[name]:.2f}, under {share:.0%} of {self.start[name]:.2f} at the start"
+        if len(self.recent_kl) == KL_WINDOW:
+            usual = median(self.recent_kl)
+            if metrics["kl/mean"] > KL_FACTOR * usual and metrics["kl/mean"] > usual + KL_MARGIN:
+                return f"KL jumped to {metrics['kl/mean']:.2f} nats from a median of {usual:.2f}"
+        return None
+
+    def state_dict(self) -> dict:
+        """JSON-safe state for a checkpoint."""
+        return {"start": self.start, "recent_kl": list(self.recent_kl)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` gave."""
+        self.start = dict(state["start"])
+        self.recent_kl = deque(state["recent_kl"], maxlen=KL_WINDOW)
