@@ -10,7 +10,7 @@ from rlhf.rollout import Rollout, Sampling, score_logprobs
 
 # Largest and mean difference, in nats, between log-probabilities that are equal on paper (by dtype of the weights).
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.3, 0.03), torch.float16: (0.3, 0.03)}
-# A merged reference model is rounded once more than the adapter on its base: mean |KL| a token that warns, that refuses.
+# A merged reference is rounded once more than an adapter on its base: mean difference that warns, that refuses.
 MERGED_WARNS, MERGED_REFUSES = 0.01, 0.1
 
 
@@ -61,8 +61,8 @@ def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
     if not (moved.max() <= largest and moved.mean() <= mean):
         raise ValueError(
             f"log-probabilities recorded while sampling differ from those scored afterwards by up to "
-            f"{moved.max():.2g} nats (mean {moved.mean():.2g}; {largest:g} and {mean:g} are rounding): the ratio would "
-            "not start at 1; something drops out, or depends on padding or on the cache"
+            f"{moved.max():.2g} nats (mean {moved.mean():.2g}; {largest:g} and {mean:g} are rounding): the ratio "
+            "would not start at 1; something drops out, or depends on padding or on the cache"
         )
 
 
@@ -80,8 +80,8 @@ def _check_scores(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
     spread = max(1.0, alone.abs().max().item())
     if not difference <= (1e-3 if roles.model.dtype == torch.float32 else 0.1) * spread:
         raise ValueError(
-            f"the score of an answer depends on its padding (by {difference:.2g}): the reward model pools at the wrong "
-            "token or its positions count padding"
+            f"the score of an answer depends on its padding (by {difference:.2g}): the reward model pools at the "
+            "wrong token or its positions count padding"
         )
 
 

@@ -14,8 +14,8 @@ NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "gra
 class CollapseGuard:
     """Compares each step's metrics with the run's start and with its last steps.
 
-    Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the median of
-    the last 10 steps and over 1 nat above it, an entropy under 20 % of the first step's, or a number that is none.
+    Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the
+    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, or a non-finite number.
     """
 
     def __init__(self):
@@ -36,9 +36,11 @@ class CollapseGuard:
                 return f"{name} is {metrics[name]}"
         if metrics["empty_frac"] > MAX_EMPTY:
             return f"{metrics['empty_frac']:.0%} of the answers are empty"
-        for name, share, what in (("len/mean", MIN_LENGTH_SHARE, "length"), ("entropy", MIN_ENTROPY_SHARE, "entropy")):
+        for name, share in (("len/mean", MIN_LENGTH_SHARE), ("entropy", MIN_ENTROPY_SHARE)):
             if self.start and metrics[name] < share * self.start[name]:
-                return f"mean {what} fell to {metrics[name]:.2f}, under {share:.0%} of {self.start[name]:.2f} at the start"
+                return (
+                    f"{name} fell to {metrics[name]:.2f}, under {share:.0%} of its {self.start[name]:.2f} at the start"
+                )
         if len(self.recent_kl) == KL_WINDOW:
             usual = median(self.recent_kl)
             if metrics["kl/mean"] > KL_FACTOR * usual and metrics["kl/mean"] > usual + KL_MARGIN:
