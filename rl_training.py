@@ -11,6 +11,7 @@ Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl,
 
 import hashlib
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,25 +30,32 @@ from rlhf.artefacts import (
     save_adapter,
     write_run,
 )
+from rlhf.check import check_run
 from rlhf.checkpoint import load_state, publish, save_state, to_resume
 from rlhf.data import (
     DataArguments,
+    Funnel,
     collate_prompts,
     data_fingerprint,
     inspect_rows,
     load_rows,
+    load_splits,
     load_tokenizer,
     prompt_rows,
+    subset,
 )
+from rlhf.guard import Collapse, CollapseGuard
 from rlhf.launch import run_script
-from rlhf.metrics import describe, global_moments, in_words, refuse_non_finite, step_line, timings
+from rlhf.metrics import describe, describe_samples, global_moments, in_words, refuse_non_finite, step_line, timings
 from rlhf.report import Eta, MetricsLog
 from rlhf.roles import Roles, load_roles, pick_dtype, save_value_head
 from rlhf.rollout import Rollout, Sampling, by_length, generate, join, score_logprobs
-from rlhf.update import update
+from rlhf.update import restore, snapshot, update
 
 # Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
 STATISTICS_SAMPLES = 128
+# Fields of the Loop that a checkpoint keeps as they are.
+KEPT = ("reward_stats", "best", "rollbacks")
 
 
 @dataclass(kw_only=True)
@@ -112,6 +120,19 @@ class ScriptArguments(CommonArguments, DataArguments):
     )
     forward_batch_size: int = flag(32, help="rows at once in passes without gradient", group="machine")
     # ---- report ----
+    judge_lora_path: str | None = flag(
+        None, help="second reward adapter that PPO does not see: chooses best/ at evaluations", group="artefacts"
+    )
+    best_kl_budget: float = flag(10.0, help="without a judge best/ is the best score within this KL, nats a response")
+    on_collapse: str = flag(
+        "stop",
+        help="when length, emptiness, KL or entropy tell of a collapse: stop (exit code 3), rollback, or off",
+        choices=["stop", "rollback", "off"],
+    )
+    max_rollbacks: int = flag(3, help="rollbacks before the run stops")
+    check: bool = flag(True, help="before the first step look for what makes PPO silently wrong, on one batch")
+    eval_freq: int = flag(0, help="steps between evaluations on held-out prompts; 0: none")
+    eval_prompts: int = flag(64, help="held-out prompts of an evaluation, at most")
     sample_freq: int = flag(10, help="steps between printed samples (all of that batch go to samples.jsonl)")
 
     def __post_init__(self):
@@ -149,16 +170,39 @@ class Loop:
     tokenizer: PreTrainedTokenizerBase
     roles: Roles
     prompts: list[dict]
+    eval_prompts: list[dict]
     sampling: Sampling
     optimizer: torch.optim.Optimizer
     kl_controller: ppo.FixedKLController | ppo.AdaptiveKLController
+    guard: CollapseGuard = field(default_factory=CollapseGuard)
     reward_stats: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+    rollbacks: int = 0
 
     def generator(self, step: int, purpose: str) -> torch.Generator:
         """A random source that depends on seed, step, rank and purpose alone, so a restart needs no stored state."""
         place = f"{self.args.seed} {step} {self.accelerator.process_index} {purpose}"
         seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big")
         return torch.Generator(self.accelerator.device).manual_seed(seed)
+
+
+# ---- data ----
+def load_prompts(
+    args: ScriptArguments, tokenizer, bad_rows_file: Path | None
+) -> tuple[list[dict], list[dict], Funnel]:
+    """Training prompts, held-out prompts (only where --eval_freq asks for them) and the funnel."""
+    if args.eval_freq:
+        rows, held_out, funnel = load_splits(args, "prompt", args.seed, bad_rows_file)
+    else:
+        rows, funnel = load_rows(args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file)
+        held_out = []
+    held_out = subset(held_out, args.eval_prompts, args.seed, funnel)
+    encoded = [
+        prompt_rows(tokenizer, part, args.prompt_template, args.max_prompt_length, funnel) for part in (rows, held_out)
+    ]
+    if not encoded[0]:
+        raise ValueError(f"no prompt of {args.dataset_name} fits into --max_prompt_length {args.max_prompt_length}")
+    return *encoded, funnel
 
 
 # ---- one step: sample, score, reward, update ----
@@ -174,12 +218,11 @@ def next_prompts(loop: Loop, step: int) -> list[dict]:
     return chosen
 
 
-def sample_responses(loop: Loop, step: int, purpose: str = "rollout") -> Rollout:
-    """One response to each of the step's prompts, under the policy as it is now."""
-    prompts = next_prompts(loop, step)
+def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator) -> Rollout:
+    """One response to each prompt, under the policy as it is now."""
     batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
     ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
-    generator, at_once = loop.generator(step, purpose), len(prompts) if loop.args.batched_gen else 1
+    at_once = len(prompts) if loop.args.batched_gen else 1
     parts = [
         generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
         for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
@@ -188,12 +231,12 @@ def sample_responses(loop: Loop, step: int, purpose: str = "rollout") -> Rollout
 
 
 @torch.no_grad()
-def score_responses(loop: Loop, rollout: Rollout) -> Tensor:
-    """[B] float32: the reward model's own score of each row, on the token ids themselves."""
+def score_responses(loop: Loop, rollout: Rollout, role: str = "reward") -> Tensor:
+    """[B] float32: the reward model's (or the judge's) own score of each row, on the token ids themselves."""
     scores = torch.empty(len(rollout.mask), device=rollout.mask.device)
     for rows in by_length(rollout, loop.args.forward_batch_size):
         part = rollout.rows(rows)
-        scores[rows] = loop.roles.scores(part.input_ids, part.attention_mask)
+        scores[rows] = loop.roles.scores(part.input_ids, part.attention_mask, role)
     return scores
 
 
@@ -237,7 +280,7 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     """One PPO step. Returns its metrics, the same on every rank, and this rank's rows in words."""
     clock = [time.perf_counter()]
     loop.roles.train(False)
-    rollout = sample_responses(loop, step)
+    rollout = sample_responses(loop, next_prompts(loop, step), loop.generator(step, "rollout"))
     clock.append(time.perf_counter())
     raw_scores = score_responses(loop, rollout)
     record_logprobs(loop, rollout)
@@ -265,12 +308,44 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     return metrics, samples
 
 
+def evaluate(loop: Loop) -> dict[str, float]:
+    """The policy on the held-out prompts, with the same random draws each time; metrics under eval/."""
+    rank, ranks = loop.accelerator.process_index, loop.accelerator.num_processes
+    # As many on every rank, so that they gather; the few left over are not asked.
+    prompts = loop.eval_prompts[rank : len(loop.eval_prompts) // ranks * ranks : ranks]
+    loop.roles.train(False)
+    rollout = sample_responses(loop, prompts, loop.generator(0, "evaluation"))
+    raw_scores = score_responses(loop, rollout)
+    record_logprobs(loop, rollout)
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
+    scores = transform_scores(loop, raw_scores, rollout)
+    rewards = scores - loop.kl_controller.value * kl
+    columns = {"score": scores, "raw_score": raw_scores, "kl": kl, "reward": rewards}
+    samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    found = describe_samples(loop.accelerator, rollout, samples)
+    if loop.args.judge_lora_path:
+        found["judge/mean"] = loop.accelerator.gather(score_responses(loop, rollout, "judge")).mean().item()
+    return {f"eval/{name}": value for name, value in found.items() if name != "env/reward_mean"}
+
+
+def is_best(loop: Loop, metrics: dict) -> bool:
+    """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
+    value = metrics.get("eval/judge/mean", metrics["eval/score/mean"])
+    if not loop.args.judge_lora_path and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
+        return False
+    if loop.best and value <= loop.best["value"]:
+        return False
+    loop.best = {"step": metrics["step"], "value": value}
+    return True
+
+
 # ---- start, checkpoint, end ----
 def measure_sft_scores(loop: Loop) -> dict[str, float]:
     """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
     batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.accelerator.num_processes)))
     loop.roles.train(False)
-    scores = torch.cat([score_responses(loop, sample_responses(loop, n, "statistics")) for n in range(batches)])
+    rollouts = [sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")) for n in range(batches)]
+    scores = torch.cat([score_responses(loop, rollout) for rollout in rollouts])
     mean, variance = global_moments(loop.accelerator, scores, torch.ones_like(scores, dtype=torch.bool))
     if variance == 0:
         raise ValueError("the reward model gives all answers of the SFT model one score: it cannot teach anything")
@@ -285,16 +360,17 @@ def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
 
 
-def save_checkpoint(loop: Loop, done: int, run: dict, metrics: dict) -> None:
-    """step_<done>/: the stage's files and what a restart needs, complete or not there at all."""
+def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
+    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
 
     def write(folder: Path) -> None:
-        save_stage(loop, folder, run, {"steps": done, **metrics})
-        kept = {"step": done, "kl_coef": loop.kl_controller.value, "reward_stats": loop.reward_stats}
-        save_state(folder, loop.optimizer, kept | {"processes": loop.accelerator.num_processes})
+        save_stage(loop, folder, run, metrics)
+        state = {name: getattr(loop, name) for name in KEPT} | {"step": metrics["step"]}
+        state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
+        save_state(folder, loop.optimizer, state | {"processes": loop.accelerator.num_processes})
 
     if loop.accelerator.is_main_process:
-        publish(Path(loop.args.output_dir), f"step_{done}", write)
+        publish(Path(loop.args.output_dir), name, write)
     loop.accelerator.wait_for_everyone()
 
 
@@ -306,8 +382,22 @@ def resume(loop: Loop, folder: Path) -> int:
             f"{folder} was written by {state['processes']} processes, this run has {loop.accelerator.num_processes}: "
             "the same number is needed to go on exactly"
         )
-    loop.kl_controller.value, loop.reward_stats = state["kl_coef"], state["reward_stats"]
+    for name in KEPT:
+        setattr(loop, name, state[name])
+    loop.kl_controller.value = state["kl_coef"]
+    loop.guard.load_state_dict(state["guard"])
     return state["step"]
+
+
+def check_start(loop: Loop, fresh: bool) -> None:
+    """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
+    prompts = next_prompts(loop, 0)[:8]
+    loop.roles.train(False)
+    rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
+    for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
+        warnings.warn(warning, stacklevel=2)
+    if loop.accelerator.is_main_process:
+        print("check: log-probabilities, scores, reference and stop token are as they should be", flush=True)
 
 
 def check_inputs(args: ScriptArguments, tokenizer) -> dict:
@@ -317,12 +407,14 @@ def check_inputs(args: ScriptArguments, tokenizer) -> dict:
     sft, reward = args.sft_model_lora_path, args.reward_model_lora_path
     check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
     check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
-    return {"base": base, "template": args.prompt_template, "parents": {"sft": sft, "reward": reward}}
+    parents = {"sft": sft, "reward": reward}
+    if args.judge_lora_path:
+        check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
+        parents["judge"] = args.judge_lora_path
+    return {"base": base, "template": args.prompt_template, "parents": parents}
 
 
-def make_loop(
-    args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: list[dict], start: Path | None
-) -> Loop:
+def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None) -> Loop:
     """Load the roles (from a checkpoint, if there is one) and build the optimizer round what they train."""
     roles = load_roles(
         args.base_model_name,
@@ -332,6 +424,7 @@ def make_loop(
         device=accelerator.device,
         merged_sft_dir=args.merged_sft_model_path,
         policy_dir=start,
+        judge_dir=args.judge_lora_path,
     )
     if args.gradient_checkpointing:
         roles.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -348,7 +441,8 @@ def make_loop(
         accelerator=accelerator,
         tokenizer=tokenizer,
         roles=roles,
-        prompts=prompts,
+        prompts=prompts[0],
+        eval_prompts=prompts[1],
         sampling=Sampling(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -377,18 +471,52 @@ def train(loop: Loop, done: int, run: dict) -> dict:
         )
     log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if main else None
     eta, metrics = Eta(total, done), log.last if main else {}
+    parameters = list(loop.roles.trainable().values())
+    good = snapshot(parameters, loop.optimizer)
     for step in range(done, total):
+        start = snapshot(parameters, loop.optimizer)
         metrics, samples = train_step(loop, step)
+        reason = None if args.on_collapse == "off" else loop.guard.judge(metrics)
+        if reason is None:
+            # The answers that this step judged came from the weights it started with: those are known to be good.
+            good = start
+        else:
+            metrics |= {"guard": reason}
+        if args.eval_freq and (step + 1) % args.eval_freq == 0:
+            metrics |= evaluate(loop)
         if main:
             log.write(metrics)
             print(step_line(metrics, total, eta.left(step + 1)), flush=True)
             if step in (0, total - 1) or (step + 1) % args.sample_freq == 0:
                 log.write_samples([{"step": step + 1, **row} for row in samples])
+        if reason is not None:
+            recover(loop, parameters, good, reason)
+        if "eval/score/mean" in metrics and is_best(loop, metrics):
+            save_checkpoint(loop, "best", run, metrics)
         if args.save_freq and (step + 1) % args.save_freq == 0:
-            save_checkpoint(loop, step + 1, run, metrics)
+            save_checkpoint(loop, f"step_{step + 1}", run, metrics)
     if main:
         log.close()
     return {"steps": total, **metrics}
+
+
+def recover(loop: Loop, parameters: list, good: tuple, reason: str) -> None:
+    """Go back to the last good weights at twice the price of KL, if --on_collapse says so; else stop the run.
+
+    Data and random draws go on from here, so what led into the collapse is not played again.
+
+    Raises: Collapse (exit code 3) with the reason.
+    """
+    if loop.args.on_collapse == "stop" or loop.rollbacks == loop.args.max_rollbacks:
+        raise Collapse(
+            f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
+            f"{loop.args.output_dir}. The reward model is the first to look at (README, 'What to watch in PPO')"
+        )
+    restore(parameters, loop.optimizer, good)
+    loop.rollbacks += 1
+    loop.kl_controller.value *= 2
+    if loop.accelerator.is_main_process:
+        print(f"rollback {loop.rollbacks}: {reason}; KL price now {loop.kl_controller.value:.3g}", flush=True)
 
 
 def main(args: ScriptArguments) -> None:
@@ -403,8 +531,7 @@ def main(args: ScriptArguments) -> None:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     accelerator.wait_for_everyone()
     bad_rows_file = None if args.inspect_data else Path(args.output_dir) / "bad_rows.jsonl"
-    rows, funnel = load_rows(args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file)
-    prompts = prompt_rows(tokenizer, rows, args.prompt_template, args.max_prompt_length, funnel)
+    prompts, eval_prompts, funnel = load_prompts(args, tokenizer, bad_rows_file)
     if args.inspect_data:
         inspect_rows(tokenizer, prompts, funnel)
         return
@@ -412,10 +539,12 @@ def main(args: ScriptArguments) -> None:
         print(funnel.table(), flush=True)
     run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
     start = to_resume(args.resume_from_checkpoint, args.output_dir)
-    loop = make_loop(args, accelerator, tokenizer, prompts, start)
+    loop = make_loop(args, accelerator, tokenizer, (prompts, eval_prompts), start)
     done = resume(loop, start) if start else 0
     if args.reward_transform == "standardize" and not loop.reward_stats:
         loop.reward_stats = measure_sft_scores(loop)
+    if args.check:
+        check_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:
         save_stage(loop, Path(args.output_dir), run, summary)

@@ -11,6 +11,10 @@ MIN_ENTROPY_SHARE = 0.2
 NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
 
 
+class Collapse(RuntimeError):
+    """A run was stopped by the guard; the process ends with exit code 3."""
+
+
 class CollapseGuard:
     """Compares each step's metrics with the run's start and with its last steps.
 

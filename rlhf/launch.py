@@ -9,6 +9,8 @@ import warnings
 import torch
 import transformers
 
+from rlhf.guard import Collapse
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
@@ -34,7 +36,7 @@ def quieten() -> None:
 def run_script(main, parse_args) -> None:
     """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
 
-    Exit codes: 0 done, 1 an error (one sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, else the worker's own.
+    Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard.
     """
     args = parse_args()
     quieten()
@@ -44,11 +46,11 @@ def run_script(main, parse_args) -> None:
         sys.exit(_start_workers(processes))
     try:
         main(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Collapse) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, Collapse) else 1)
 
 
 def _start_workers(processes: int) -> int:

@@ -29,15 +29,21 @@ def in_words(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_
 
 
 def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
-    """Statistics of the sampled batch over all ranks; `samples` are its rows in words."""
+    """Statistics of a trained batch over all ranks; `samples` are its rows in words."""
+    error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
+    spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
+    explained = (1 - error / spread.clamp(min=1e-12)).item()
+    return describe_samples(accelerator, rollout, samples) | {"var_explained": explained}
+
+
+def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
+    """Statistics of sampled answers over all ranks (as many rows on each); `samples` are the rows in words."""
     rows = [
         [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
     ]
     empty = [[float(not row["response"].strip())] for row in samples]
     table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
     score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
-    error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
-    spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
     return {
         "score/mean": score.mean().item(),
         "score/std": score.std().item() if len(score) > 1 else 0.0,
@@ -51,7 +57,6 @@ def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) ->
         "eos_frac": ended.mean().item(),
         "distinct_2": _distinct_2(accelerator, rollout),
         "entropy": global_moments(accelerator, rollout.entropy, rollout.mask)[0].item(),
-        "var_explained": (1 - error / spread.clamp(min=1e-12)).item(),
     }
 
 

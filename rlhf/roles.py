@@ -144,12 +144,12 @@ def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *
 class Roles:
     """The four roles of PPO on one set of base weights.
 
-    `use(role)` makes "policy", "reference" or "reward" the active adapter and always comes back to the policy, the
-    only adapter that takes gradients. A separate merged reference model, if given, is used as it is.
+    `use(role)` makes "policy", "reference", "reward" or "judge" the active adapter and always returns to the policy,
+    the only adapter that takes gradients. A separate merged reference model, if given, is used as it is.
     """
 
-    def __init__(self, model: PeftModel, value_head: nn.Linear, score_head: nn.Linear, reference=None):
-        self.peft_model, self.value_head, self.score_head = model, value_head, score_head
+    def __init__(self, model: PeftModel, value_head: nn.Linear, score_heads: dict[str, nn.Linear], reference=None):
+        self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
         self.model = model.get_base_model()
         self.separate_reference = reference
         self._activate("policy")
@@ -171,10 +171,10 @@ class Roles:
             if role != "policy":
                 self._activate("policy")
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B] float32: the reward model's score of each row (no gradient)."""
-        with self.use("reward") as model, torch.no_grad():
-            return score(backbone_of(model), self.score_head, input_ids, attention_mask)
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
+        """[B] float32: the score of each row by the reward model or, as role "judge", by the held-out one."""
+        with self.use(role) as model, torch.no_grad():
+            return score(backbone_of(model), self.score_heads[role], input_ids, attention_mask)
 
     def values(self, hidden: Tensor) -> Tensor:
         """[...] float32: the critic's estimate at each hidden state [..., H]."""
@@ -203,20 +203,26 @@ def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
     return head
 
 
-def load_roles(base_dir, sft_dir, reward_dir, *, dtype, device, merged_sft_dir=None, policy_dir=None) -> Roles:
+def load_roles(
+    base_dir, sft_dir, reward_dir, *, dtype, device, merged_sft_dir=None, policy_dir=None, judge_dir=None
+) -> Roles:
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
     Args:
         merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
         policy_dir: a PPO directory whose policy and value head go on; by default SFT and a value head of zeros.
+        judge_dir: a second reward adapter, for a judge that PPO does not train against.
     Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
     """
     model, _ = add_lora(load_base(base_dir, dtype, device=device), policy_dir or sft_dir, "policy", trainable=True)
     if merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
-    _, rest = add_lora(model, reward_dir, "reward", trainable=False)
-    score_head = score_head_of(rest, reward_dir).to(device)
-    value_head = nn.Linear(score_head.in_features, 1).to(device)
+    score_heads = {}
+    for role, folder in (("reward", reward_dir), ("judge", judge_dir)):
+        if folder is not None:
+            _, rest = add_lora(model, folder, role, trainable=False)
+            score_heads[role] = score_head_of(rest, folder).to(device)
+    value_head = nn.Linear(score_heads["reward"].in_features, 1).to(device)
     nn.init.zeros_(value_head.weight)
     nn.init.zeros_(value_head.bias)
     if policy_dir is not None:
@@ -224,7 +230,7 @@ def load_roles(base_dir, sft_dir, reward_dir, *, dtype, device, merged_sft_dir=N
     reference = None
     if merged_sft_dir is not None:
         reference = load_base(merged_sft_dir, dtype, device=device).eval().requires_grad_(False)
-    roles = Roles(model, value_head, score_head, reference)
+    roles = Roles(model, value_head, score_heads, reference)
     disable_dropout(roles.model)
     return roles
 

@@ -1,18 +1,17 @@
 """What the two Trainer stages (SFT, reward) share: flags, TrainingArguments, the log, checkpoints to be trusted."""
 
+import gc
 import json
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import datasets
 import torch
 import torch.distributed as dist
 from transformers import SchedulerType, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.training_args import OptimizerNames
-from transformers.utils import logging
 
 from rlhf.arguments import flag
 from rlhf.artefacts import load_run, save_adapter
@@ -123,12 +122,6 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
 
 
 # ---- processes ----
-def quiet_libraries() -> None:
-    """No progress bars of the libraries: a log has one readable line a step."""
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-
-
 def world() -> tuple[int, int]:
     """(rank, number of processes) as the launcher says, before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -154,11 +147,13 @@ def announce_batches(args, rows: int, unit: str) -> None:
 def finished_run(args, stage: str) -> dict | None:
     """run.json of this very run if it ended before and --resume_from_checkpoint True asks for it again, else None.
 
-    Raises: ValueError naming a flag where output_dir holds the finished run of another command.
+    Raises: ValueError naming what differs where output_dir holds the finished run of another command.
     """
     run = load_run(args.output_dir) if args.resume_from_checkpoint == "True" else None
-    if run is None or run["stage"] != stage:
+    if run is None:
         return None
+    if run["stage"] != stage:
+        raise ValueError(f"--output_dir {args.output_dir} holds a run of stage {run['stage']}: give another directory")
     now = json.loads(json.dumps(asdict(args)))
     for name, value in run["arguments"].items():
         if name not in MACHINE_FLAGS and now.get(name, value) != value:
@@ -190,10 +185,13 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
     """metrics.jsonl cut back to the checkpoint, as later steps will be run again; None but on the first process."""
     if world()[0] != 0:
         return None
+    done = 0
     if resume_from is None:
-        (Path(args.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
-        return MetricsLog(args.output_dir, args.log_with)
-    return MetricsLog(args.output_dir, args.log_with, done=int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX)))
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (Path(args.output_dir) / name).unlink(missing_ok=True)
+    else:
+        done = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX))
+    return MetricsLog(args.output_dir, args.log_with, asdict(args), done)
 
 
 # ---- while training ----
@@ -303,6 +301,19 @@ def train(trainer, resume_from: str | None) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=resume_from)
+
+
+def end(trainer) -> None:
+    """Leave the process group, all processes together.
+
+    DistributedDataParallel has to go first: if it held the last reference to the group, that would be destroyed under
+    Python's global lock while gloo's threads wait for the same lock, and the process would hang instead of ending.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trainer.end()
 
 
 def final_evaluation(trainer) -> None:

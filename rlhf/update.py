@@ -5,6 +5,8 @@ them by the token count of its whole window on all ranks. So neither the mini-ba
 change what is optimised, and every decision is taken on reduced values at a point that all ranks reach.
 """
 
+import copy
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -37,13 +39,13 @@ def update(
     Raises: FloatingPointError on a non-finite gradient; parameters and optimizer are then as before the call.
     """
     parameters = list(roles.trainable().values())
-    before = _snapshot(parameters, optimizer)
+    before = snapshot(parameters, optimizer)
     roles.train(True)
     optimizer.zero_grad(set_to_none=True)
     try:
         return _epochs(roles, optimizer, parameters, rollout, sampling, args, accelerator, generator)
     except FloatingPointError:
-        _restore(parameters, optimizer, before)
+        restore(parameters, optimizer, before)
         raise
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -119,7 +121,7 @@ def _mean(sums: Tensor, name: str, accelerator: Accelerator) -> float:
     return (sums[SUMS.index(name)] / sums[0]).item()
 
 
-def _snapshot(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], dict]:
+def snapshot(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], dict]:
     """Copies of all that an update changes: a few MB of adapter and twice that of optimizer state."""
     state = {
         index: {key: value.clone() if torch.is_tensor(value) else value for key, value in entry.items()}
@@ -129,7 +131,8 @@ def _snapshot(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], 
 
 
 @torch.no_grad()
-def _restore(parameters: list[nn.Parameter], optimizer, snapshot: tuple[list[Tensor], dict]) -> None:
-    for p, saved in zip(parameters, snapshot[0], strict=True):
+def restore(parameters: list[nn.Parameter], optimizer, copies: tuple[list[Tensor], dict]) -> None:
+    """Put back what `snapshot` copied; the copies stay good for another time."""
+    for p, saved in zip(parameters, copies[0], strict=True):
         p.copy_(saved)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": snapshot[1]})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": copy.deepcopy(copies[1])})

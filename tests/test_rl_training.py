@@ -143,8 +143,8 @@ def test_training_moves_the_policy_and_the_value_head_and_nothing_else(world, tm
     args = arguments(world, tmp_path)
     tokenizer = load_tokenizer(args.base_model_name)
     rows = [{"prompt": p, "query_ids": rl_training.load_tokenizer(args.base_model_name).encode(p)} for p in PROMPTS]
-    loop = rl_training.make_loop(args, Accelerator(), tokenizer, rows, None)
-    state = {**dict(loop.roles.peft_model.named_parameters()), "score": loop.roles.score_head.weight}
+    loop = rl_training.make_loop(args, Accelerator(), tokenizer, (rows, []), None)
+    state = {**dict(loop.roles.peft_model.named_parameters()), "score": loop.roles.score_heads["reward"].weight}
     before = {name: p.detach().clone() for name, p in state.items()}
     heads = [p.detach().clone() for p in loop.roles.value_head.parameters()]
     rl_training.train_step(loop, 0)
@@ -382,7 +382,7 @@ def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch):
     out = run(
         world, tmp_path / "out", steps=64 * 40, batch_size=64, mini_batch_size=64, gradient_accumulation_steps=1,
         ppo_epochs=4, output_max_length=1, learning_rate=2e-2, init_kl_coef=0.0, suppress_empty=False,
-        sample_freq=1000,
+        sample_freq=1000, on_collapse="off",
     )  # fmt: skip
     scores = [row["score/mean"] for row in read_metrics(out)]
     assert scores[0] < 0.1

@@ -1,0 +1,155 @@
+"""The collapse guard: each sign of a collapse, what does not count as one, and what a run does about it."""
+
+import json
+import math
+
+import pytest
+from adapters import random_adapter
+from test_rl_training import PROMPTS, arguments
+
+import rl_training
+from rlhf.guard import Collapse, CollapseGuard
+from rlhf.report import read_metrics
+
+HEALTHY = {
+    "score/mean": 0.5, "kl/mean": 1.0, "entropy": 2.0, "loss/policy": 0.1, "loss/value": 0.1, "grad_norm": 1.0,
+    "empty_frac": 0.0, "len/mean": 20.0,
+}  # fmt: skip
+
+
+def judged(*steps, healthy=10):
+    """What the guard says of the last step, after some healthy ones."""
+    guard = CollapseGuard()
+    for _ in range(healthy):
+        assert guard.judge(HEALTHY) is None
+    for step in steps[:-1]:
+        guard.judge(HEALTHY | step)
+    return guard.judge(HEALTHY | steps[-1])
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        ({"len/mean": 5.9}, "len/mean fell to 5.90"),
+        ({"empty_frac": 0.51}, "51% of the answers are empty"),
+        ({"kl/mean": 3.1}, "KL jumped to 3.10"),
+        ({"entropy": 0.39}, "entropy fell to 0.39"),
+        ({"loss/policy": math.nan}, "loss/policy is nan"),
+        ({"grad_norm": math.inf}, "grad_norm is inf"),
+    ],
+)
+def test_each_sign_of_a_collapse_is_named(step, reason):
+    assert reason in judged(step)
+
+
+@pytest.mark.parametrize(
+    "step", [{"len/mean": 6.1}, {"empty_frac": 0.5}, {"kl/mean": 2.9}, {"entropy": 0.41}, {"score/mean": -9.0}]
+)
+def test_what_is_only_near_a_collapse_is_none(step):
+    assert judged(step) is None
+
+
+def test_a_kl_far_over_a_tiny_median_but_under_a_nat_is_no_jump():
+    guard = CollapseGuard()
+    for _ in range(10):
+        guard.judge(HEALTHY | {"kl/mean": 0.01})
+    assert guard.judge(HEALTHY | {"kl/mean": 0.9}) is None
+    assert "KL jumped" in guard.judge(HEALTHY | {"kl/mean": 1.2})
+
+
+def test_a_collapsed_step_does_not_become_the_measure_of_the_next(capsys):
+    assert judged({"kl/mean": 9.0}, {"kl/mean": 9.0}) is not None
+
+
+def test_the_state_survives_a_restart_as_json():
+    guard, again = CollapseGuard(), CollapseGuard()
+    for _ in range(10):
+        guard.judge(HEALTHY)
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    for step in ({"len/mean": 5.0}, {"kl/mean": 3.5}, {"entropy": 0.1}):
+        assert again.judge(HEALTHY | step) == guard.judge(HEALTHY | step) is not None
+
+
+# ---- what a run does ----
+@pytest.fixture
+def world(tiny_base, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS), encoding="utf-8")
+    return {
+        "base_model_name": tiny_base,
+        "sft_model_lora_path": random_adapter(tiny_base, tmp_path / "sft"),
+        "reward_model_lora_path": random_adapter(tiny_base, tmp_path / "reward", "reward", seed=1),
+        "dataset_name": str(prompts),
+    }
+
+
+@pytest.fixture
+def collapse_at_3(monkeypatch):
+    """From the third step on nothing but empty answers, or so the metrics say."""
+    describe = rl_training.describe
+    steps = []
+
+    def collapsed(*args):
+        steps.append(1)
+        return describe(*args) | ({"empty_frac": 1.0} if len(steps) >= 3 else {})
+
+    monkeypatch.setattr(rl_training, "describe", collapsed)
+
+
+def test_stopping_leaves_no_final_adapter_and_writes_the_reason(world, tmp_path, collapse_at_3):
+    out = tmp_path / "out"
+    with pytest.raises(Collapse, match="100% of the answers are empty"):
+        rl_training.main(arguments(world, out, steps=40, save_freq=1))
+    assert not (out / "adapter_model.safetensors").exists()
+    assert (out / "step_2").is_dir()
+    assert not (out / "step_3").exists()
+    assert read_metrics(out)[-1]["guard"] == "100% of the answers are empty"
+
+
+def test_rolling_back_doubles_the_price_and_gives_up_after_its_limit(world, tmp_path, collapse_at_3):
+    out = tmp_path / "out"
+    with pytest.raises(Collapse):
+        rl_training.main(arguments(world, out, steps=80, on_collapse="rollback", max_rollbacks=2))
+    rows = read_metrics(out)
+    assert [row["kl_coef"] for row in rows] == [0.5, 0.5, 0.5, 1.0, 2.0]
+    # The third step left from weights that were moved twice; the ones after it from weights moved once.
+    assert [bool(row.get("guard")) for row in rows] == [False, False, True, True, True]
+
+
+def test_a_rollback_brings_back_the_weights_the_last_good_answers_came_from(
+    world, tmp_path, collapse_at_3, monkeypatch
+):
+    sums, step = [], rl_training.train_step
+
+    def watched(loop, number):
+        sums.append(sum(p.double().sum().item() for p in loop.roles.trainable().values()))
+        return step(loop, number)
+
+    monkeypatch.setattr(rl_training, "train_step", watched)
+    with pytest.raises(Collapse):
+        rl_training.main(arguments(world, tmp_path / "out", steps=80, on_collapse="rollback", max_rollbacks=1))
+    assert sums[3] == sums[1]
+    assert sums[2] != sums[1]
+
+
+def test_the_guard_can_be_left_out(world, tmp_path, collapse_at_3):
+    rl_training.main(arguments(world, tmp_path / "out", steps=32, on_collapse="off"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_evaluation_keeps_the_best_by_the_held_out_judge(world, tmp_path, tiny_base):
+    judge = random_adapter(tiny_base, tmp_path / "judge", "reward", seed=5)
+    out = tmp_path / "out"
+    rl_training.main(arguments(world, out, steps=40, eval_freq=1, eval_size=4, judge_lora_path=judge))
+    rows = read_metrics(out)
+    best = max(rows, key=lambda row: row["eval/judge/mean"])
+    kept = json.loads((out / "best" / "run.json").read_text())
+    assert kept["metrics"]["step"] == best["step"]
+    assert {"eval/score/mean", "eval/kl/mean", "eval/len/mean", "eval/empty_frac"} <= set(rows[0])
+    assert abs(rows[0]["eval/kl/mean"]) >= 0
+
+
+def test_without_a_judge_the_best_stays_within_the_kl_budget(world, tmp_path):
+    out = tmp_path / "out"
+    rl_training.main(arguments(world, out, steps=24, eval_freq=1, eval_size=4, best_kl_budget=-1e9))
+    assert not (out / "best").exists()
