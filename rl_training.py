@@ -9,16 +9,14 @@ Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl,
         --reward_model_lora_path runs/reward --dataset_name prompts.jsonl --output_dir runs/ppo --save_freq 10
 """
 
-import hashlib
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import Adafactor, PreTrainedTokenizerBase
+from transformers import Adafactor
 
 from rlhf import ppo
 from rlhf.arguments import CommonArguments, flag, parse
@@ -35,7 +33,6 @@ from rlhf.checkpoint import load_state, publish, save_state, to_resume
 from rlhf.data import (
     DataArguments,
     Funnel,
-    collate_prompts,
     data_fingerprint,
     inspect_rows,
     load_rows,
@@ -44,12 +41,21 @@ from rlhf.data import (
     prompt_rows,
     subset,
 )
-from rlhf.guard import Collapse, CollapseGuard
+from rlhf.experience import (
+    Loop,
+    next_prompts,
+    record_logprobs,
+    sample_responses,
+    score_responses,
+    set_advantages,
+    transform_scores,
+)
+from rlhf.guard import Collapse
 from rlhf.launch import run_script
 from rlhf.metrics import describe, describe_samples, global_moments, in_words, refuse_non_finite, step_line, timings
 from rlhf.report import Eta, MetricsLog
-from rlhf.roles import Roles, load_roles, pick_dtype, save_value_head
-from rlhf.rollout import Rollout, Sampling, by_length, generate, join, score_logprobs
+from rlhf.roles import load_roles, pick_dtype, save_value_head
+from rlhf.rollout import Sampling
 from rlhf.update import restore, snapshot, update
 
 # Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
@@ -161,31 +167,6 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     return parse(ScriptArguments, argv, __doc__)
 
 
-@dataclass
-class Loop:
-    """What the functions of a step share: the roles, what trains them, and the little that a restart brings back."""
-
-    args: ScriptArguments
-    accelerator: Accelerator
-    tokenizer: PreTrainedTokenizerBase
-    roles: Roles
-    prompts: list[dict]
-    eval_prompts: list[dict]
-    sampling: Sampling
-    optimizer: torch.optim.Optimizer
-    kl_controller: ppo.FixedKLController | ppo.AdaptiveKLController
-    guard: CollapseGuard = field(default_factory=CollapseGuard)
-    reward_stats: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-    rollbacks: int = 0
-
-    def generator(self, step: int, purpose: str) -> torch.Generator:
-        """A random source that depends on seed, step, rank and purpose alone, so a restart needs no stored state."""
-        place = f"{self.args.seed} {step} {self.accelerator.process_index} {purpose}"
-        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:7], "big")
-        return torch.Generator(self.accelerator.device).manual_seed(seed)
-
-
 # ---- data ----
 def load_prompts(
     args: ScriptArguments, tokenizer, bad_rows_file: Path | None
@@ -205,77 +186,7 @@ def load_prompts(
     return *encoded, funnel
 
 
-# ---- one step: sample, score, reward, update ----
-def next_prompts(loop: Loop, step: int) -> list[dict]:
-    """This rank's prompts of a step: consecutive slices of a fresh permutation of the data for each pass over it."""
-    size, ranks = loop.args.batch_size, loop.accelerator.num_processes
-    first = (step * ranks + loop.accelerator.process_index) * size
-    chosen = []
-    for place in range(first, first + size):
-        epoch, index = divmod(place, len(loop.prompts))
-        order = torch.randperm(len(loop.prompts), generator=torch.Generator().manual_seed(loop.args.seed + epoch))
-        chosen.append(loop.prompts[order[index]])
-    return chosen
-
-
-def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator) -> Rollout:
-    """One response to each prompt, under the policy as it is now."""
-    batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
-    ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
-    at_once = len(prompts) if loop.args.batched_gen else 1
-    parts = [
-        generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
-        for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
-    ]
-    return join(parts, loop.sampling.pad_token_id)
-
-
-@torch.no_grad()
-def score_responses(loop: Loop, rollout: Rollout, role: str = "reward") -> Tensor:
-    """[B] float32: the reward model's (or the judge's) own score of each row, on the token ids themselves."""
-    scores = torch.empty(len(rollout.mask), device=rollout.mask.device)
-    for rows in by_length(rollout, loop.args.forward_batch_size):
-        part = rollout.rows(rows)
-        scores[rows] = loop.roles.scores(part.input_ids, part.attention_mask, role)
-    return scores
-
-
-@torch.no_grad()
-def record_logprobs(loop: Loop, rollout: Rollout) -> None:
-    """Fill in the reference's log-probabilities and, where asked, the policy's own and its values once more."""
-    recompute = loop.args.old_logprobs == "recomputed" or (
-        loop.args.old_logprobs == "auto" and loop.roles.model.dtype != torch.float32
-    )
-    if recompute:
-        logprobs, values = score_logprobs(loop.roles, "policy", rollout, loop.sampling, loop.args.mini_batch_size)
-        rollout.logprobs, rollout.values = logprobs, values
-    rollout.ref_logprobs, _ = score_logprobs(
-        loop.roles, "reference", rollout, loop.sampling, loop.args.forward_batch_size
-    )
-
-
-def transform_scores(loop: Loop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
-    """[B] float32: what PPO maximises, from the reward model's own scores."""
-    scores = raw_scores
-    if loop.args.reward_transform == "sigmoid":
-        scores = raw_scores.sigmoid()
-    elif loop.args.reward_transform == "standardize":
-        scores = ((raw_scores - loop.reward_stats["mean"]) / loop.reward_stats["std"]).clamp(-5, 5)
-    unfinished = ~rollout.ended(loop.sampling.eos_token_id)
-    return scores - loop.args.reward_baseline - loop.args.missing_eos_penalty * unfinished
-
-
-def set_advantages(loop: Loop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill in returns and advantages (whitened over all ranks); gives back rewards and kl, [B, T] each."""
-    rewards, kl = ppo.token_rewards(
-        scores, rollout.logprobs, rollout.ref_logprobs, rollout.mask, loop.kl_controller.value
-    )
-    advantages, rollout.returns = ppo.gae(rewards, rollout.values, rollout.mask, loop.args.gamma, loop.args.lam)
-    moments = global_moments(loop.accelerator, advantages, rollout.mask)
-    rollout.advantages = ppo.whiten(advantages, rollout.mask, moments=moments)
-    return rewards, kl
-
-
+# ---- one step ----
 def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     """One PPO step. Returns its metrics, the same on every rank, and this rank's rows in words."""
     clock = [time.perf_counter()]
