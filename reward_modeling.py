@@ -1,0 +1,307 @@
+"""Stage 2: a reward model, the base with LoRA and a score head, from (prompt, chosen, rejected) rows.
+
+In:  a base model, preference rows.
+Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.json, metrics.jsonl; checkpoint-<n>/.
+
+    minimise  mean over pairs of -logsigmoid(score(query, chosen) - score(query, rejected))
+
+    python reward_modeling.py --model_name baichuan-inc/baichuan-7B --lora_target_models W_pack \\
+        --output_dir runs/reward
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from rlhf.arguments import CommonArguments, LoraArguments, flag, parse
+from rlhf.artefacts import ADAPTER_FILE, base_fingerprint, claim_output_dir, resolve_model, save_adapter, write_run
+from rlhf.data import (
+    DataArguments,
+    LengthGroupedSampler,
+    PairCollator,
+    data_fingerprint,
+    inspect_rows,
+    load_splits,
+    load_tokenizer,
+    preference_rows,
+    subset,
+)
+from rlhf.launch import run_script
+from rlhf.report import read_metrics
+from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
+from rlhf.scoring import score
+from rlhf.trainer import (
+    StageLog,
+    announce_batches,
+    end,
+    final_evaluation,
+    finished_run,
+    forked_rng,
+    open_log,
+    resume_point,
+    save_checkpoint,
+    say,
+    train,
+    world,
+)
+from rlhf.trainer_flags import TrainerFlags, training_arguments
+
+
+@dataclass(kw_only=True)
+class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlags):
+    """Flags of reward_modeling.py, with the tutorial's defaults."""
+
+    # ---- artefacts ----
+    model_name: str = flag(
+        "baichuan-inc/baichuan-7B",
+        help="base: directory or hub id",
+        group="artefacts",
+        aliases=["--base_model_name", "--model_path", "--model_name_or_path"],
+    )
+    output_dir: str = flag("runs/reward", help="where the adapter, run.json and metrics.jsonl go", group="artefacts")
+    # ---- adapter ----
+    lora_rank: int = flag(4, help="rank r of the adapter", group="adapter", aliases=["--lora_r"])
+    # ---- data ----
+    train_subset: int = flag(100000, help="training pairs to use, drawn by the seed; -1: all", group="data")
+    eval_subset: int = flag(50000, help="evaluation pairs to use, drawn by the seed; -1: all", group="data")
+    max_length: int = flag(
+        512, help="tokens of query and answer; pairs with a longer side are dropped and counted", group="data"
+    )
+    # ---- training ----
+    per_device_train_batch_size: int = flag(4, help="pairs of a forward pass on each device", group="training")
+    learning_rate: float = flag(2e-5, help="peak learning rate", group="training")
+    weight_decay: float = flag(0.001, help="decoupled weight decay", group="training")
+    # ---- evaluation ----
+    per_device_eval_batch_size: int = flag(1, help="pairs of a forward pass in evaluation", group="evaluation")
+    eval_first_step: bool = flag(False, help="evaluate after the first step too", group="evaluation")
+
+    def __post_init__(self):
+        for part in (CommonArguments, LoraArguments, DataArguments, TrainerFlags):
+            part.__post_init__(self)
+
+
+def parse_args(argv: list[str] | None = None) -> ScriptArguments:
+    """The command line, checked; a wrong one ends the program with exit code 2."""
+    return parse(ScriptArguments, argv, __doc__)
+
+
+# ---- data ----
+def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict], dict]:
+    """Encoded training and evaluation pairs, both answers ending with EOS, and what run.json says of the data."""
+    bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
+    texts, eval_texts, funnel = load_splits(args, "preference", args.seed, bad_rows_file)
+    texts = subset(texts, args.train_subset, args.seed, funnel)
+    eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
+    rows = preference_rows(tokenizer, texts, args.prompt_template, args.max_length, funnel)
+    eval_rows = preference_rows(tokenizer, eval_texts, args.prompt_template, args.max_length, funnel)
+    # Their order changes no result, and pairs of like length share a batch.
+    eval_rows.sort(key=pair_length)
+    if args.inspect_data:
+        inspect_rows(tokenizer, rows, funnel)
+    else:
+        say(funnel.table())
+    if not rows:
+        raise ValueError(f"{args.dataset_name} leaves no pair to train on: {funnel.summary()}")
+    about = {"fingerprint": data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
+    return rows, eval_rows, about | {"funnel": funnel.as_dict()}
+
+
+def pair_length(row: dict) -> int:
+    """Tokens of the longer side of a pair."""
+    return len(row["query_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+# ---- model ----
+def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
+    """The base with a score head [hidden] -> [1] and an adapter; both are trained, and saved together."""
+    set_seed(args.seed)
+    model = load_base(model_dir, pick_dtype(args.bf16), head="score")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear layer called score: this architecture cannot be used")
+    model.score.float()
+    score_by_mask(model)
+    config = LoraConfig(
+        # peft puts the score head among `modules_to_save` for this task type.
+        task_type="SEQ_CLS",
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=lora_targets(model, args.lora_target_models),
+    )
+    return get_peft_model(model, config)
+
+
+def score_by_mask(model) -> None:
+    """Let the model's `forward` be the score function of PPO, whatever its own would pool by.
+
+    It has to be the `forward`: DistributedDataParallel only reduces the gradients of what goes through it.
+    """
+
+    def forward(input_ids=None, attention_mask=None, **_):
+        return SequenceClassifierOutput(logits=score(backbone_of(model), model.score, input_ids, attention_mask))
+
+    model.forward = forward
+
+
+# ---- loss and metrics ----
+def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Mean over pairs of -logsigmoid(chosen - rejected).
+
+    Args:
+        chosen, rejected: [P] float32 scores.
+    Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, equation 1.
+    """
+    return -logsigmoid(chosen - rejected).mean()
+
+
+def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Metrics over all evaluation pairs, from their scores [N, 2] (chosen, rejected).
+
+    Returns: loss; accuracy (a tie counts as wrong); margin (mean of chosen - rejected); chosen_mean and rejected_mean;
+    score_std over both sides.
+    """
+    scores = prediction.predictions.astype("float64")
+    margins = scores[:, 0] - scores[:, 1]
+    return {
+        "loss": np.logaddexp(0, -margins).mean(),
+        "accuracy": (margins > 0).mean(),
+        "margin": margins.mean(),
+        "chosen_mean": scores[:, 0].mean(),
+        "rejected_mean": scores[:, 1].mean(),
+        "score_std": scores.std(),
+    }
+
+
+# ---- training ----
+class RewardTrainer(Trainer):
+    """transformers' Trainer with the pairwise loss; chosen and rejected answers share one forward."""
+
+    # The loss is a mean over the batch, so the Trainer has to divide it by the accumulated batches.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, *args, sampler: LengthGroupedSampler, **kwargs):
+        self.sampler = sampler
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # PairCollator puts the P chosen rows first and the P rejected ones after them.
+        chosen, rejected = model(**inputs).logits.chunk(2)
+        loss = pairwise_loss(chosen, rejected)
+        return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Scores [P, 2] of each pair; `pair_metrics` makes the loss of them, so that no pair counts twice."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, scores = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+        # The Trainer computes metrics only where there are labels: these are not read.
+        return None, scores, scores[:, 0]
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+    def evaluate(self, *args, **kwargs):
+        with forked_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        save_checkpoint(self, output_dir)
+
+    def floating_point_ops(self, inputs):
+        """0: nobody reads the count, and making it walks over all modules at every step."""
+        return 0
+
+
+class EvaluateFirstStep(TrainerCallback):
+    """--eval_first_step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            control.should_evaluate = True
+
+
+def build_trainer(args: ScriptArguments, model, tokenizer, rows: list[dict], eval_rows: list[dict], log):
+    """RewardTrainer on encoded pairs, in batches of like length."""
+    lengths = [pair_length(row) for row in rows]
+    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
+    callbacks = [StageLog(log, args.logging_steps, sampler)]
+    if args.eval_first_step and eval_rows:
+        callbacks.append(EvaluateFirstStep())
+    trainer = RewardTrainer(
+        model,
+        training_arguments(args, TrainingArguments, bool(eval_rows), remove_unused_columns=False),
+        sampler=sampler,
+        train_dataset=rows,
+        eval_dataset=eval_rows or None,
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        compute_metrics=pair_metrics,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def check_saved(model: PeftModel, output_dir: str) -> None:
+    """Compare the file with the model in memory, the score head above all, which peft can lose without a word.
+
+    Raises: ValueError naming the tensor that is missing or differs.
+    """
+    saved, expected = load_file(Path(output_dir) / ADAPTER_FILE), get_peft_model_state_dict(model)
+    if not any(name.endswith("score.weight") for name in saved):
+        raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
+    for name, tensor in expected.items():
+        if name not in saved or not torch.equal(saved[name], tensor.detach().cpu()):
+            raise ValueError(f"{output_dir}/{ADAPTER_FILE} does not hold {name} as it was trained")
+
+
+def last_metrics(args: ScriptArguments) -> dict[str, float]:
+    """The last evaluation in metrics.jsonl; empty without evaluation pairs."""
+    found = [record for record in read_metrics(args.output_dir) if "eval_loss" in record]
+    return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
+
+
+def main(args: ScriptArguments) -> None:
+    """Data, model, training, evaluation, adapter with its score head."""
+    if not args.inspect_data and finished_run(args, "reward"):
+        say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
+        return
+    model_dir = resolve_model(args.model_name)
+    tokenizer = load_tokenizer(args.tokenizer_name or model_dir)
+    base = base_fingerprint(model_dir)
+    if world()[0] == 0 and not args.inspect_data:
+        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+    rows, eval_rows, about_data = load_data(args, tokenizer)
+    if args.inspect_data:
+        return
+    announce_batches(args, len(rows), "pairs")
+    model = build_model(args, model_dir)
+    resume_from = resume_point(args)
+    log = open_log(args, resume_from)
+    trainer = build_trainer(args, model, tokenizer, rows, eval_rows, log)
+    train(trainer, resume_from)
+    if eval_rows:
+        final_evaluation(trainer)
+    if log is not None:
+        save_adapter(model, args.output_dir)
+        check_saved(model, args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        metrics = last_metrics(args)
+        write_run(
+            args.output_dir, stage="reward", args=args, base=base, tokenizer=tokenizer, template=args.prompt_template,
+            data=about_data, metrics=metrics,
+        )  # fmt: skip
+        log.close()
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
+    end(trainer)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
