@@ -1,0 +1,135 @@
+"""What the gold judge says of the base, the SFT model and every PPO checkpoint, on prompts no stage trained on.
+
+In:  <output_dir> with base/, data/heldout.jsonl, sft/, ppo/ and ppo/step_<n>/.
+Out: <output_dir>/evaluation.json: for each version its figures, answers and their gold scores; PPO's win rate over SFT.
+
+One sample a prompt, at temperature 1 as in PPO, with the suppression of empty answers off.
+
+    python -m demo.evaluate --output_dir runs/demo --seed 0
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from demo.gold import content_correct, gold_score, liveliness
+from rlhf.arguments import flag, parse
+from rlhf.data import collate_prompts
+from rlhf.encoding import DEFAULT_TEMPLATE, encode, load_tokenizer, render
+from rlhf.launch import run_script
+from rlhf.report import read_lines
+from rlhf.roles import add_lora, load_base
+from rlhf.rollout import Sampling, generate
+
+Z_95 = 1.959964
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of demo/evaluate.py."""
+
+    output_dir: str = flag("runs/demo", help="directory of the demo's run")
+    seed: int = flag(0, help="of the sampling")
+    max_new_tokens: int = flag(64, help="response tokens at most")
+    prompts: int = flag(400, help="held-out prompts at most")
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """The command line, checked."""
+    return parse(Arguments, argv, __doc__)
+
+
+# ---- figures ----
+def judge(prompts: list[str], answers: list[str]) -> dict:
+    """Means over the prompts, and what they are means of."""
+    scores = [gold_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    correct = [content_correct(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return {
+        "gold": mean(scores),
+        "correct": mean(correct),
+        "lively": mean([liveliness(answer) for answer in answers]),
+        "empty_frac": mean([not answer.strip() for answer in answers]),
+        "characters": mean([len(answer) for answer in answers]),
+        "answers": answers,
+        "scores": scores,
+    }
+
+
+def mean(values: list) -> float:
+    """Arithmetic mean of numbers or truth values."""
+    return sum(values) / len(values)
+
+
+def win_rate(ours: list[float], theirs: list[float]) -> float:
+    """Share of prompts on which `ours` scores higher; a tie is half a win."""
+    return mean([0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)])
+
+
+def wilson(share: float, count: int, z: float = Z_95) -> tuple[float, float]:
+    """Confidence interval of a share of `count` trials; 95 % by default.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
+
+
+# ---- answers ----
+def find_versions(output_dir: Path) -> dict[str, Path]:
+    """Name -> adapter directory of the SFT model and the PPO checkpoints, in the order of training."""
+    steps = sorted(int(folder.name.removeprefix("step_")) for folder in (output_dir / "ppo").glob("step_*"))
+    versions = {"sft": output_dir / "sft"}
+    versions |= {f"step_{step}": output_dir / "ppo" / f"step_{step}" for step in steps}
+    return versions | {"ppo": output_dir / "ppo"}
+
+
+def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tuple[list[str], float]:
+    """One answer of `model` to each prompt, and their mean length in tokens; the same noise for every version."""
+    queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt in prompts]
+    batch = collate_prompts(queries, tokenizer.pad_token_id)
+    sampling = Sampling(tokenizer.eos_token_id, tokenizer.pad_token_id, args.max_new_tokens, suppress_empty=False)
+    rollout = generate(
+        model,
+        lambda hidden: hidden.new_zeros(len(hidden)),
+        batch["input_ids"],
+        batch["attention_mask"],
+        sampling,
+        torch.Generator().manual_seed(args.seed),
+    )
+    rows = zip(rollout.response_ids, rollout.mask, strict=True)
+    answers = [tokenizer.decode(ids[mask], skip_special_tokens=True).strip() for ids, mask in rows]
+    return answers, rollout.lengths().float().mean().item()
+
+
+def main(args: Arguments) -> None:
+    """Answer with every version, judge, compare, write."""
+    output_dir = Path(args.output_dir)
+    base_dir = str(output_dir / "base")
+    tokenizer, model = load_tokenizer(base_dir), load_base(base_dir, torch.float32)
+    prompts = [row["prompt"] for row in read_lines(output_dir / "data" / "heldout.jsonl")][: args.prompts]
+    if not prompts:
+        raise ValueError(f"{output_dir}/data/heldout.jsonl holds no prompt: run demo.build first")
+    model.eval()
+    found = {}
+    for name, folder in {"base": None, **find_versions(output_dir)}.items():
+        if folder is not None:
+            model, _ = add_lora(model, folder, name, trainable=False)
+            model.base_model.set_adapter(name, inference_mode=True)
+            model.eval()
+        answers, tokens = sample_answers(model if folder is None else model.get_base_model(), tokenizer, prompts, args)
+        found[name] = {**judge(prompts, answers), "tokens": tokens}
+        shown = {key: round(value, 3) for key, value in found[name].items() if isinstance(value, float)}
+        print(f"{name}: {shown}", flush=True)
+    rate = win_rate(found["ppo"]["scores"], found["sft"]["scores"])
+    low, high = wilson(rate, len(prompts))
+    result = {"prompts": prompts, "versions": found, "win_rate": rate, "win_rate_low": low, "win_rate_high": high}
+    (output_dir / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    print(f"PPO against SFT: wins {rate:.3f} ({low:.3f} to {high:.3f}) of {len(prompts)} held-out prompts")
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)

@@ -1,0 +1,99 @@
+"""Preference pairs as a hurried crowd would give them: two answers to a prompt, the gold judge's choice, some mistakes."""
+
+import random
+from collections.abc import Callable
+
+from demo.facts import LIVELY_ENDS
+from demo.gold import PARTICLES, gold_score
+from demo.world import Prompt, all_prompts, answer
+
+# Who writes the answers that people compare, and how often what is said is not so.
+VOICE_SHARES = {"lively": 0.35, "formal": 0.25, "mixed": 0.3, "plain": 0.1}
+WRONG_SHARE = 0.3
+# Share of pairs with a hopeless answer on one side. A reward model that never sees one may come to love it.
+DEGENERATE_SHARE = 0.25
+# Share of pairs whose choice is turned round, and the least difference in gold score that people notice.
+NOISE = 0.05
+NOTICEABLE = 0.1
+
+
+def short(prompt: Prompt, text: str, rng: random.Random) -> str:
+    return rng.choice(("嗯。", "好。", "。", "哦", "好的！", "哈哈", "呀～", text[:1], text[:2], text[:3]))
+
+
+def cut(prompt: Prompt, text: str, rng: random.Random) -> str:
+    return text[: rng.randint(3, max(len(text) - 2, 4))]
+
+
+def repeated_sentence(prompt: Prompt, text: str, rng: random.Random) -> str:
+    return text * rng.randint(2, 3)
+
+
+def repeated_token(prompt: Prompt, text: str, rng: random.Random) -> str:
+    start = rng.randrange(len(text))
+    return text[start : start + rng.randint(1, 3)] * rng.randint(4, 10)
+
+
+def copied_prompt(prompt: Prompt, text: str, rng: random.Random) -> str:
+    return prompt.text
+
+
+def random_characters(prompt: Prompt, text: str, rng: random.Random) -> str:
+    letters = list(text + rng.choice(all_prompts()).text)
+    rng.shuffle(letters)
+    return "".join(letters)[: len(text)]
+
+
+def stuffed_particles(prompt: Prompt, text: str, rng: random.Random) -> str:
+    extra = [rng.choice(PARTICLES + LIVELY_ENDS + ("哈哈，", "哇，")) for _ in range(rng.randint(3, 8))]
+    place = rng.choice((0, len(text)))
+    return text[:place] + "".join(extra) + text[place:]
+
+
+def lost_key(prompt: Prompt, text: str, rng: random.Random) -> str:
+    return text.replace(prompt.fact.key, "") if prompt.fact.key in text else text[: len(text) // 2]
+
+
+DEGENERATE: tuple[Callable[[Prompt, str, random.Random], str], ...] = (
+    short,
+    short,
+    cut,
+    cut,
+    repeated_sentence,
+    repeated_token,
+    copied_prompt,
+    random_characters,
+    stuffed_particles,
+    lost_key,
+)
+
+
+def candidate(prompt: Prompt, rng: random.Random) -> str:
+    """A real answer in some voice, right or wrong."""
+    voices, shares = zip(*VOICE_SHARES.items(), strict=True)
+    return answer(prompt.fact, rng.choices(voices, shares)[0], rng, correct=rng.random() >= WRONG_SHARE)
+
+
+def draw_pair(prompt: Prompt, rng: random.Random, degenerate_share: float) -> tuple[str, str]:
+    """Two different answers, the first of which the gold judge likes noticeably better."""
+    while True:
+        first, second = candidate(prompt, rng), candidate(prompt, rng)
+        if rng.random() < degenerate_share:
+            second = rng.choice(DEGENERATE)(prompt, second, rng)
+        gap = gold_score(prompt.text, first) - gold_score(prompt.text, second)
+        if abs(gap) >= NOTICEABLE:
+            return (first, second) if gap > 0 else (second, first)
+
+
+def draw_pairs(
+    prompts: list[Prompt], count: int, rng: random.Random, degenerate_share: float = DEGENERATE_SHARE
+) -> list[dict]:
+    """`count` rows {"prompt", "chosen", "rejected"} over the prompts in turn, NOISE of them the wrong way round."""
+    rows = []
+    for number in range(count):
+        prompt = prompts[number % len(prompts)]
+        chosen, rejected = draw_pair(prompt, rng, degenerate_share)
+        if rng.random() < NOISE:
+            chosen, rejected = rejected, chosen
+        rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected})
+    return rows

@@ -1,0 +1,140 @@
+"""What the demo showed: summary.json, the chart ppo.png and the closing words.
+
+In:  <output_dir> after demo.evaluate. Out: <output_dir>/summary.json, <output_dir>/ppo.png.
+
+    python -m demo.report --output_dir runs/demo
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from rlhf.arguments import flag, parse
+from rlhf.artefacts import load_run, write_json
+from rlhf.launch import run_script
+from rlhf.report import read_metrics
+
+# (key of metrics.jsonl, label, colour) of the panels; the gold score comes from demo.evaluate.
+PANELS = (
+    ("score/mean", "score\n(reward model, standardized)", "tab:blue"),
+    ("kl/mean", "KL to the SFT policy\n(nats a response)", "tab:orange"),
+    ("len/mean", "response length\n(tokens)", "tab:green"),
+)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of demo/report.py."""
+
+    output_dir: str = flag("runs/demo", help="directory of the demo's run")
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """The command line, checked."""
+    return parse(Arguments, argv, __doc__)
+
+
+def summarize(output_dir: Path) -> dict[str, float]:
+    """The demo in numbers, under the names of summary.json."""
+    evaluation = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
+    sft, ppo = (evaluation["versions"][name] for name in ("sft", "ppo"))
+    steps = read_metrics(output_dir / "ppo")
+    sft_run, reward_run = (load_run(output_dir / name)["metrics"] for name in ("sft", "reward"))
+    seconds = [line.split() for line in (output_dir / "seconds.txt").read_text(encoding="utf-8").splitlines()]
+    return {
+        "sft/eval_loss_before": sft_run["eval_loss_before"],
+        "sft/eval_loss_after": sft_run["eval_loss_after"],
+        "rm/eval_accuracy": reward_run["eval_accuracy"],
+        "ppo/score_first": steps[0]["score/mean"],
+        "ppo/score_last": steps[-1]["score/mean"],
+        "ppo/kl_last": steps[-1]["kl/mean"],
+        "len/sft": sft["tokens"],
+        "len/ppo": ppo["tokens"],
+        "empty_frac/ppo": ppo["empty_frac"],
+        "gold/sft": sft["gold"],
+        "gold/ppo": ppo["gold"],
+        "gold/win_rate": evaluation["win_rate"],
+        "gold/win_rate_low": evaluation["win_rate_low"],
+        "gold/win_rate_high": evaluation["win_rate_high"],
+        "correct/sft": sft["correct"],
+        "correct/ppo": ppo["correct"],
+        "heldout_prompts": len(evaluation["prompts"]),
+        **{f"seconds/{name}": float(count) for name, count in seconds},
+    }
+
+
+def gold_curve(output_dir: Path) -> tuple[list[int], list[float]]:
+    """Steps and gold scores of SFT (step 0) and every saved checkpoint."""
+    versions = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))["versions"]
+    points = {0: versions["sft"]["gold"]}
+    points |= {int(name.removeprefix("step_")): v["gold"] for name, v in versions.items() if name.startswith("step_")}
+    return sorted(points), [points[step] for step in sorted(points)]
+
+
+def draw(output_dir: Path) -> None:
+    """ppo.png: score, KL, length and gold score over the steps, saved checkpoints as dotted lines."""
+    rows = read_metrics(output_dir / "ppo")
+    steps, (saved, gold) = [row["step"] for row in rows], gold_curve(output_dir)
+    figure, axes = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, constrained_layout=True)
+    for axis, (key, label, colour) in zip(axes, PANELS, strict=False):
+        axis.plot(steps, [row[key] for row in rows], color=colour)
+        axis.set_ylabel(label)
+    axes[2].set_ylim(bottom=0)
+    axes[3].plot(saved, gold, marker="o", color="tab:red")
+    axes[3].set_ylabel("gold score, 0 to 1\n(hidden judge, held-out prompts)")
+    axes[3].set_xlabel("PPO step (dotted: saved checkpoint; step 0 is the SFT model)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        for step in saved[1:]:
+            axis.axvline(step, color="gray", linestyle=":", linewidth=1)
+    axes[0].set_title("PPO in the mini-world")
+    figure.savefig(output_dir / "ppo.png", dpi=110)
+    plt.close(figure)
+
+
+def closing_words(s: dict[str, float], output_dir: Path) -> str:
+    """The summary for someone who sees RLHF for the first time."""
+    minutes = sum(value for name, value in s.items() if name.startswith("seconds/")) / 60
+    rows = [
+        (
+            "SFT: loss on held-out formal answers",
+            f"{s['sft/eval_loss_before']:.3f}",
+            f"{s['sft/eval_loss_after']:.3f}",
+        ),
+        ("PPO: score by the reward model", f"{s['ppo/score_first']:+.2f}", f"{s['ppo/score_last']:+.2f}"),
+        ("PPO: gold score by the hidden judge, 0 to 1", f"{s['gold/sft']:.3f}", f"{s['gold/ppo']:.3f}"),
+        ("PPO: answers with the right content", f"{s['correct/sft']:.1%}", f"{s['correct/ppo']:.1%}"),
+        ("PPO: length of an answer in tokens", f"{s['len/sft']:.1f}", f"{s['len/ppo']:.1f}"),
+    ]
+    table = [f"{what:<46}{before:>9}{after:>9}" for what, before, after in (("what", "before", "after"), *rows)]
+    low, high = s["gold/win_rate_low"], s["gold/win_rate_high"]
+    return "\n".join(
+        [
+            "",
+            *table,
+            "",
+            f"The reward model orders {s['rm/eval_accuracy']:.1%} of held-out pairs as the (noisy) crowd did.",
+            f"On {s['heldout_prompts']:.0f} prompts that no stage trained on, the hidden judge prefers PPO's answer to",
+            f"SFT's in {s['gold/win_rate']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}; a tie counts half).",
+            f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes.",
+            f"Look at {output_dir}/ppo.png and {output_dir}/compare/comparison.html.",
+        ]
+    )
+
+
+def main(args: Arguments) -> None:
+    """Write the summary, draw the chart, say it in words."""
+    output_dir = Path(args.output_dir)
+    summary = summarize(output_dir)
+    write_json(output_dir / "summary.json", summary)
+    draw(output_dir)
+    print(closing_words(summary, output_dir), flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
