@@ -50,7 +50,7 @@ from rlhf.experience import (
     set_advantages,
     transform_scores,
 )
-from rlhf.guard import Collapse
+from rlhf.guard import Collapse, CollapseGuard
 from rlhf.launch import run_script
 from rlhf.metrics import describe, describe_samples, global_moments, in_words, refuse_non_finite, step_line, timings
 from rlhf.report import Eta, MetricsLog
@@ -98,7 +98,9 @@ class ScriptArguments(CommonArguments, DataArguments):
     missing_eos_penalty: float = flag(0.0, help="subtracted where a response hit the maximum length", group="reward")
     init_kl_coef: float = flag(0.5, help="price of one nat of KL to the reference", group="reward")
     adap_kl_ctrl: bool = flag(False, help="move the price so that the KL stays at its target", group="reward")
-    adap_kl_target: float = flag(6.0, help="nats a response, for --adap_kl_ctrl", group="reward")
+    adap_kl_target: float = flag(
+        6.0, help="nats a response: target of --adap_kl_ctrl; the guard minds no KL under it", group="reward"
+    )
     adap_kl_horizon: int = flag(10000, help="responses, for --adap_kl_ctrl", group="reward")
     # ---- update ----
     steps: int = flag(20000, help="responses in total, of all processes, rounded up to whole batches", group="update")
@@ -366,6 +368,7 @@ def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompt
         ),
         optimizer=optimizer,
         kl_controller=adaptive if args.adap_kl_ctrl else ppo.FixedKLController(args.init_kl_coef),
+        guard=CollapseGuard(kl_budget=args.adap_kl_target),
     )
 
 

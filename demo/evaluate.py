@@ -3,7 +3,7 @@
 In:  <output_dir> with base/, data/heldout.jsonl, sft/, ppo/ and ppo/step_<n>/.
 Out: <output_dir>/evaluation.json: for each version its figures, answers and their gold scores; PPO's win rate over SFT.
 
-One sample a prompt, at temperature 1 as in PPO, with the suppression of empty answers off.
+One sample a prompt, at temperature 0.7 as one would serve a model, with the suppression of empty answers off.
 
     python -m demo.evaluate --output_dir runs/demo --seed 0
 """
@@ -33,6 +33,7 @@ class Arguments:
 
     output_dir: str = flag("runs/demo", help="directory of the demo's run")
     seed: int = flag(0, help="of the sampling")
+    temperature: float = flag(0.7, help="of the sampling; PPO itself samples at 1")
     max_new_tokens: int = flag(64, help="response tokens at most")
     prompts: int = flag(400, help="held-out prompts at most")
 
@@ -91,7 +92,13 @@ def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tup
     """One answer of `model` to each prompt, and their mean length in tokens; the same noise for every version."""
     queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt in prompts]
     batch = collate_prompts(queries, tokenizer.pad_token_id)
-    sampling = Sampling(tokenizer.eos_token_id, tokenizer.pad_token_id, args.max_new_tokens, suppress_empty=False)
+    sampling = Sampling(
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        args.max_new_tokens,
+        temperature=args.temperature,
+        suppress_empty=False,
+    )
     rollout = generate(
         model,
         lambda hidden: hidden.new_zeros(len(hidden)),

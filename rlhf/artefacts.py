@@ -125,6 +125,8 @@ def save_adapter(model: PeftModel, output_dir: str | Path, adapter_name: str = "
         for key, value in config.items():
             if isinstance(value, list) and all(isinstance(item, str) for item in value):
                 config[key] = sorted(value)
+        # safetensors files are born readable by their owner alone.
+        (saved / ADAPTER_FILE).chmod(0o644)
         os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
         write_json(output_dir / "adapter_config.json", config)
 

@@ -30,7 +30,7 @@ class Loop:
     sampling: Sampling
     optimizer: torch.optim.Optimizer
     kl_controller: FixedKLController | AdaptiveKLController
-    guard: CollapseGuard = field(default_factory=CollapseGuard)
+    guard: CollapseGuard
     reward_stats: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     rollbacks: int = 0

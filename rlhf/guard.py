@@ -22,7 +22,9 @@ class CollapseGuard:
     median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, or a non-finite number.
     """
 
-    def __init__(self):
+    def __init__(self, kl_budget: float = 0.0):
+        """`kl_budget`: nats a response under which no rise of the KL counts, for at the start it grows from nothing."""
+        self.kl_budget = kl_budget
         self.start: dict[str, float] = {}
         self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
 
@@ -47,7 +49,7 @@ class CollapseGuard:
                 )
         if len(self.recent_kl) == KL_WINDOW:
             usual = median(self.recent_kl)
-            if metrics["kl/mean"] > KL_FACTOR * usual and metrics["kl/mean"] > usual + KL_MARGIN:
+            if metrics["kl/mean"] > max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget):
                 return f"KL jumped to {metrics['kl/mean']:.2f} nats from a median of {usual:.2f}"
         return None
 

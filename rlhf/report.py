@@ -42,7 +42,7 @@ class MetricsLog:
         kept = {
             file: [row for row in read_lines(file) if row.get("step", 0) <= done] for file in (self.file, self.samples)
         }
-        for file, rows in kept.items():
+        for file, rows in ((file, rows) for file, rows in kept.items() if file.is_file()):
             file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         self.last = kept[self.file][-1] if kept[self.file] else {}
         self._log, self._close = _open_tracker(tracker, Path(output_dir), config or {})

@@ -39,7 +39,10 @@ def load_base(model_dir: str, dtype: torch.dtype, head: str = "causal", device=N
         "causal": (AutoModelForCausalLM, {}),
         "score": (AutoModelForSequenceClassification, {"num_labels": 1}),
     }[head]
-    model = auto.from_pretrained(model_dir, dtype=dtype, **extra)
+    model, loaded = auto.from_pretrained(model_dir, dtype=dtype, output_loading_info=True, **extra)
+    missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
+    if missing:
+        raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
     model.config.use_cache = False
     return model if device is None else model.to(device)
 

@@ -19,7 +19,7 @@ source scripts/setup_venv.sh requirements.txt
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 WORLD=() SFT=() REWARD=() PPO=(--steps 2560 --save_freq 10) EVALUATE=()
 if [ "$SMOKE" = True ]; then
-  WORLD=(--base_rows 480 --sft_rows 64 --pairs 64 --eval_pairs 16)
+  WORLD=(--base_pages 480 --sft_rows 64 --pairs 64 --eval_pairs 16)
   SFT=(--max_steps 2) REWARD=(--max_steps 2) PPO=(--steps 128 --save_freq 1 --on_collapse off)
   EVALUATE=(--prompts 16 --max_new_tokens 16)
 fi
@@ -38,9 +38,10 @@ stage() {
 
 stage base python -m demo.build --output_dir "$OUT" --seed "$SEED" ${WORLD[@]+"${WORLD[@]}"}
 
-stage sft python sft_training.py --model_name "$OUT/base" --lora_target_models W_pack \
-  --dataset_name "$OUT/data/sft.jsonl" --eval_dataset_name "$OUT/data/sft_eval.jsonl" --num_train_epochs 2 --max_length 128 \
-  --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
+stage sft python sft_training.py --model_name "$OUT/base" \
+  --lora_target_models 'W_pack|o_proj|gate_proj|up_proj|down_proj' --lora_rank 16 \
+  --dataset_name "$OUT/data/sft.jsonl" --eval_dataset_name "$OUT/data/sft_eval.jsonl" --num_train_epochs 3 --max_length 128 \
+  --logging_steps 50 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/sft" ${SFT[@]+"${SFT[@]}"}
 
 stage reward python reward_modeling.py --model_name "$OUT/base" \
@@ -53,8 +54,8 @@ stage merge python merge_lora.py --base_model_name "$OUT/base" --lora_path "$OUT
 
 stage ppo python rl_training.py --base_model_name "$OUT/base" --merged_sft_model_path "$OUT/merged" \
   --sft_model_lora_path "$OUT/sft" --reward_model_lora_path "$OUT/reward" --dataset_name "$OUT/data/prompts.jsonl" \
-  --reward_transform standardize --init_kl_coef 0.1 --batch_size 64 --mini_batch_size 32 --gradient_accumulation_steps 1 \
-  --ppo_epochs 2 --learning_rate 1e-3 --output_max_length 48 --seed "$SEED" --overwrite_output_dir True \
+  --reward_transform standardize --init_kl_coef 0.1 --batch_size 64 --mini_batch_size 32 --gradient_accumulation_steps 2 \
+  --ppo_epochs 4 --learning_rate 8e-4 --output_max_length 48 --seed "$SEED" --overwrite_output_dir True \
   --output_dir "$OUT/ppo" "${PPO[@]}"
 
 versions=("sft=$OUT/sft")
@@ -62,7 +63,7 @@ for step in 1 10 20; do
   if [ -d "$OUT/ppo/step_$step" ]; then versions+=("rlhf$step=$OUT/ppo/step_$step"); fi
 done
 stage compare python compare.py --base_model_name "$OUT/base" --adapters "${versions[@]}" "rlhf=$OUT/ppo" \
-  --prompts "$OUT/data/compare.txt" --reward_model_lora_path "$OUT/reward" --max_new_tokens 64 --seed "$SEED" \
+  --prompts "$OUT/data/compare.txt" --reward_model_lora_path "$OUT/reward" --max_new_tokens 64 --temperature 0.7 --seed "$SEED" \
   --output_dir "$OUT/compare"
 
 stage evaluate python -m demo.evaluate --output_dir "$OUT" --seed "$SEED" ${EVALUATE[@]+"${EVALUATE[@]}"}

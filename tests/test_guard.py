@@ -57,6 +57,14 @@ def test_a_kl_far_over_a_tiny_median_but_under_a_nat_is_no_jump():
     assert "KL jumped" in guard.judge(HEALTHY | {"kl/mean": 1.2})
 
 
+def test_no_rise_of_the_kl_counts_within_its_budget():
+    guard = CollapseGuard(kl_budget=6.0)
+    for _ in range(10):
+        guard.judge(HEALTHY | {"kl/mean": 0.8})
+    assert guard.judge(HEALTHY | {"kl/mean": 5.9}) is None
+    assert "KL jumped" in guard.judge(HEALTHY | {"kl/mean": 6.1})
+
+
 def test_a_collapsed_step_does_not_become_the_measure_of_the_next(capsys):
     assert judged({"kl/mean": 9.0}, {"kl/mean": 9.0}) is not None
 
