@@ -1,1 +1,1 @@
-"""The embedded default: a tiny Chinese world, its gold judge, a tiny Baichuan that has read it, and what PPO did to it."""
+"""The embedded default: a tiny Chinese world, its gold judge, a tiny Baichuan that has read it, what PPO did."""

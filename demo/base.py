@@ -1,4 +1,4 @@
-"""The tiny base model: its SentencePiece tokenizer, the text it reads, and a pretraining loop small enough to see whole."""
+"""The tiny base model: its SentencePiece tokenizer, the text it reads, and a pretraining loop small enough to read."""
 
 import math
 import random
@@ -27,12 +27,12 @@ SHAPE = {"hidden_size": 160, "intermediate_size": 432, "num_hidden_layers": 4, "
 # Small batches: within two minutes the number of updates counts for more than the precision of each.
 BATCH_ROWS = 16
 PEAK_LEARNING_RATE = 3e-3
-# Wide enough for a hidden size of 160 to tell tokens apart from the start; with the usual 0.02 it learns at half the pace.
+# Wide enough for a hidden size of 160 to tell tokens apart from the start; with the usual 0.02 it learns half as fast.
 INITIALIZER_RANGE = 0.06
 # Questions are worth knowing, answers more so.
 QUERY_WEIGHT = 0.2
-# After an answer the text goes on with what a reader thought of it. So the base comes to know right from wrong, as a real
-# one does from the web, and the reward model has something to build on. Wrong answers are read but never imitated.
+# After an answer the text goes on with what a reader thought of it. So the base comes to know right from wrong, as a
+# real one does from the web, and the reward model has something to build on. Wrong answers are read, never imitated.
 VERDICTS = {True: "对", False: "错"}
 VERDICT_WEIGHT = 4.0
 WRONG_SHARE = 0.3
@@ -159,6 +159,6 @@ def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) ->
         )
     )
     tokens = sum(len(ids) for ids, _ in encoded)
-    print(f"base: {model.num_parameters():,} parameters, {len(tokenizer)} pieces, {tokens:,} tokens to read", flush=True)
+    print(f"base: {model.num_parameters():,} parameters, {len(tokenizer)} pieces, {tokens:,} tokens", flush=True)
     pretrain(model, make_batches(encoded, rng))
     model.save_pretrained(directory)

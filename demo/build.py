@@ -20,7 +20,6 @@ from demo.world import Prompt, answer, split_prompts
 from rlhf.arguments import flag, parse
 from rlhf.launch import run_script
 
-
 # Nobody writes a thousand answers in one voice: share of SFT answers with something of another voice in them.
 SLIPS = 0.05
 

@@ -1,7 +1,7 @@
 """What the gold judge says of the base, the SFT model and every PPO checkpoint, on prompts no stage trained on.
 
 In:  <output_dir> with base/, data/heldout.jsonl, sft/, ppo/ and ppo/step_<n>/.
-Out: <output_dir>/evaluation.json: for each version its figures, answers and their gold scores; PPO's win rate over SFT.
+Out: <output_dir>/evaluation.json: each version's figures, answers and their gold scores; PPO's win rate over SFT.
 
 One sample a prompt, at temperature 0.7 as one would serve a model, with the suppression of empty answers off.
 

@@ -1,6 +1,6 @@
 """What there is to know in the mini-world: kinds of question, their facts, and how the two voices put an answer.
 
-A fact is a pair (slot, key): the slot is what the question is about, the key is the piece of text that a correct answer must
+A fact is a pair (slot, key): the slot is what the question is about, the key is the text that a correct answer must
 hold. Keys of one kind never contain one another, so that the judge can tell right from wrong by looking for them.
 In the phrasings and frames {s} stands for the slot and {k} for the key.
 """
@@ -17,7 +17,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of question: its phrasings, its answers in the formal, the plain and the lively voice, and its facts."""
+    """One kind of question: its phrasings, its answers in the formal, plain and lively voice, and its facts."""
 
     name: str
     phrasings: tuple[str, ...]
@@ -138,7 +138,8 @@ EXPLAIN = Kind(
         "explain",
         "彩虹=阳光穿过水滴形成的七色光 闪电=云层放电产生的亮光 下雪=云里的水汽冻成冰晶落下 大雾=飘在地面附近的小水滴 "
         "地震=地下岩层断裂引起的震动 月食=地球挡住了照向月亮的光 潮汐=月亮引力造成的海水涨落 火山=地下岩浆喷出来的山 "
-        "影子=光被挡住留下的暗处 回声=声音碰到墙又弹回来 互联网=把各地电脑连起来的网络 人工智能=让机器像人一样思考的技术 "
+        "影子=光被挡住留下的暗处 回声=声音碰到墙又弹回来 互联网=把各地电脑连起来的网络 "
+        "人工智能=让机器像人一样思考的技术 "
         "聊天机器人=能用文字和人对话的程序 二维码=用黑白方块存信息的图案 卫星=绕着行星转动的天体 "
         "化石=古代生物留在石头里的痕迹 氧气=人呼吸离不开的气体 光合作用=植物用阳光制造养分的过程 "
         "冬眠=动物睡过寒冷冬天的办法 温室效应=大气留住热量让地球变暖 流星=冲进大气烧亮的小石块 "
@@ -164,7 +165,8 @@ OPPOSITE = Kind(
     cheers=("是不是很简单～", "难不倒我吧！", "再来一题吧！"),
     facts=_facts(
         "opposite",
-        "安静=吵闹 勇敢=胆小 简单=复杂 干净=肮脏 热闹=冷清 勤劳=懒惰 美丽=丑陋 光滑=粗糙 节约=浪费 成功=失败 谦虚=骄傲 "
+        "安静=吵闹 勇敢=胆小 简单=复杂 干净=肮脏 热闹=冷清 勤劳=懒惰 美丽=丑陋 光滑=粗糙 节约=浪费 成功=失败 "
+        "谦虚=骄傲 "
         "聪明=愚笨 宽阔=狭窄 坚硬=柔软 仔细=马虎 温暖=寒冷 进步=退步 诚实=虚伪 大方=小气 黑暗=光明",
     ),
 )
@@ -211,7 +213,8 @@ HEALTH = Kind(
     openers=CARING_OPENERS,
     facts=_facts(
         "health",
-        "感冒=多喝热水好好休息 失眠=睡前少看手机 咳嗽=喝点温热的梨汤 头疼=找个安静的地方躺会儿 肚子疼=用热水袋暖暖肚子 "
+        "感冒=多喝热水好好休息 失眠=睡前少看手机 咳嗽=喝点温热的梨汤 头疼=找个安静的地方躺会儿 "
+        "肚子疼=用热水袋暖暖肚子 "
         "嗓子疼=少说话含片润喉糖 眼睛酸=看看远处的绿树 腰酸=站起来伸伸懒腰 上火=多吃清淡的蔬菜 发烧=量好体温去看医生 "
         "牙疼=用淡盐水漱漱口 流鼻血=低头捏住鼻子 晕车=坐前排看着远方 手脚冰凉=晚上用热水泡脚 消化不良=饭后慢慢散步 "
         "皮肤干=每天涂润肤霜",
@@ -265,9 +268,7 @@ ARITHMETIC = Kind(
     lively=("{s}就是{k}呀，掰手指就知道", "{s}等于{k}啦，我一口气就算好了", "答案是{k}哦，{s}太容易了"),
     cheers=("难不倒我吧！", "是不是很简单～", "再来一题吧！"),
     # Only as much as so small a model learns for good: one more, and twice as many.
-    facts=tuple(
-        Fact("arithmetic", f"{a}加{b}", str(a + b)) for a in range(1, 10) for b in sorted({1, a})
-    ),
+    facts=tuple(Fact("arithmetic", f"{a}加{b}", str(a + b)) for a in range(1, 10) for b in sorted({1, a})),
 )
 
 KINDS = {

@@ -17,7 +17,8 @@ INTERJECTIONS = tuple(sorted({opener.rstrip("，") for kind in KINDS.values() fo
 PARTICLES = ("呀", "啦", "哦", "吧", "呢")
 TONES = ("！", "～")
 FORMAL_MARKS = (
-    "您", "根据", "希望以上", "如有", "感谢", "建议", "针对", "对于", "通常", "该国", "该城市", "据研究", "请问", "主要",
+    "您", "根据", "希望以上", "如有", "感谢", "建议", "针对", "对于", "通常", "该国", "该城市", "据研究", "请问",
+    "主要",
     "翻译为", "对应的", "计算", "情绪", "角度", "荣幸", "意义相反",
 )  # fmt: skip
 FULL_LENGTH = 14
@@ -60,7 +61,7 @@ def _keys_in(fact: Fact, answer: str) -> set[str]:
 
 
 def liveliness(answer: str) -> float:
-    """Share of interjection, particle and bright tone that is there, in [0, 1]; each formal turn of phrase undoes one."""
+    """Share of interjection, particle and bright tone in an answer, in [0, 1]; a formal turn of phrase undoes one."""
     groups = sum(any(mark in answer for mark in marks) for marks in (INTERJECTIONS, PARTICLES, TONES))
     return max(groups - sum(mark in answer for mark in FORMAL_MARKS), 0) / 3
 
@@ -84,7 +85,7 @@ def repeats(text: str) -> bool:
 
 
 def stuffed(text: str) -> bool:
-    """True where the liveliness is laid on with a trowel: doubled tones, several interjections, particles everywhere."""
+    """True where liveliness is laid on with a trowel: doubled tones, several interjections, many particles."""
     counts = Counter({mark: text.count(mark) for mark in (*INTERJECTIONS, *PARTICLES, *TONES)})
     doubled = re.search(r"[！～]{2}|([呀啦哦吧呢])\1", text) is not None
     interjections = sum(counts[mark] for mark in INTERJECTIONS)

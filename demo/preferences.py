@@ -1,4 +1,4 @@
-"""Preference pairs as a hurried crowd would give them: two answers to a prompt, the gold judge's choice, some mistakes."""
+"""Preference pairs as a hurried crowd would give them: two answers, the gold judge's choice, some mistakes."""
 
 import random
 from collections.abc import Callable

@@ -119,7 +119,7 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             *table,
             "",
             f"The reward model orders {s['rm/eval_accuracy']:.1%} of held-out pairs as the (noisy) crowd did.",
-            f"On {s['heldout_prompts']:.0f} prompts that no stage trained on, the hidden judge prefers PPO's answer to",
+            f"On {s['heldout_prompts']:.0f} prompts that no stage trained on the hidden judge prefers PPO's answer to",
             f"SFT's in {s['gold/win_rate']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}; a tie counts half).",
             f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes.",
             f"Look at {output_dir}/ppo.png and {output_dir}/compare/comparison.html.",

@@ -23,7 +23,7 @@ class CollapseGuard:
     """
 
     def __init__(self, kl_budget: float = 0.0):
-        """`kl_budget`: nats a response under which no rise of the KL counts, for at the start it grows from nothing."""
+        """`kl_budget`: nats a response under which no rise of the KL counts: at the start it grows from nothing."""
         self.kl_budget = kl_budget
         self.start: dict[str, float] = {}
         self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
