@@ -396,7 +396,7 @@ def train(loop: Loop, done: int, run: dict) -> dict:
             good = start
         else:
             metrics |= {"guard": reason}
-        if args.eval_freq and (step + 1) % args.eval_freq == 0:
+        if reason is None and args.eval_freq and (step + 1) % args.eval_freq == 0:
             metrics |= evaluate(loop)
         if main:
             log.write(metrics)
@@ -404,7 +404,9 @@ def train(loop: Loop, done: int, run: dict) -> dict:
             if step in (0, total - 1) or (step + 1) % args.sample_freq == 0:
                 log.write_samples([{"step": step + 1, **row} for row in samples])
         if reason is not None:
+            # What was measured belongs to weights that are given up: nothing of this step is saved.
             recover(loop, parameters, good, reason)
+            continue
         if "eval/score/mean" in metrics and is_best(loop, metrics):
             save_checkpoint(loop, "best", run, metrics)
         if args.save_freq and (step + 1) % args.save_freq == 0:

@@ -51,9 +51,8 @@ def main(args: Arguments) -> int:
     """Print the table; 1 where a promise is broken."""
     summaries = [run_demo(seed, Path(args.output_dir).resolve() / f"seed_{seed}") for seed in args.seeds]
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    print(
-        f"commit {commit.stdout.strip()}, {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"commit {commit.stdout.strip()}, {machine}")
     print(f"{'promise':<36}" + "".join(f"{f'seed {seed}':>12}" for seed in args.seeds))
     broken = 0
     for name, value, holds in PROMISES:

@@ -121,9 +121,9 @@ def test_the_demo_runs_from_base_to_chart(tmp_path):
     )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    promised = """sft/eval_loss_before sft/eval_loss_after rm/eval_accuracy ppo/score_first ppo/score_last ppo/kl_last
-        len/sft len/ppo empty_frac/ppo gold/sft gold/ppo gold/win_rate gold/win_rate_low gold/win_rate_high seconds/base
-        seconds/sft seconds/reward seconds/merge seconds/ppo seconds/compare"""
+    promised = """sft/eval_loss_before sft/eval_loss_after rm/eval_accuracy ppo/score_first ppo/score_last
+        ppo/kl_last len/sft len/ppo empty_frac/ppo gold/sft gold/ppo gold/win_rate gold/win_rate_low gold/win_rate_high
+        seconds/base seconds/sft seconds/reward seconds/merge seconds/ppo seconds/compare"""
     assert set(promised.split()) <= set(summary)
     assert (tmp_path / "ppo.png").read_bytes().startswith(b"\x89PNG")
     assert "rlhf1" in (tmp_path / "compare" / "comparison.md").read_text()
