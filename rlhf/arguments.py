@@ -68,7 +68,11 @@ class _GroupedParser(HfArgumentParser):
 
 def build_parser(cls: type, description: str) -> HfArgumentParser:
     """The parser of a dataclass of `flag` fields; `description` is printed as it stands at the top of `--help`."""
-    return _GroupedParser(cls, description=description, allow_abbrev=False, formatter_class=_HelpFormat)
+    parser = _GroupedParser(cls, description=description, allow_abbrev=False, formatter_class=_HelpFormat)
+    # Sixty flags as usage would push the wrong value or the description off the screen: the required ones are enough.
+    required = [f"{action.option_strings[0]} ..." for action in parser._actions if action.required]
+    parser.usage = " ".join(["%(prog)s", *required, "[other flags: see --help]"])
+    return parser
 
 
 def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
