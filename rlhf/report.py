@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 import warnings
 from pathlib import Path
@@ -73,10 +72,15 @@ def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
     if tracker == "wandb":
         import wandb
 
-        if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or wandb.api.api_key):
-            os.environ["WANDB_MODE"] = "offline"
-            warnings.warn("no wandb key: logging offline; `wandb sync` the run's directory later", stacklevel=3)
-        run = wandb.init(project="lora-rlhf", dir=str(output_dir), config=config, name=output_dir.name)
+        settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
+        try:
+            run = wandb.init(**settings)
+        except wandb.Error as error:
+            # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
+            warnings.warn(
+                f"wandb is offline ({error}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=3
+            )
+            run = wandb.init(mode="offline", **settings)
         return (lambda record: run.log(record, step=record.get("step"))), run.finish
     if tracker == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter

@@ -182,7 +182,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, finish
     assert timeless(read_metrics(other)) != timeless(read_metrics(finished))
 
 
-def test_the_tutorials_command_runs_with_paths_and_sizes_replaced(world, tmp_path):
+def test_the_tutorials_command_runs_with_paths_and_sizes_replaced(world, tmp_path, monkeypatch):
     from peft import PeftModel
 
     from rlhf.roles import load_base
@@ -190,7 +190,10 @@ def test_the_tutorials_command_runs_with_paths_and_sizes_replaced(world, tmp_pat
     merged = tmp_path / "merged"
     model = PeftModel.from_pretrained(load_base(world["base_model_name"], torch.float32), world["sft_model_lora_path"])
     model.merge_and_unload().save_pretrained(merged)
-    line = shlex.split(TUTORIAL.replace("wandb", "tensorboard").replace("256", "8"))
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key of the developer's own
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    line = shlex.split(TUTORIAL.replace("256", "8"))
     replaced = {"baichuan-inc/baichuan-7B": world["base_model_name"], "M": str(merged),
                 "S": world["sft_model_lora_path"], "R": world["reward_model_lora_path"],
                 "O": str(tmp_path / "out")}  # fmt: skip
@@ -199,6 +202,11 @@ def test_the_tutorials_command_runs_with_paths_and_sizes_replaced(world, tmp_pat
     rows = read_metrics(tmp_path / "out")
     assert len(rows) == 2
     assert abs(rows[0]["kl/mean"]) < 1e-3  # the merged model plays the SFT policy
+    assert list((tmp_path / "out" / "wandb").glob("offline-run-*"))
+
+
+def test_tensorboard_gets_the_same_numbers(world, tmp_path):
+    run(world, tmp_path / "out", steps=8, log_with="tensorboard")
     assert list((tmp_path / "out" / "tensorboard").iterdir())
 
 
