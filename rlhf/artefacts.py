@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +30,7 @@ SHAPE_FIELDS = (
 )
 # What a run leaves at the top of its directory: all that --overwrite_output_dir removes, whatever else lies there.
 RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
-RUN_FOLDERS = ("step_", "checkpoint-")
+RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
 
 
 def write_json(path: Path | str, content: dict) -> None:
@@ -244,7 +245,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
     folder.mkdir(parents=True, exist_ok=True)
-    used = [path for path in folder.iterdir() if path.is_file() or path.name.startswith(RUN_FOLDERS)]
+    used = [path for path in folder.iterdir() if path.is_file() or RUN_FOLDERS.fullmatch(path.name)]
     if used and not (resume or overwrite):
         raise FileExistsError(
             f"--output_dir {folder} is not empty ({used[0].name}, ...): give --resume_from_checkpoint True to go on, "

@@ -245,6 +245,18 @@ def test_wrong_inputs_are_refused_in_one_sentence_before_a_model_loads(world, tm
             run(world | changed, changed.get("output_dir", tmp_path / "out"))
 
 
+def test_overwriting_clears_what_a_run_left_and_nothing_else(world, tmp_path):
+    out = tmp_path / "out"
+    for name in ("step_3", "best", "step_by_step_notes"):
+        (out / name).mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    run(world, out, steps=8, overwrite_output_dir=True)
+    assert not (out / "step_3").exists()
+    assert not (out / "best").exists()
+    assert (out / "step_by_step_notes").is_dir()
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_an_adapter_of_the_same_shape_but_other_weights_is_refused(world, tiny_base, tmp_path):
     other = tmp_path / "base"
     shutil.copytree(tiny_base, other)
