@@ -20,16 +20,10 @@ from transformers import Adafactor
 
 from rlhf import ppo
 from rlhf.arguments import CommonArguments, flag, parse
-from rlhf.artefacts import (
-    base_fingerprint,
-    check_adapter,
-    claim_output_dir,
-    resolve_model,
-    save_adapter,
-    write_run,
-)
+from rlhf.artefacts import base_fingerprint, check_adapter, check_merged, claim_output_dir, resolve_model
+from rlhf.charts import draw_run
 from rlhf.check import check_run
-from rlhf.checkpoint import load_state, publish, save_state, to_resume
+from rlhf.checkpoint import to_resume
 from rlhf.data import (
     DataArguments,
     Funnel,
@@ -41,6 +35,7 @@ from rlhf.data import (
     prompt_rows,
     subset,
 )
+from rlhf.evaluation import evaluate, is_best, measure_sft_scores
 from rlhf.experience import (
     Loop,
     next_prompts,
@@ -50,22 +45,19 @@ from rlhf.experience import (
     set_advantages,
     transform_scores,
 )
-from rlhf.guard import Collapse, CollapseGuard
+from rlhf.guard import CollapseGuard
 from rlhf.launch import run_script
-from rlhf.metrics import describe, describe_samples, global_moments, in_words, refuse_non_finite, step_line, timings
+from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings
+from rlhf.ppo_flags import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.report import Eta, MetricsLog
-from rlhf.roles import load_roles, pick_dtype, save_value_head
+from rlhf.roles import Roles, load_roles, pick_dtype
 from rlhf.rollout import Sampling
-from rlhf.update import restore, snapshot, update
-
-# Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
-STATISTICS_SAMPLES = 128
-# Fields of the Loop that a checkpoint keeps as they are.
-KEPT = ("reward_stats", "best", "rollbacks")
+from rlhf.state import keep, latest_good, recover, resume, save_checkpoint, save_stage
+from rlhf.update import update
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(CommonArguments, DataArguments):
+class ScriptArguments(CommonArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags):
     """Flags of rl_training.py; every flag the tutorial had still parses."""
 
     # ---- artefacts ----
@@ -78,88 +70,10 @@ class ScriptArguments(CommonArguments, DataArguments):
     save_freq: int | None = flag(
         None, help="steps between checkpoints step_<n>; none: the end only", group="artefacts"
     )
-    # ---- sampling ----
-    max_prompt_length: int = flag(512, help="queries of more tokens are dropped, and counted", group="data")
-    output_max_length: int = flag(128, help="response tokens at most", group="sampling")
-    batched_gen: bool = flag(True, help="sample the whole batch at once; False: one query at a time", group="sampling")
-    temperature: float = flag(1.0, help="divides the logits, of policy and reference alike", group="sampling")
-    suppress_empty: bool = flag(True, help="forbid EOS as first token (begin_suppress_tokens)", group="sampling")
-    min_new_tokens: int = flag(0, help="forbid EOS before this many tokens", group="sampling")
-    top_k: int = flag(0, help="sample among the k likeliest; not matched in the KL, so better 0", group="sampling")
-    top_p: float = flag(1.0, help="sample within this mass; not matched in the KL, so better 1", group="sampling")
-    # ---- reward ----
-    reward_transform: str = flag(
-        "sigmoid",
-        help="of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
-        group="reward",
-        choices=["sigmoid", "raw", "standardize"],
-    )
-    reward_baseline: float = flag(0.0, help="subtracted from the transformed score", group="reward")
-    missing_eos_penalty: float = flag(0.0, help="subtracted where a response hit the maximum length", group="reward")
-    init_kl_coef: float = flag(0.5, help="price of one nat of KL to the reference", group="reward")
-    adap_kl_ctrl: bool = flag(False, help="move the price so that the KL stays at its target", group="reward")
-    adap_kl_target: float = flag(
-        6.0, help="nats a response: target of --adap_kl_ctrl; the guard minds no KL under it", group="reward"
-    )
-    adap_kl_horizon: int = flag(10000, help="responses, for --adap_kl_ctrl", group="reward")
-    # ---- update ----
-    steps: int = flag(20000, help="responses in total, of all processes, rounded up to whole batches", group="update")
-    batch_size: int = flag(32, help="responses a step and process", group="update")
-    mini_batch_size: int = flag(1, help="responses a backward pass", group="update")
-    gradient_accumulation_steps: int = flag(
-        4, help="backward passes an optimizer step; a window may span epochs", group="update"
-    )
-    ppo_epochs: int = flag(4, help="passes over each batch", group="update")
-    learning_rate: float = flag(1.41e-5, help="of adapter and value head", group="update")
-    adafactor: bool = flag(False, help="Adafactor in place of Adam", group="update")
-    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm", group="update")
-    early_stopping: bool = flag(False, help="leave out a batch's other epochs past 1.5 x target_kl", group="update")
-    target_kl: float = flag(0.1, help="nats a token that one update may move, for --early_stopping", group="update")
-    gamma: float = flag(1.0, help="discount", group="update")
-    lam: float = flag(0.95, help="lambda of GAE", group="update")
-    cliprange: float = flag(0.2, help="of the ratio", group="update")
-    cliprange_value: float = flag(0.2, help="of the value", group="update")
-    vf_coef: float = flag(0.1, help="weight of the value loss", group="update")
-    old_logprobs: str = flag(
-        "auto",
-        help="as sampled, or recomputed before the update; auto: recomputed only in half precision",
-        group="update",
-        choices=["auto", "sampled", "recomputed"],
-    )
-    forward_batch_size: int = flag(32, help="rows at once in passes without gradient", group="machine")
-    # ---- report ----
-    judge_lora_path: str | None = flag(
-        None, help="second reward adapter that PPO does not see: chooses best/ at evaluations", group="artefacts"
-    )
-    best_kl_budget: float = flag(10.0, help="without a judge best/ is the best score within this KL, nats a response")
-    on_collapse: str = flag(
-        "stop",
-        help="when length, emptiness, KL or entropy tell of a collapse: stop (exit code 3), rollback, or off",
-        choices=["stop", "rollback", "off"],
-    )
-    max_rollbacks: int = flag(3, help="rollbacks before the run stops")
-    check: bool = flag(True, help="before the first step look for what makes PPO silently wrong, on one batch")
-    eval_freq: int = flag(0, help="steps between evaluations on held-out prompts; 0: none")
-    eval_prompts: int = flag(64, help="held-out prompts of an evaluation, at most")
-    sample_freq: int = flag(10, help="steps between printed samples (all of that batch go to samples.jsonl)")
 
     def __post_init__(self):
-        CommonArguments.__post_init__(self)
-        DataArguments.__post_init__(self)
-        if self.batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {self.mini_batch_size}"
-            )
-        for name in ("steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
-                     "output_max_length", "forward_batch_size", "sample_freq"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"--temperature {self.temperature} must be above 0: PPO needs a distribution to sample from"
-            )
-        if self.min_new_tokens >= self.output_max_length:
-            raise ValueError("--min_new_tokens must be below --output_max_length")
+        for part in (CommonArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags):
+            part.__post_init__(self)
         if self.save_freq is not None and self.save_freq < 1:
             raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
 
@@ -191,7 +105,7 @@ def load_prompts(
 # ---- one step ----
 def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     """One PPO step. Returns its metrics, the same on every rank, and this rank's rows in words."""
-    clock = [time.perf_counter()]
+    args, clock = loop.args, [time.perf_counter()]
     loop.roles.train(False)
     rollout = sample_responses(loop, next_prompts(loop, step), loop.generator(step, "rollout"))
     clock.append(time.perf_counter())
@@ -202,14 +116,16 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     scores = transform_scores(loop, raw_scores, rollout)
     rewards, kl = set_advantages(loop, rollout, scores)
     clock.append(time.perf_counter())
+    loop.set_learning_rate(step)
     moved = update(
         loop.roles,
         loop.optimizer,
         rollout,
         loop.sampling,
-        loop.args,
+        args,
         loop.accelerator,
         loop.generator(step, "update"),
+        critic_only=step < args.critic_warmup_steps,
     )
     clock.append(time.perf_counter())
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
@@ -217,91 +133,11 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     metrics = {"step": step + 1, **describe(loop.accelerator, rollout, samples), **moved}
     metrics |= {"kl_coef": loop.kl_controller.value, "lr": loop.optimizer.param_groups[0]["lr"]}
     metrics |= timings(loop.accelerator, rollout, clock)
-    loop.kl_controller.update(metrics["kl/mean"], loop.args.batch_size * loop.accelerator.num_processes)
+    loop.kl_controller.update(metrics["kl/mean"], args.batch_size * loop.processes)
     return metrics, samples
 
 
-def evaluate(loop: Loop) -> dict[str, float]:
-    """The policy on the held-out prompts, with the same random draws each time; metrics under eval/."""
-    rank, ranks = loop.accelerator.process_index, loop.accelerator.num_processes
-    # As many on every rank, so that they gather; the few left over are not asked.
-    prompts = loop.eval_prompts[rank : len(loop.eval_prompts) // ranks * ranks : ranks]
-    loop.roles.train(False)
-    rollout = sample_responses(loop, prompts, loop.generator(0, "evaluation"))
-    raw_scores = score_responses(loop, rollout)
-    record_logprobs(loop, rollout)
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    scores = transform_scores(loop, raw_scores, rollout)
-    rewards = scores - loop.kl_controller.value * kl
-    columns = {"score": scores, "raw_score": raw_scores, "kl": kl, "reward": rewards}
-    samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
-    found = describe_samples(loop.accelerator, rollout, samples)
-    if loop.args.judge_lora_path:
-        found["judge/mean"] = loop.accelerator.gather(score_responses(loop, rollout, "judge")).mean().item()
-    return {f"eval/{name}": value for name, value in found.items() if name != "env/reward_mean"}
-
-
-def is_best(loop: Loop, metrics: dict) -> bool:
-    """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
-    value = metrics.get("eval/judge/mean", metrics["eval/score/mean"])
-    if not loop.args.judge_lora_path and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
-        return False
-    if loop.best and value <= loop.best["value"]:
-        return False
-    loop.best = {"step": metrics["step"], "value": value}
-    return True
-
-
-# ---- start, checkpoint, end ----
-def measure_sft_scores(loop: Loop) -> dict[str, float]:
-    """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
-    batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.accelerator.num_processes)))
-    loop.roles.train(False)
-    rollouts = [sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")) for n in range(batches)]
-    scores = torch.cat([score_responses(loop, rollout) for rollout in rollouts])
-    mean, variance = global_moments(loop.accelerator, scores, torch.ones_like(scores, dtype=torch.bool))
-    if variance == 0:
-        raise ValueError("the reward model gives all answers of the SFT model one score: it cannot teach anything")
-    return {"mean": mean.item(), "std": variance.sqrt().item()}
-
-
-def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
-    """The policy's adapter, value head, tokenizer and run.json: all that later stages and other tools need."""
-    save_adapter(loop.roles.peft_model, folder, "policy")
-    save_value_head(loop.roles.value_head, folder)
-    loop.tokenizer.save_pretrained(folder)
-    write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
-
-
-def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
-    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
-
-    def write(folder: Path) -> None:
-        save_stage(loop, folder, run, metrics)
-        state = {name: getattr(loop, name) for name in KEPT} | {"step": metrics["step"]}
-        state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
-        save_state(folder, loop.optimizer, state | {"processes": loop.accelerator.num_processes})
-
-    if loop.accelerator.is_main_process:
-        publish(Path(loop.args.output_dir), name, write)
-    loop.accelerator.wait_for_everyone()
-
-
-def resume(loop: Loop, folder: Path) -> int:
-    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
-    state = load_state(folder, loop.optimizer)
-    if state["processes"] != loop.accelerator.num_processes:
-        raise ValueError(
-            f"{folder} was written by {state['processes']} processes, this run has {loop.accelerator.num_processes}: "
-            "the same number is needed to go on exactly"
-        )
-    for name in KEPT:
-        setattr(loop, name, state[name])
-    loop.kl_controller.value = state["kl_coef"]
-    loop.guard.load_state_dict(state["guard"])
-    return state["step"]
-
-
+# ---- start ----
 def check_start(loop: Loop, fresh: bool) -> None:
     """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
     prompts = next_prompts(loop, 0)[:8]
@@ -313,6 +149,30 @@ def check_start(loop: Loop, fresh: bool) -> None:
         print("check: log-probabilities, scores, reference and stop token are as they should be", flush=True)
 
 
+def measure_start(loop: Loop, fresh: bool) -> None:
+    """What is known before the first step: the SFT model's scores and evaluation (once), and that all is in order."""
+    args = loop.args
+    if args.reward_transform == "standardize" and not loop.reward_stats:
+        if not fresh:
+            raise ValueError("the checkpoint was made without --reward_transform standardize: go on as it began")
+        loop.reward_stats = measure_sft_scores(loop)
+    if args.eval_freq and fresh:
+        loop.baseline = evaluate(loop)[0]
+    if args.check:
+        check_start(loop, fresh)
+
+
+def batch_sizes(loop: Loop) -> str:
+    """The sizes that count, in one sentence."""
+    args = loop.args
+    groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
+    return (
+        f"{loop.total_steps} steps of {args.batch_size * loop.processes} responses{groups}; {args.mini_batch_size} "
+        f"rows a backward pass, an optimizer step each "
+        f"{args.mini_batch_size * args.gradient_accumulation_steps * loop.processes}"
+    )
+
+
 def check_inputs(args: ScriptArguments, tokenizer) -> dict:
     """Refuse what does not belong together, before any model is loaded; returns what run.json says of the inputs."""
     base = base_fingerprint(args.base_model_name)
@@ -320,6 +180,8 @@ def check_inputs(args: ScriptArguments, tokenizer) -> dict:
     sft, reward = args.sft_model_lora_path, args.reward_model_lora_path
     check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
     check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
+    if args.merged_sft_model_path:
+        check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
     parents = {"sft": sft, "reward": reward}
     if args.judge_lora_path:
         check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
@@ -327,27 +189,36 @@ def check_inputs(args: ScriptArguments, tokenizer) -> dict:
     return {"base": base, "template": args.prompt_template, "parents": parents}
 
 
-def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None) -> Loop:
-    """Load the roles (from a checkpoint, if there is one) and build the optimizer round what they train."""
+def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) -> Roles:
+    """Base and adapters, policy and critic from a checkpoint if there is one."""
+    critic = ("adapter" if args.value_lora else "head") if args.advantage == "gae" else None
     roles = load_roles(
         args.base_model_name,
         args.sft_model_lora_path,
         args.reward_model_lora_path,
         dtype=pick_dtype(args.bf16),
-        device=accelerator.device,
+        device=device,
         merged_sft_dir=args.merged_sft_model_path,
         policy_dir=start,
         judge_dir=args.judge_lora_path,
+        critic=critic,
     )
     if args.gradient_checkpointing:
-        roles.model.gradient_checkpointing_enable({"use_reentrant": False})
+        roles.enable_checkpointing()
+    return roles
+
+
+def make_optimizer(args: ScriptArguments, roles: Roles) -> torch.optim.Optimizer:
+    """Adam (or Adafactor) over policy adapter and critic."""
     trained = list(roles.trainable().values())
     if args.adafactor:
-        optimizer = Adafactor(
-            trained, lr=args.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False
-        )
-    else:
-        optimizer = torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=accelerator.device.type == "cuda")
+        return Adafactor(trained, lr=args.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
+    return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=trained[0].device.type == "cuda")
+
+
+def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None) -> Loop:
+    """Everything the steps share: roles, what trains them, how they sample, what is watched."""
+    roles = make_roles(args, accelerator.device, start)
     adaptive = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
     return Loop(
         args=args,
@@ -366,73 +237,84 @@ def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompt
             top_k=args.top_k,
             top_p=args.top_p,
         ),
-        optimizer=optimizer,
+        optimizer=make_optimizer(args, roles),
         kl_controller=adaptive if args.adap_kl_ctrl else ppo.FixedKLController(args.init_kl_coef),
         guard=CollapseGuard(kl_budget=args.adap_kl_target),
     )
 
 
+# ---- training ----
 def train(loop: Loop, done: int, run: dict) -> dict:
-    """Steps `done` to the end, each reported and every save_freq-th saved; returns the summary for run.json."""
-    args, main = loop.args, loop.accelerator.is_main_process
-    per_step = args.batch_size * loop.accelerator.num_processes
-    total = -(-args.steps // per_step)
-    if main:
-        print(
-            f"{total} steps of {per_step} responses; {args.mini_batch_size} rows a backward pass, an optimizer step "
-            f"each {args.mini_batch_size * args.gradient_accumulation_steps * loop.accelerator.num_processes}",
-            flush=True,
-        )
-    log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if main else None
-    eta, metrics = Eta(total, done), log.last if main else {}
-    parameters = list(loop.roles.trainable().values())
-    good = snapshot(parameters, loop.optimizer)
-    for step in range(done, total):
-        start = snapshot(parameters, loop.optimizer)
-        metrics, samples = train_step(loop, step)
-        reason = None if args.on_collapse == "off" else loop.guard.judge(metrics)
-        if reason is None:
-            # The answers that this step judged came from the weights it started with: those are known to be good.
-            good = start
-        else:
-            metrics |= {"guard": reason}
-        if reason is None and args.eval_freq and (step + 1) % args.eval_freq == 0:
-            metrics |= evaluate(loop)
-        if main:
-            log.write(metrics)
-            print(step_line(metrics, total, eta.left(step + 1)), flush=True)
-            if step in (0, total - 1) or (step + 1) % args.sample_freq == 0:
-                log.write_samples([{"step": step + 1, **row} for row in samples])
-        if reason is not None:
-            # What was measured belongs to weights that are given up: nothing of this step is saved.
-            recover(loop, parameters, good, reason)
-            continue
-        if "eval/score/mean" in metrics and is_best(loop, metrics):
-            save_checkpoint(loop, "best", run, metrics)
-        if args.save_freq and (step + 1) % args.save_freq == 0:
-            save_checkpoint(loop, f"step_{step + 1}", run, metrics)
-    if main:
-        log.close()
-    return {"steps": total, **metrics}
+    """Steps `done` to the end, each reported and every save_freq-th saved; returns the last step's metrics."""
+    args, total = loop.args, loop.total_steps
+    log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if loop.accelerator.is_main_process else None
+    eta, metrics = Eta(total, done), log.last if log else {}
+    loop.good = loop.good or keep(loop)
+    try:
+        for step in range(done, total):
+            start = keep(loop)
+            metrics, samples = train_step(loop, step)
+            reason = inspect(loop, metrics, samples)
+            if log:
+                report(log, metrics, samples, total, eta, args.sample_freq)
+            if reason is None:
+                loop.good = latest_good(loop, metrics, start)
+                save_what_is_due(loop, step, run, metrics)
+            else:
+                # What was measured belongs to weights that are given up: nothing of this step is saved.
+                recover(loop, reason)
+    finally:
+        if log:
+            log.close()
+            draw_run(args.output_dir)
+    return metrics
 
 
-def recover(loop: Loop, parameters: list, good: tuple, reason: str) -> None:
-    """Go back to the last good weights at twice the price of KL, if --on_collapse says so; else stop the run.
+def inspect(loop: Loop, metrics: dict, samples: list[dict]) -> str | None:
+    """Evaluate where it is due (into `metrics` and `samples`); the guard's reason to give this step up, or None."""
+    args, step = loop.args, metrics["step"]
+    if step == 1:
+        metrics |= {f"eval_start/{name.removeprefix('eval/')}": value for name, value in loop.baseline.items()}
+    reason = None if args.on_collapse == "off" else loop.guard.judge(metrics)
+    if reason is None and args.eval_freq and step % args.eval_freq == 0:
+        found, answers = evaluate(loop)
+        metrics |= found
+        samples += [{"evaluation": True, **row} for row in answers]
+        reason = None if args.on_collapse == "off" else loop.guard.gamed(metrics, loop.baseline)
+    if reason is not None:
+        metrics["guard"] = reason
+    return reason
 
-    Data and random draws go on from here, so what led into the collapse is not played again.
 
-    Raises: Collapse (exit code 3) with the reason.
-    """
-    if loop.args.on_collapse == "stop" or loop.rollbacks == loop.args.max_rollbacks:
-        raise Collapse(
-            f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
-            f"{loop.args.output_dir}. The reward model is the first to look at (README, 'What to watch in PPO')"
-        )
-    restore(parameters, loop.optimizer, good)
-    loop.rollbacks += 1
-    loop.kl_controller.value *= 2
-    if loop.accelerator.is_main_process:
-        print(f"rollback {loop.rollbacks}: {reason}; KL price now {loop.kl_controller.value:.3g}", flush=True)
+def report(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
+    """metrics.jsonl and tracker, one line on the screen, and now and then samples in words."""
+    step = metrics["step"]
+    log.write(metrics)
+    print(step_line(metrics, total, eta.left(step)), flush=True)
+    if step not in (1, total) and step % sample_freq:
+        samples = [row for row in samples if "evaluation" in row]
+    log.write_samples([{"step": step, **row} for row in samples])
+
+
+def save_what_is_due(loop: Loop, step: int, run: dict, metrics: dict) -> None:
+    """best/ after the best evaluation so far, step_<n>/ every save_freq steps."""
+    if "eval/score/mean" in metrics and is_best(loop, metrics, step + 1):
+        save_checkpoint(loop, "best", run, metrics)
+    if loop.args.save_freq and (step + 1) % loop.args.save_freq == 0:
+        save_checkpoint(loop, f"step_{step + 1}", run, metrics)
+
+
+def closing_words(loop: Loop) -> str:
+    """Where the result is, and which step was the best."""
+    words = f"policy adapter saved in {loop.args.output_dir}, chart in {loop.args.output_dir}/chart.png"
+    if not loop.best:
+        return words
+    name = "judge" if loop.args.judge_lora_path else "score"
+    before = loop.baseline.get(f"eval/{name}/mean", float("nan"))
+    return (
+        f"{words}\nbest evaluation, kept in best/: step {loop.best['step']}, {name} {loop.best['value']:+.3f} "
+        f"(the SFT model: {before:+.3f})"
+    )
 
 
 def main(args: ScriptArguments) -> None:
@@ -451,20 +333,19 @@ def main(args: ScriptArguments) -> None:
     if args.inspect_data:
         inspect_rows(tokenizer, prompts, funnel)
         return
-    if accelerator.is_main_process:
-        print(funnel.table(), flush=True)
+    if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
+        raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
     run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
     start = to_resume(args.resume_from_checkpoint, args.output_dir)
     loop = make_loop(args, accelerator, tokenizer, (prompts, eval_prompts), start)
+    if accelerator.is_main_process:
+        print(f"{funnel.table()}\n{batch_sizes(loop)}", flush=True)
     done = resume(loop, start) if start else 0
-    if args.reward_transform == "standardize" and not loop.reward_stats:
-        loop.reward_stats = measure_sft_scores(loop)
-    if args.check:
-        check_start(loop, fresh=start is None)
+    measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:
-        save_stage(loop, Path(args.output_dir), run, summary)
-        print(f"policy adapter and value head saved in {args.output_dir}", flush=True)
+        save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary})
+        print(closing_words(loop), flush=True)
     accelerator.end_training()
 
 

@@ -235,6 +235,22 @@ def check_adapter(
     return run
 
 
+def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag: str) -> None:
+    """Refuse a merged model that merge_lora.py made from another base or adapter; one made elsewhere passes."""
+    run = load_run(model_dir)
+    if run is None or run.get("stage") != "merge":
+        return
+    for name, value in base.items():
+        if run["base"].get(name) != value:
+            raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {run['base'].get(name)!r}")
+    parent = run["parents"].get("adapter", {})
+    if parent.get("adapter") != _file_hash(sft_dir):
+        raise ValueError(
+            f"{flag} {model_dir} was merged from {parent.get('path', 'no adapter at all')}, not from {sft_dir} as it "
+            "is now: the KL would be measured from another model; merge again, or leave the flag out"
+        )
+
+
 # ---- output directory ----
 def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
     """Make `output_dir` ready for a run; a directory in use needs `resume` or `overwrite`, and says so.

@@ -89,6 +89,18 @@ def _joined(rollout: Rollout) -> tuple[Tensor, Tensor]:
     return rollout.input_ids, rollout.attention_mask
 
 
+def _is_bare_base(roles: Roles) -> bool:
+    """Whether a separate reference has the base's own weights wherever the SFT adapter changes them."""
+    theirs = dict(roles.separate_reference.named_parameters())
+    ours = {
+        name.replace(".base_layer", ""): p
+        for name, p in roles.model.named_parameters()
+        if name.endswith("base_layer.weight")
+    }
+    # A reference in Llama format has other names: the difference of the log-probabilities alone must tell.
+    return bool(ours) and all(name in theirs and torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
 def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list[str]:
     """The KL is 0 before the first update, because policy and reference are the same SFT model."""
     logprobs, _ = score_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
@@ -106,6 +118,11 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
         raise ValueError(
             f"--merged_sft_model_path differs from the base with --sft_model_lora_path by {mean:.2g} nats a token: it "
             "was merged from another adapter or base; merge again with merge_lora.py, or leave the flag out"
+        )
+    if largest > 1e-6 and _is_bare_base(roles):
+        raise ValueError(
+            "--merged_sft_model_path has the weights of the bare base: the KL would be measured from a model without "
+            "SFT; merge with merge_lora.py, or leave the flag out"
         )
     if mean > MERGED_WARNS:
         return [f"the merged reference differs from the SFT adapter by {mean:.2g} nats a token: rounding of the merge"]

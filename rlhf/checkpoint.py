@@ -16,6 +16,7 @@ from rlhf.artefacts import write_json
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+GOOD_FILE = "good.safetensors"
 
 
 def publish(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
@@ -87,20 +88,43 @@ def to_resume(wish: str | None, output_dir: str | Path) -> Path | None:
 
 def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write the optimizer's tensors as safetensors ("<parameter index>.<key>") and `state` as JSON."""
-    tensors = {}
-    for index, entry in optimizer.state_dict()["state"].items():
-        for key, value in entry.items():
-            tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, folder / OPTIMIZER_FILE)
+    save_file(_flat(optimizer.state_dict()["state"]), folder / OPTIMIZER_FILE)
     write_json(folder / STATE_FILE, state)
 
 
 def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put back what `save_state` wrote of the optimizer (same parameters, same order); returns the rest."""
-    content = optimizer.state_dict()
-    content["state"] = {}
-    for name, tensor in load_file(folder / OPTIMIZER_FILE).items():
-        index, key = name.split(".", 1)
-        content["state"].setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict(content)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(load_file(folder / OPTIMIZER_FILE))})
     return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def save_good(folder: Path, good: tuple[list[torch.Tensor], dict]) -> None:
+    """Write the weights and optimizer state that a rollback would go back to (of rlhf.update.snapshot)."""
+    parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(good[0])}
+    save_file(parameters | _flat(good[1]), folder / GOOD_FILE)
+
+
+def load_good(folder: Path, device: torch.device) -> tuple[list[torch.Tensor], dict] | None:
+    """What `save_good` wrote, or None for a run that never rolls back."""
+    if not (folder / GOOD_FILE).is_file():
+        return None
+    tensors = load_file(folder / GOOD_FILE, device=str(device))
+    count = sum(name.startswith("parameter.") for name in tensors)
+    parameters = [tensors.pop(f"parameter.{index}") for index in range(count)]
+    return parameters, _nested(tensors)
+
+
+def _flat(state: dict[int, dict]) -> dict[str, torch.Tensor]:
+    return {
+        f"{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def _nested(tensors: dict[str, torch.Tensor]) -> dict[int, dict]:
+    state: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    return state

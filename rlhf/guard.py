@@ -8,6 +8,7 @@ MIN_LENGTH_SHARE = 0.3
 MAX_EMPTY = 0.5
 KL_FACTOR, KL_MARGIN, KL_WINDOW = 3.0, 1.0, 10
 MIN_ENTROPY_SHARE = 0.2
+JUDGE_ERRORS = 3.0
 NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
 
 
@@ -19,7 +20,8 @@ class CollapseGuard:
     """Compares each step's metrics with the run's start and with its last steps.
 
     Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the
-    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, or a non-finite number.
+    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, a non-finite number, or
+    a held-out judge that likes the answers less than the SFT model's while the score rises.
     """
 
     def __init__(self, kl_budget: float = 0.0):
@@ -36,9 +38,29 @@ class CollapseGuard:
             self.recent_kl.append(metrics["kl/mean"])
         return reason
 
+    def gamed(self, metrics: dict[str, float], baseline: dict[str, float]) -> str | None:
+        """Why an evaluation counts as reward hacking, in one sentence, or None: the score rose, the judge's fell.
+
+        The judge's mean has to be under the SFT model's by more than JUDGE_ERRORS standard errors of the difference.
+
+        Args:
+            metrics, baseline: of the policy now and of the SFT model before the first step, on the same prompts.
+        """
+        if "eval/judge/mean" not in metrics or metrics["eval/score/mean"] <= baseline["eval/score/mean"]:
+            return None
+        now, before = metrics["eval/judge/mean"], baseline["eval/judge/mean"]
+        error = math.hypot(metrics["eval/judge/error"], baseline["eval/judge/error"])
+        if now >= before - JUDGE_ERRORS * error:
+            return None
+        return (
+            f"the reward model is being gamed: its score rose from {baseline['eval/score/mean']:.2f} to "
+            f"{metrics['eval/score/mean']:.2f} while the judge's fell from {before:.2f} to {now:.2f}"
+        )
+
     def _reason(self, metrics: dict[str, float]) -> str | None:
         for name in NUMBERS:
-            if not math.isfinite(metrics[name]):
+            # Without a critic there is no value loss.
+            if not math.isfinite(metrics.get(name, 0.0)):
                 return f"{name} is {metrics[name]}"
         if metrics["empty_frac"] > MAX_EMPTY:
             return f"{metrics['empty_frac']:.0%} of the answers are empty"

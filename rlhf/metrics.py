@@ -29,7 +29,9 @@ def in_words(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_
 
 
 def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
-    """Statistics of a trained batch over all ranks; `samples` are its rows in words."""
+    """Statistics of a trained batch over all ranks, with the critic's if there is one; `samples`: its rows."""
+    if rollout.returns is None:
+        return describe_samples(accelerator, rollout, samples)
     error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
     spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
     explained = (1 - error / spread.clamp(min=1e-12)).item()

@@ -6,6 +6,9 @@ import time
 import warnings
 from pathlib import Path
 
+# Answers in words that go to a tracker at a time.
+TRACKED_SAMPLES = 16
+
 
 def duration(seconds: float) -> str:
     """Seconds as h:mm:ss."""
@@ -44,7 +47,7 @@ class MetricsLog:
         for file, rows in ((file, rows) for file, rows in kept.items() if file.is_file()):
             file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
         self.last = kept[self.file][-1] if kept[self.file] else {}
-        self._log, self._close = _open_tracker(tracker, Path(output_dir), config or {})
+        self._log, self._log_samples, self._close = _open_tracker(tracker, Path(output_dir), config or {})
 
     def write(self, record: dict) -> None:
         """Append `record` (it names its own "step")."""
@@ -53,7 +56,7 @@ class MetricsLog:
         self._log({key: value for key, value in record.items() if isinstance(value, int | float)})
 
     def write_samples(self, rows: list[dict], shown: int = 3) -> None:
-        """Append a batch in words to samples.jsonl and print the first few."""
+        """Append answers in words ({"step", "query", "response", ...}) to samples.jsonl, print and track a few."""
         with self.samples.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for row in rows[:shown]:
@@ -61,6 +64,8 @@ class MetricsLog:
                 f"  {row['query']!r} -> {row['response']!r} (score {row['score']:+.3f}, {row['length']} tokens)",
                 flush=True,
             )
+        if rows:
+            self._log_samples(rows[:TRACKED_SAMPLES])
 
     def close(self) -> None:
         """Flush the tracker."""
@@ -68,31 +73,48 @@ class MetricsLog:
 
 
 def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
-    """(log, close) functions of a tracker; wandb without a key works offline and says how to sync later."""
+    """Functions (log numbers, log samples, close) of a tracker."""
     if tracker == "wandb":
-        import wandb
-
-        settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
-        try:
-            run = wandb.init(**settings)
-        except wandb.Error as error:
-            # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
-            warnings.warn(
-                f"wandb is offline ({error}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=3
-            )
-            run = wandb.init(mode="offline", **settings)
-        return (lambda record: run.log(record, step=record.get("step"))), run.finish
+        return _open_wandb(output_dir, config)
     if tracker == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+        return _open_tensorboard(output_dir)
+    return (lambda record: None), (lambda rows: None), (lambda: None)
 
-        writer = SummaryWriter(str(output_dir / "tensorboard"))
 
-        def log(record):
-            for key, value in record.items():
-                writer.add_scalar(key, value, record.get("step"))
+def _open_wandb(output_dir: Path, config: dict):
+    """wandb without a key or a host works offline and says how to sync later."""
+    import wandb
 
-        return log, writer.close
-    return (lambda record: None), (lambda: None)
+    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
+    try:
+        run = wandb.init(**settings)
+    except wandb.Error as error:
+        # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
+        warnings.warn(f"wandb is offline ({error}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
+        run = wandb.init(mode="offline", **settings)
+
+    def log_samples(rows: list[dict]) -> None:
+        names = sorted(set().union(*rows))
+        table = wandb.Table(columns=names, data=[[str(row.get(name, "")) for name in names] for row in rows])
+        run.log({"samples": table}, step=rows[0]["step"])
+
+    return (lambda record: run.log(record, step=record.get("step"))), log_samples, run.finish
+
+
+def _open_tensorboard(output_dir: Path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(output_dir / "tensorboard"))
+
+    def log(record: dict) -> None:
+        for key, value in record.items():
+            writer.add_scalar(key, value, record.get("step"))
+
+    def log_samples(rows: list[dict]) -> None:
+        lines = [f"- {row['query']} -> {row['response']} ({row['score']:+.3f})" for row in rows]
+        writer.add_text("samples", "\n".join(lines), rows[0]["step"])
+
+    return log, log_samples, writer.close
 
 
 def read_lines(file: Path) -> list[dict]:

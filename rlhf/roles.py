@@ -1,6 +1,7 @@
 """One base model and the roles that share it: policy, reference, reward model and value head."""
 
 import copy
+import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
-from rlhf.artefacts import read_adapter
+from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.scoring import accepts, position_ids, score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
+# Where a PPO directory keeps the adapter of a critic that has its own (--value_lora).
+VALUE_ADAPTER_DIR = "value_adapter"
 
 
 # ---- loading ----
@@ -147,18 +150,23 @@ def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *
 class Roles:
     """The four roles of PPO on one set of base weights.
 
-    `use(role)` makes "policy", "reference", "reward" or "judge" the active adapter and always returns to the policy,
-    the only adapter that takes gradients. A separate merged reference model, if given, is used as it is.
+    `use(role)` makes "policy", "reference", "reward", "judge" or "value" the active adapter and always returns to the
+    policy. Only the policy, and a critic's own adapter while it is active, take gradients; backward belongs inside the
+    block, because an adapter that is not active gets none. A separate merged reference model is used as it is.
     """
 
-    def __init__(self, model: PeftModel, value_head: nn.Linear, score_heads: dict[str, nn.Linear], reference=None):
+    def __init__(
+        self, model: PeftModel, value_head: nn.Linear | None, score_heads: dict[str, nn.Linear], reference=None
+    ):
+        """`value_head` is None where advantages need no critic."""
         self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
         self.model = model.get_base_model()
         self.separate_reference = reference
+        self.value_adapter = "value" in model.peft_config
         self._activate("policy")
 
     def _activate(self, role: str) -> None:
-        self.peft_model.base_model.set_adapter(role, inference_mode=role != "policy")
+        self.peft_model.base_model.set_adapter(role, inference_mode=role not in ("policy", "value"))
 
     @contextmanager
     def use(self, role: str):
@@ -180,13 +188,28 @@ class Roles:
             return score(backbone_of(model), self.score_heads[role], input_ids, attention_mask)
 
     def values(self, hidden: Tensor) -> Tensor:
-        """[...] float32: the critic's estimate at each hidden state [..., H]."""
+        """[...] float32: the critic's estimate at each hidden state [..., H]; 0 without a critic."""
+        if self.value_head is None:
+            return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
         return self.value_head(hidden.float()).squeeze(-1)
 
+    def adapter(self, role: str) -> dict[str, nn.Parameter]:
+        """Name -> LoRA parameter of one role."""
+        own = re.compile(rf"\.lora_\w+\.{role}(\.|$)")
+        return {name: p for name, p in self.peft_model.named_parameters() if own.search(name)}
+
+    def critic(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of the value head and of the critic's own adapter, where there are such."""
+        head = {} if self.value_head is None else dict(self.value_head.named_parameters(prefix="value_head"))
+        return (self.adapter("value") if self.value_adapter else {}) | head
+
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of all that PPO trains: the policy adapter and the value head."""
-        adapter = {name: p for name, p in self.peft_model.named_parameters() if p.requires_grad}
-        return adapter | {f"value_head.{name}": p for name, p in self.value_head.named_parameters()}
+        """Name -> parameter of all that PPO trains: the policy adapter and the critic."""
+        return self.adapter("policy") | self.critic()
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in backward, in train() only; the reentrant kind would silently lose gradients."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def train(self, mode: bool = True) -> None:
         """train() lets gradient checkpointing work in the update; dropout is off in either mode."""
@@ -207,14 +230,25 @@ def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
 
 
 def load_roles(
-    base_dir, sft_dir, reward_dir, *, dtype, device, merged_sft_dir=None, policy_dir=None, judge_dir=None
+    base_dir,
+    sft_dir,
+    reward_dir,
+    *,
+    dtype,
+    device,
+    merged_sft_dir=None,
+    policy_dir=None,
+    judge_dir=None,
+    critic: str | None = "head",
 ) -> Roles:
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
     Args:
         merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
-        policy_dir: a PPO directory whose policy and value head go on; by default SFT and a value head of zeros.
+        policy_dir: a PPO directory whose policy and critic go on; by default SFT and a value head of zeros.
         judge_dir: a second reward adapter, for a judge that PPO does not train against.
+        critic: "head" on the policy's hidden states, "adapter" for one with an adapter of its own (which starts as
+            the reward model, as in Ouyang et al. 2022, arXiv:2203.02155), or None.
     Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
     """
     model, _ = add_lora(load_base(base_dir, dtype, device=device), policy_dir or sft_dir, "policy", trainable=True)
@@ -225,11 +259,9 @@ def load_roles(
         if folder is not None:
             _, rest = add_lora(model, folder, role, trainable=False)
             score_heads[role] = score_head_of(rest, folder).to(device)
-    value_head = nn.Linear(score_heads["reward"].in_features, 1).to(device)
-    nn.init.zeros_(value_head.weight)
-    nn.init.zeros_(value_head.bias)
-    if policy_dir is not None:
-        value_head.load_state_dict(load_file(Path(policy_dir) / VALUE_HEAD_FILE))
+    if critic == "adapter":
+        add_lora(model, Path(policy_dir) / VALUE_ADAPTER_DIR if policy_dir else reward_dir, "value", trainable=True)
+    value_head = None if critic is None else _value_head(score_heads["reward"].in_features, policy_dir).to(device)
     reference = None
     if merged_sft_dir is not None:
         reference = load_base(merged_sft_dir, dtype, device=device).eval().requires_grad_(False)
@@ -238,7 +270,22 @@ def load_roles(
     return roles
 
 
-def save_value_head(value_head: nn.Linear, output_dir: str | Path) -> None:
-    """Write value_head.safetensors (fp32 weight [1, hidden] and bias [1])."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in value_head.state_dict().items()}
+def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
+    """The fp32 value head [hidden] -> [1]: of a PPO directory, or zeros."""
+    head = nn.Linear(hidden_size, 1)
+    if policy_dir is not None:
+        head.load_state_dict(load_file(Path(policy_dir) / VALUE_HEAD_FILE))
+        return head
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def save_critic(roles: Roles, output_dir: str | Path) -> None:
+    """Write value_head.safetensors (fp32 weight [1, hidden] and bias [1]) and the critic's own adapter, if any."""
+    if roles.value_head is None:
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in roles.value_head.state_dict().items()}
     save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
+    if roles.value_adapter:
+        save_adapter(roles.peft_model, Path(output_dir) / VALUE_ADAPTER_DIR, "value")

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.ppo import selective_logprobs, token_entropy
-from rlhf.roles import Roles, forward
+from rlhf.roles import Roles, backbone_of, forward
+from rlhf.scoring import hidden_states
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,11 @@ def generate(
         query_ids: [B, Q] long, padded on the left. query_mask: [B, Q] bool.
         generator: random source on the model's device; None decodes greedily.
     Returns: a Rollout; a response keeps its first EOS, then pads; T is the longest response's length.
+    Raises: ValueError for a model in train mode, FloatingPointError where the logits are not finite.
     """
+    if model.training:
+        # Under gradient checkpointing a layer in train mode takes no cache: every token would see itself alone.
+        raise ValueError("generate needs the model in eval mode: call roles.train(False) first")
     rows, device, total = len(query_ids), query_ids.device, sampling.max_new_tokens
     out = Rollout(
         query_ids=query_ids,
@@ -192,11 +197,28 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
     return selective_logprobs(sampling.process(logits), rollout.response_ids), hidden
 
 
+def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """[B, T, H]: the hidden state before each response token, without any logits; gradients flow."""
+    return hidden_states(backbone_of(model), rollout.input_ids, rollout.attention_mask)[:, rollout.columns]
+
+
+@torch.no_grad()
+def score_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
+    """[B, T] float32, 0 on padding: values by a critic that has an adapter of its own."""
+    values = torch.zeros_like(rollout.logprobs)
+    with roles.use("value") as model:
+        for rows in by_length(rollout, rows_at_once):
+            part = rollout.rows(rows)
+            found = roles.values(response_hidden(model, part))
+            values[rows, : part.mask.shape[1]] = torch.where(part.mask, found, 0)
+    return values
+
+
 @torch.no_grad()
 def score_logprobs(
     roles: Roles, role: str, rollout: Rollout, sampling: Sampling, rows_at_once: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the responses under a role, and the critic's values (of meaning for the policy only).
+    """Log-probabilities of the responses under a role, and what the value head makes of its hidden states.
 
     Returns: [B, T] float32 each, 0 on padding.
     """

@@ -18,6 +18,13 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, L, H]: last hidden states of a decoder without a head, positions counted over real tokens."""
+    extra = {"position_ids": position_ids(attention_mask)} if accepts(type(backbone), "position_ids") else {}
+    found = backbone(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra)
+    return found.last_hidden_state
+
+
 def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Score of each row: the head on the hidden state of the last real token.
 
@@ -29,10 +36,7 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
         input_ids, attention_mask: [B, L], padding on either side; at least one real token a row.
     Returns: [B] float32.
     """
-    extra = {"position_ids": position_ids(attention_mask)} if accepts(type(backbone), "position_ids") else {}
-    hidden = backbone(
-        input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra
-    ).last_hidden_state
+    hidden = hidden_states(backbone, input_ids, attention_mask)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * attention_mask.long()).argmax(-1)
     pooled = hidden[torch.arange(len(last), device=last.device), last]

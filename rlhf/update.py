@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.ppo import policy_loss, value_loss
 from rlhf.roles import Roles
-from rlhf.rollout import Rollout, Sampling, response_logprobs
+from rlhf.rollout import Rollout, Sampling, response_hidden, response_logprobs
 
 # A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
 MAX_MEAN_RATIO = 10.0
@@ -29,50 +29,123 @@ def update(
     args,
     accelerator: Accelerator,
     generator: torch.Generator,
+    critic_only: bool = False,
 ) -> dict[str, float]:
-    """`args.ppo_epochs` shuffled passes over the batch, training policy adapter and value head only.
+    """`args.ppo_epochs` shuffled passes over the batch, training the policy adapter and the critic, if there is one.
 
     Args:
-        rollout: this rank's rows, with advantages and returns. sampling: as it was at sampling.
+        rollout: this rank's rows, with advantages and (for a critic) returns. sampling: as it was at sampling.
         args: the flags of the group "update". generator: for the order of the rows; may differ between ranks.
+        critic_only: leave the policy as it is (--critic_warmup_steps).
     Returns: means over all real tokens and ranks under the names of SUMS, ratio/max, grad_norm, skipped and epochs.
     Raises: FloatingPointError on a non-finite gradient; parameters and optimizer are then as before the call.
     """
-    parameters = list(roles.trainable().values())
-    before = snapshot(parameters, optimizer)
+    learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
+    everything = list(roles.trainable().values())
+    before = snapshot(everything, optimizer)
     roles.train(True)
     optimizer.zero_grad(set_to_none=True)
     try:
-        return _epochs(roles, optimizer, parameters, rollout, sampling, args, accelerator, generator)
+        return learner.epochs(rollout, generator)
     except FloatingPointError:
-        restore(parameters, optimizer, before)
+        restore(everything, optimizer, before)
         raise
     finally:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _epochs(roles, optimizer, parameters, rollout, sampling, args, accelerator, generator) -> dict[str, float]:
-    totals, window = torch.zeros(2, len(SUMS), device=rollout.mask.device, dtype=torch.float64)
-    largest, norms, skipped, pending = [], [], 0, 0
-    for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
-        start = totals
-        for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
-            sums, ratio_max = _backward(roles, rollout.rows(rows), sampling, args)
-            totals, window, pending = totals + sums, window + sums, pending + 1
-            largest.append(ratio_max)
-            if pending == args.gradient_accumulation_steps:
-                skipped += not _optimizer_step(optimizer, parameters, window, args, accelerator, norms)
-                window, pending = torch.zeros_like(window), 0
-        # All ranks must leave together, or the next reduction waits forever for the one that left.
-        if args.early_stopping and _mean(totals - start, "policykl", accelerator) > 1.5 * args.target_kl:
-            pending = 0
-            break
-    if pending:
-        skipped += not _optimizer_step(optimizer, parameters, window, args, accelerator, norms)
-    totals = accelerator.reduce(totals, "sum")
-    metrics = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
-    metrics["ratio/max"] = accelerator.gather(torch.stack(largest).max()[None]).max().item()
-    return metrics | {"grad_norm": sum(norms) / max(1, len(norms)), "skipped": skipped, "epochs": epoch + 1}
+class Learner:
+    """One update in progress: the open window's sums, and what the optimizer steps so far have seen."""
+
+    def __init__(self, roles: Roles, optimizer, sampling: Sampling, args, accelerator: Accelerator, critic_only: bool):
+        self.roles, self.optimizer, self.sampling, self.args = roles, optimizer, sampling, args
+        self.accelerator, self.critic_only = accelerator, critic_only
+        self.parameters = list((roles.critic() if critic_only else roles.trainable()).values())
+        self.window = torch.zeros(len(SUMS), device=accelerator.device, dtype=torch.float64)
+        self.norms: list[float] = []
+        self.largest: list[Tensor] = []
+        self.pending = self.skipped = 0
+
+    def epochs(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
+        """All passes over the batch, or fewer where early stopping says so; returns the metrics of `update`."""
+        args, totals = self.args, torch.zeros_like(self.window)
+        for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
+            start = totals
+            for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
+                totals = totals + self.backward(rollout.rows(rows))
+                if self.pending == args.gradient_accumulation_steps:
+                    self.step()
+            # All ranks must leave together, or the next reduction waits forever for the one that left.
+            if args.early_stopping and self.mean(totals - start, "policykl") > 1.5 * args.target_kl:
+                self.pending = 0
+                break
+        if self.pending:
+            self.step()
+        totals = self.accelerator.reduce(totals, "sum")
+        metrics = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
+        metrics["ratio/max"] = self.accelerator.gather(torch.stack(self.largest).max()[None]).max().item()
+        if self.roles.value_head is None:
+            metrics = {name: value for name, value in metrics.items() if "value" not in name}
+        norm = sum(self.norms) / max(1, len(self.norms))
+        return metrics | {"grad_norm": norm, "skipped": self.skipped, "epochs": epoch + 1}
+
+    def backward(self, part: Rollout) -> Tensor:
+        """Add the gradient of one mini-batch's summed loss; returns its SUMS (float64)."""
+        args, critic = self.args, self.roles.value_head is not None
+        own_critic = critic and self.roles.value_adapter
+        with torch.set_grad_enabled(not self.critic_only):
+            logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
+            loss, found = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
+        found |= {"tokens": part.mask.sum(), "loss/policy": loss}
+        if critic and not own_critic:
+            found |= self.value_sums(hidden, part)
+            loss = loss + args.vf_coef * found["loss/value"]
+        if loss.requires_grad:
+            loss.backward()
+        if own_critic:
+            # Backward while this adapter is the active one: recomputed layers would else run with the policy's.
+            with self.roles.use("value") as model:
+                found |= self.value_sums(response_hidden(model, part), part)
+                (args.vf_coef * found["loss/value"]).backward()
+        self.largest.append(found["ratio/max"])
+        nothing = torch.zeros((), device=part.mask.device)
+        sums = torch.stack([found.get(name, nothing).detach().double() for name in SUMS])
+        self.window, self.pending = self.window + sums, self.pending + 1
+        return sums
+
+    def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
+        """The value loss of one mini-batch as a sum over its tokens, and its statistics."""
+        values = self.roles.values(hidden)
+        loss, stats = value_loss(values, part.values, part.returns, part.mask, self.args.cliprange_value, n_tokens=1)
+        return {**stats, "loss/value": loss}
+
+    def step(self) -> None:
+        """One flat all-reduce of gradients and counts, the division by the window's tokens, the optimizer's step."""
+        names = ("tokens", "ratio/mean", "loss/policy", "loss/value")
+        counts = self.window[[SUMS.index(name) for name in names]].float()
+        gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
+        gradient, (tokens, ratio, *_) = flat[:-4] / flat[-4], flat[-4:]
+        norm = gradient.norm().item()
+        if not torch.isfinite(flat).all():
+            raise FloatingPointError(
+                "a loss or gradient of the PPO update is not finite; nothing of this step was kept"
+            )
+        self.norms.append(norm)
+        gradient = gradient * min(1.0, self.args.max_grad_norm / (norm + 1e-6))
+        for p, part in zip(self.parameters, gradient.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+        if (ratio / tokens).item() > MAX_MEAN_RATIO:
+            self.skipped += 1
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window, self.pending = torch.zeros_like(self.window), 0
+
+    def mean(self, sums: Tensor, name: str) -> float:
+        """Mean over real tokens of all ranks of one of SUMS."""
+        sums = self.accelerator.reduce(sums, "sum")
+        return (sums[SUMS.index(name)] / sums[0]).item()
 
 
 def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torch.Generator) -> list[Tensor]:
@@ -81,44 +154,6 @@ def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torc
     lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
     windows = shuffled.split(size * accumulation)
     return [rows for window in windows for rows in window[lengths[window].argsort(stable=True)].split(size)]
-
-
-def _backward(roles: Roles, part: Rollout, sampling: Sampling, args) -> tuple[Tensor, Tensor]:
-    """Add the gradient of one mini-batch's summed loss; returns its SUMS (float64) and its largest ratio."""
-    logprobs, hidden = response_logprobs(roles.model, part, sampling)
-    policy, stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
-    value, value_stats = value_loss(
-        roles.values(hidden), part.values, part.returns, part.mask, args.cliprange_value, n_tokens=1
-    )
-    (policy + args.vf_coef * value).backward()
-    found = {**stats, **value_stats, "tokens": part.mask.sum(), "loss/policy": policy, "loss/value": value}
-    return torch.stack([found[name].detach().double() for name in SUMS]), stats["ratio/max"]
-
-
-def _optimizer_step(optimizer, parameters: list[nn.Parameter], window: Tensor, args, accelerator, norms: list) -> bool:
-    """One flat all-reduce of gradients and counts, the division by the window's tokens, the step; False if skipped."""
-    counts = window[[SUMS.index(name) for name in ("tokens", "ratio/mean", "loss/policy", "loss/value")]].float()
-    gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-    flat = accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
-    gradient, (tokens, ratio, *_) = flat[:-4] / flat[-4], flat[-4:]
-    norm = gradient.norm().item()
-    if not torch.isfinite(flat).all():
-        raise FloatingPointError("a loss or gradient of the PPO update is not finite; nothing of this step was kept")
-    norms.append(norm)
-    skip = (ratio / tokens).item() > MAX_MEAN_RATIO
-    gradient = gradient * min(1.0, args.max_grad_norm / (norm + 1e-6))
-    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
-        p.grad = part.view_as(p).to(p.dtype)
-    if not skip:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return not skip
-
-
-def _mean(sums: Tensor, name: str, accelerator: Accelerator) -> float:
-    """Mean over real tokens of all ranks of one of SUMS."""
-    sums = accelerator.reduce(sums, "sum")
-    return (sums[SUMS.index(name)] / sums[0]).item()
 
 
 def snapshot(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], dict]:

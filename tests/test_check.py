@@ -10,7 +10,7 @@ from rlhf import check
 from rlhf.check import check_run
 from rlhf.data import collate_prompts, encode, load_tokenizer
 from rlhf.roles import load_base, load_roles
-from rlhf.rollout import Sampling, generate
+from rlhf.rollout import Sampling, generate, score_logprobs
 
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = "]
 
@@ -110,3 +110,14 @@ def test_a_merged_reference_of_another_adapter_is_refused_and_a_rounded_one_is_n
     warnings = check_run(**run, fresh=True)
     assert len(warnings) == 1
     assert "rounding of the merge" in warnings[0]
+
+
+def test_the_bare_base_as_merged_reference_is_refused_however_little_sft_changed(run, tiny_base):
+    run["roles"].separate_reference = load_base(tiny_base, torch.float32).eval()
+    for name, parameter in run["roles"].peft_model.named_parameters():
+        if ".lora_B.policy." in name:
+            parameter.data *= 1e-2
+    with torch.no_grad():
+        logprobs, _ = score_logprobs(run["roles"], "policy", run["rollout"], run["sampling"], rows_at_once=8)
+    run["rollout"].logprobs = logprobs
+    refused(run, "weights of the bare base")

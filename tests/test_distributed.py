@@ -38,7 +38,8 @@ def launch(*command, code=0):
     return found.stdout + found.stderr
 
 
-def test_two_processes_with_half_the_rows_each_make_the_update_of_one(world, tmp_path):
+@pytest.mark.parametrize("order", ["by length", "random"])
+def test_two_processes_with_half_the_rows_each_make_the_update_of_one(world, tmp_path, order):
     rollout = {name: tensor for name, tensor in vars(stored_rollout(None)).items() if tensor is not None}
     outputs = []
     # One window holds the whole batch either way: 8 rows of one process, or 4 of each of two.
@@ -46,7 +47,7 @@ def test_two_processes_with_half_the_rows_each_make_the_update_of_one(world, tmp
         flags = [*world, *FLAGS, "--batch_size", str(rows), "--mini_batch_size", "2",
                  "--gradient_accumulation_steps", str(rows // 2)]  # fmt: skip
         inputs, output = tmp_path / f"inputs_{processes}.pt", tmp_path / f"output_{processes}.pt"
-        torch.save({"rollout": rollout, "flags": flags}, inputs)
+        torch.save({"rollout": rollout, "flags": flags, "order": order}, inputs)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         launch(*torchrun, "tests/update_worker.py", str(inputs), str(output))
         outputs.append(torch.load(output, weights_only=True))

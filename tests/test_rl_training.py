@@ -385,7 +385,16 @@ def sharper(base, folder):
     return str(folder)
 
 
-def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"advantage": "gae", "learning_rate": 2e-2},
+        {"advantage": "rloo", "group_size": 8, "learning_rate": 5e-3},
+        {"advantage": "grpo", "group_size": 8, "learning_rate": 5e-3},
+    ],
+    ids=lambda flags: flags["advantage"],
+)
+def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch, flags):
     """Reward 1 for one token that comes up twice in the first 64 draws: from chance to over 0.95, by the real loop."""
     base = sharper(tiny_base, tmp_path / "base")
     sft, reward_model = random_adapter(base, tmp_path / "sft"), random_adapter(base, tmp_path / "reward", "reward")
@@ -401,8 +410,8 @@ def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(rl_training, "score_responses", reward)
     out = run(
         world, tmp_path / "out", steps=64 * 40, batch_size=64, mini_batch_size=64, gradient_accumulation_steps=1,
-        ppo_epochs=4, output_max_length=1, learning_rate=2e-2, init_kl_coef=0.0, suppress_empty=False,
-        sample_freq=1000, on_collapse="off",
+        ppo_epochs=4, output_max_length=1, init_kl_coef=0.0, suppress_empty=False, sample_freq=1000,
+        on_collapse="off", **flags,
     )  # fmt: skip
     scores = [row["score/mean"] for row in read_metrics(out)]
     assert scores[0] < 0.1

@@ -9,9 +9,14 @@ import torch
 from accelerate import Accelerator
 
 import rl_training
+import rlhf.update
 from rlhf.roles import load_roles
 from rlhf.rollout import Rollout, Sampling
-from rlhf.update import update
+
+
+def random_mini_batches(rollout, size, accumulation, generator):
+    """Rows in any order, long beside short: no sorting within a window."""
+    return list(torch.randperm(len(rollout.mask), generator=generator).split(size))
 
 
 def main(inputs: str, output: str) -> None:
@@ -21,13 +26,15 @@ def main(inputs: str, output: str) -> None:
     accelerator = Accelerator(cpu=True)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     rollout = Rollout(**{name: tensor[share] for name, tensor in stored["rollout"].items()})
+    if stored["order"] == "random":
+        rlhf.update.mini_batches = random_mini_batches
     roles = load_roles(
         args.base_model_name, args.sft_model_lora_path, args.reward_model_lora_path, dtype=torch.float32, device="cpu"
     )
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
     sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
     generator = torch.Generator().manual_seed(accelerator.process_index)
-    metrics = update(roles, optimizer, rollout, sampling, args, accelerator, generator)
+    metrics = rlhf.update.update(roles, optimizer, rollout, sampling, args, accelerator, generator)
     if accelerator.is_main_process:
         parameters = {name: p.detach() for name, p in roles.trainable().items()}
         torch.save({"parameters": parameters, "metrics": metrics}, output)

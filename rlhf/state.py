@@ -1,0 +1,88 @@
+"""What a PPO run is at the start of a step: kept in memory for a rollback, on disk for a restart."""
+
+from pathlib import Path
+
+from rlhf.artefacts import save_adapter, write_run
+from rlhf.checkpoint import load_good, load_state, publish, save_good, save_state
+from rlhf.experience import Loop
+from rlhf.guard import Collapse
+from rlhf.roles import save_critic
+from rlhf.update import restore, snapshot
+
+# Fields of the Loop that a checkpoint keeps as they are.
+KEPT = ("reward_stats", "baseline", "best", "rollbacks")
+
+
+def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
+    """The policy's adapter, its critic, tokenizer and run.json: all that later stages and other tools need."""
+    save_adapter(loop.roles.peft_model, folder, "policy")
+    save_critic(loop.roles, folder)
+    loop.tokenizer.save_pretrained(folder)
+    write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
+
+
+def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
+    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
+
+    def write(folder: Path) -> None:
+        save_stage(loop, folder, run, metrics)
+        state = {name: getattr(loop, name) for name in KEPT} | {"step": metrics["step"]}
+        state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
+        save_state(folder, loop.optimizer, state | {"processes": loop.processes})
+        if loop.args.on_collapse == "rollback":
+            save_good(folder, loop.good)
+
+    if loop.accelerator.is_main_process:
+        publish(Path(loop.args.output_dir), name, write)
+    loop.accelerator.wait_for_everyone()
+
+
+def resume(loop: Loop, folder: Path) -> int:
+    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
+    state = load_state(folder, loop.optimizer)
+    if state["processes"] != loop.processes:
+        raise ValueError(
+            f"{folder} was written by {state['processes']} processes, this run has {loop.processes}: "
+            "the same number is needed to go on exactly"
+        )
+    for name in KEPT:
+        setattr(loop, name, state[name])
+    loop.kl_controller.value = state["kl_coef"]
+    loop.guard.load_state_dict(state["guard"])
+    loop.good = load_good(folder, loop.accelerator.device)
+    return state["step"]
+
+
+def keep(loop: Loop) -> tuple:
+    """Copies of all that a step may change in weights and optimizer, for `recover`."""
+    return snapshot(list(loop.roles.trainable().values()), loop.optimizer)
+
+
+def latest_good(loop: Loop, metrics: dict, start: tuple) -> tuple:
+    """What to go back to after a good step that began at `start`.
+
+    The answers of a step came from the weights it began with, so those are known to be good. With a judge, only what
+    it has approved is.
+    """
+    if not loop.args.judge_lora_path:
+        return start
+    return keep(loop) if "eval/judge/mean" in metrics else loop.good
+
+
+def recover(loop: Loop, reason: str) -> None:
+    """Go back to the last good weights at twice the price of KL, if --on_collapse says so; else stop the run.
+
+    Data and random draws go on from here, so what led into the collapse is not played again.
+
+    Raises: Collapse (exit code 3) with the reason.
+    """
+    if loop.args.on_collapse == "stop" or loop.rollbacks == loop.args.max_rollbacks:
+        raise Collapse(
+            f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
+            f"{loop.args.output_dir}. The reward model is the first to look at (README, 'What to watch in PPO')"
+        )
+    restore(list(loop.roles.trainable().values()), loop.optimizer, loop.good)
+    loop.rollbacks += 1
+    loop.kl_controller.value *= 2
+    if loop.accelerator.is_main_process:
+        print(f"rollback {loop.rollbacks}: {reason}; KL price now {loop.kl_controller.value:.3g}", flush=True)
