@@ -35,7 +35,7 @@ from rlhf.data import (
     prompt_rows,
     subset,
 )
-from rlhf.evaluation import evaluate, is_best, measure_sft_scores
+from rlhf.evaluation import best_in_words, evaluate, is_best, measure_sft_scores
 from rlhf.experience import (
     Loop,
     next_prompts,
@@ -305,16 +305,9 @@ def save_what_is_due(loop: Loop, step: int, run: dict, metrics: dict) -> None:
 
 
 def closing_words(loop: Loop) -> str:
-    """Where the result is, and which step was the best."""
+    """Where the result is, and which evaluation was the best."""
     words = f"policy adapter saved in {loop.args.output_dir}, chart in {loop.args.output_dir}/chart.png"
-    if not loop.best:
-        return words
-    name = "judge" if loop.args.judge_lora_path else "score"
-    before = loop.baseline.get(f"eval/{name}/mean", float("nan"))
-    return (
-        f"{words}\nbest evaluation, kept in best/: step {loop.best['step']}, {name} {loop.best['value']:+.3f} "
-        f"(the SFT model: {before:+.3f})"
-    )
+    return f"{words}\n{best_in_words(loop)}" if loop.best else words
 
 
 def main(args: ScriptArguments) -> None:
@@ -344,7 +337,7 @@ def main(args: ScriptArguments) -> None:
     measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:
-        save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary})
+        save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary, "best": loop.best})
         print(closing_words(loop), flush=True)
     accelerator.end_training()
 

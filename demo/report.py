@@ -61,6 +61,7 @@ def summarize(output_dir: Path) -> dict[str, float]:
         "gold/win_rate": evaluation["win_rate"],
         "gold/win_rate_low": evaluation["win_rate_low"],
         "gold/win_rate_high": evaluation["win_rate_high"],
+        **running_gold(gold_curve(output_dir)[1][1:]),
         "correct/sft": sft["correct"],
         "correct/ppo": ppo["correct"],
         "heldout_prompts": len(evaluation["prompts"]),
@@ -74,6 +75,12 @@ def gold_curve(output_dir: Path) -> tuple[list[int], list[float]]:
     points = {0: versions["sft"]["gold"]}
     points |= {int(name.removeprefix("step_")): v["gold"] for name, v in versions.items() if name.startswith("step_")}
     return sorted(points), [points[step] for step in sorted(points)]
+
+
+def running_gold(scores: list[float], width: int = 3) -> dict[str, float]:
+    """Last and best of the running mean over `width` checkpoints of PPO's gold score: did it end where it was best?"""
+    means = [sum(scores[i : i + width]) / width for i in range(len(scores) - width + 1)] or scores
+    return {"gold/running_last": means[-1], "gold/running_best": max(means)}
 
 
 def draw(output_dir: Path) -> None:

@@ -26,6 +26,11 @@ PROMISES = (
         lambda s: 1 - s["sft/eval_loss_after"] / s["sft/eval_loss_before"],
         lambda x: x >= 0.2,
     ),
+    (
+        "last mean of 3 gold, of best >= -0.05",
+        lambda s: s["gold/running_last"] - s["gold/running_best"],
+        lambda x: x >= -0.05,
+    ),
     ("held-out prompts >= 200", lambda s: s["heldout_prompts"], lambda x: x >= 200),
     ("minutes < 10", lambda s: sum(v for k, v in s.items() if k.startswith("seconds/")) / 60, lambda x: x < 10),
 )
@@ -53,14 +58,14 @@ def main(args: Arguments) -> int:
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"commit {commit.stdout.strip()}, {machine}")
-    print(f"{'promise':<36}" + "".join(f"{f'seed {seed}':>12}" for seed in args.seeds))
+    print(f"{'promise':<40}" + "".join(f"{f'seed {seed}':>12}" for seed in args.seeds))
     broken = 0
     for name, value, holds in PROMISES:
         values = [value(summary) for summary in summaries]
         broken += sum(not holds(x) for x in values)
-        print(f"{name:<36}" + "".join(f"{x:>11.3f}{' ' if holds(x) else '!'}" for x in values))
+        print(f"{name:<40}" + "".join(f"{x:>11.3f}{' ' if holds(x) else '!'}" for x in values))
     for name in ("gold/sft", "gold/ppo", "ppo/kl_last", "len/sft", "len/ppo"):
-        print(f"{name:<36}" + "".join(f"{summary[name]:>11.3f} " for summary in summaries))
+        print(f"{name:<40}" + "".join(f"{summary[name]:>11.3f} " for summary in summaries))
     print(f"{broken} promises broken" if broken else "all promises kept")
     return min(broken, 1)
 

@@ -1,5 +1,7 @@
 """Held-out evaluation of PPO: the same prompts and the same random draws each time, the judge, the best so far."""
 
+import math
+
 import torch
 
 from rlhf.experience import (
@@ -16,6 +18,8 @@ from rlhf.metrics import describe_samples, global_moments, in_words
 STATISTICS_SAMPLES = 128
 # Held-out answers in words that go to samples.jsonl at every evaluation.
 SHOWN = 8
+# Standard errors above which a gain over the SFT model is called one.
+CLEAR = 2.0
 
 
 def evaluate(loop: Loop) -> tuple[dict[str, float], list[dict]]:
@@ -36,20 +40,46 @@ def evaluate(loop: Loop) -> tuple[dict[str, float], list[dict]]:
     samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     found = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
-        judged = loop.accelerator.gather(judged)
-        found |= {"judge/mean": judged.mean().item(), "judge/error": (judged.std() / len(judged) ** 0.5).item()}
+        found["judge/mean"], found["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
+    found["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
     return {f"eval/{name}": value for name, value in found.items() if name != "env/reward_mean"}, samples[:SHOWN]
+
+
+def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
+    """Mean of `x` [N] and its standard error (0 for one element)."""
+    error = x.std() / math.sqrt(len(x)) if len(x) > 1 else torch.zeros(())
+    return x.mean().item(), error.item()
 
 
 def is_best(loop: Loop, metrics: dict, step: int) -> bool:
     """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
-    value = metrics.get("eval/judge/mean", metrics["eval/score/mean"])
-    if not loop.args.judge_lora_path and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
+    judge, name = loop.args.judge_lora_path, criterion(loop)
+    value = metrics[f"eval/{name}/mean"]
+    if not judge and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
         return False
     if loop.best and value <= loop.best["value"]:
         return False
-    loop.best = {"step": step, "value": value}
+    before = loop.baseline.get(f"eval/{name}/mean", math.nan)
+    error = math.hypot(metrics[f"eval/{name}/error"], loop.baseline.get(f"eval/{name}/error", math.nan))
+    loop.best = {"step": step, "value": value, "gain": value - before, "error": error}
     return True
+
+
+def criterion(loop: Loop) -> str:
+    """What best/ is chosen by: "judge" where there is one, else "score"."""
+    return "judge" if loop.args.judge_lora_path else "score"
+
+
+def best_in_words(loop: Loop) -> str:
+    """Which evaluation was the best, and whether that is more than chance."""
+    best, name = loop.best, criterion(loop)
+    words = (
+        f"best evaluation, kept in best/: step {best['step']}, {name} {best['value']:+.3f}, "
+        f"{best['gain']:+.3f} from the SFT model's (standard error {best['error']:.3f})"
+    )
+    if best["gain"] <= CLEAR * best["error"]:
+        words += "; that is no clear gain: the SFT model may be the better choice"
+    return words
 
 
 def measure_sft_scores(loop: Loop) -> dict[str, float]:

@@ -9,6 +9,8 @@ from rlhf.guard import Collapse
 from rlhf.roles import save_critic
 from rlhf.update import restore, snapshot
 
+# Price of KL after a rollback of a run that had none to double.
+FIRST_PRICE = 0.1
 # Fields of the Loop that a checkpoint keeps as they are.
 KEPT = ("reward_stats", "baseline", "best", "rollbacks")
 
@@ -83,6 +85,6 @@ def recover(loop: Loop, reason: str) -> None:
         )
     restore(list(loop.roles.trainable().values()), loop.optimizer, loop.good)
     loop.rollbacks += 1
-    loop.kl_controller.value *= 2
+    loop.kl_controller.value = 2 * loop.kl_controller.value or FIRST_PRICE
     if loop.accelerator.is_main_process:
         print(f"rollback {loop.rollbacks}: {reason}; KL price now {loop.kl_controller.value:.3g}", flush=True)

@@ -4,20 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-SEED=0 OUT=runs/demo SMOKE=False
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --seed) SEED="${2:?--seed needs a number}"; shift 2 ;;
-    --output_dir) OUT="${2:?--output_dir needs a directory}"; shift 2 ;;
-    --smoke) SMOKE="${2:?--smoke needs True or False}"; shift 2 ;;
-    *) echo "usage: bash scripts/run_demo.sh [--seed N] [--output_dir DIR] [--smoke True]" >&2; exit 2 ;;
-  esac
-done
-source scripts/setup_venv.sh requirements.txt
-
-# The models are far too small for a GPU or for more than two threads, and nothing is fetched from a hub.
-export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
-WORLD=() SFT=() REWARD=() PPO=(--steps 2560 --save_freq 10) EVALUATE=()
+OUT=runs/demo
+source scripts/demo_common.sh
+WORLD=() SFT=() REWARD=() PPO=(--steps 2560 --save_freq 5) EVALUATE=()
 if [ "$SMOKE" = True ]; then
   WORLD=(--base_pages 480 --sft_rows 64 --pairs 64 --eval_pairs 16)
   SFT=(--max_steps 2) REWARD=(--max_steps 2) PPO=(--steps 128 --save_freq 1 --on_collapse off)
@@ -27,35 +16,23 @@ fi
 mkdir -p "$OUT"
 rm -rf "${OUT:?}/merged" "$OUT/seconds.txt"
 
-# Runs one stage, shows its command line, and notes how long it took.
-stage() {
-  local name="$1" begin=$SECONDS
-  shift
-  printf '\n== %s\n$ %s\n' "$name" "$*"
-  "$@"
-  echo "$name $((SECONDS - begin))" >> "$OUT/seconds.txt"
-}
-
 stage base python -m demo.build --output_dir "$OUT" --seed "$SEED" ${WORLD[@]+"${WORLD[@]}"}
 
 stage sft python sft_training.py --model_name "$OUT/base" \
-  --lora_target_models 'W_pack|o_proj|gate_proj|up_proj|down_proj' --lora_rank 16 \
-  --dataset_name "$OUT/data/sft.jsonl" --eval_dataset_name "$OUT/data/sft_eval.jsonl" --num_train_epochs 3 --max_length 128 \
+  "${ADAPTER[@]}" --dataset_name "$OUT/data/sft.jsonl" --eval_dataset_name "$OUT/data/sft_eval.jsonl" --num_train_epochs 3 --max_length 128 \
   --logging_steps 50 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/sft" ${SFT[@]+"${SFT[@]}"}
 
 stage reward python reward_modeling.py --model_name "$OUT/base" \
-  --lora_target_models 'W_pack|o_proj|gate_proj|up_proj|down_proj' --lora_rank 16 --lora_dropout 0 \
-  --dataset_name "$OUT/data/preferences.jsonl" --eval_dataset_name "$OUT/data/preferences_eval.jsonl" --max_length 128 \
-  --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
-  --logging_steps 50 --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/reward" ${REWARD[@]+"${REWARD[@]}"}
+  "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
+  --dataset_name "$OUT/data/preferences.jsonl" --eval_dataset_name "$OUT/data/preferences_eval.jsonl" \
+  --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/reward" ${REWARD[@]+"${REWARD[@]}"}
 
 stage merge python merge_lora.py --base_model_name "$OUT/base" --lora_path "$OUT/sft" --dtype float32 --output_dir "$OUT/merged"
 
 stage ppo python rl_training.py --base_model_name "$OUT/base" --merged_sft_model_path "$OUT/merged" \
   --sft_model_lora_path "$OUT/sft" --reward_model_lora_path "$OUT/reward" --dataset_name "$OUT/data/prompts.jsonl" \
-  --reward_transform standardize --init_kl_coef 0.1 --batch_size 64 --mini_batch_size 32 --gradient_accumulation_steps 2 \
-  --ppo_epochs 4 --learning_rate 8e-4 --output_max_length 48 --seed "$SEED" --overwrite_output_dir True \
+  "${PPO_SETTINGS[@]}" --init_kl_coef 0.1 --seed "$SEED" --overwrite_output_dir True \
   --output_dir "$OUT/ppo" "${PPO[@]}"
 
 versions=("sft=$OUT/sft")

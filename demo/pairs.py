@@ -1,0 +1,73 @@
+"""More preference pairs for a finished demo: fresh ones for a second judge, or those of a careless project.
+
+In:  a demo's directory. Out: <output_dir>/pairs.jsonl and pairs_eval.jsonl (held-out prompts, chosen in the same way).
+
+    python -m demo.pairs --kind careless --pairs 400 --demo_dir runs/demo --output_dir runs/demo_collapse --seed 0
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.build import write_rows
+from demo.preferences import draw_pairs
+from demo.world import Prompt, split_prompts
+from rlhf.arguments import flag, parse
+from rlhf.artefacts import load_run
+from rlhf.launch import run_script
+
+# Careless are pairs without any hopeless answer, of which only those are kept whose chosen answer has at most this share
+# of the other's characters. Nobody meant it: people happened to compare brisk answers with long-winded ones, and nobody
+# looked at the lengths afterwards.
+SHORTER = 0.7
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of demo/pairs.py."""
+
+    kind: str = flag("fresh", help="fresh: as the demo's own; careless: see SHORTER", choices=["fresh", "careless"])
+    demo_dir: str = flag("runs/demo", help="a finished demo: its split of the prompts is used")
+    output_dir: str = flag("runs/demo_collapse", help="where the pairs go")
+    seed: int = flag(0, help="of the pairs")
+    pairs: int = flag(5000, help="pairs for training")
+    eval_pairs: int = flag(200, help="pairs on held-out prompts")
+
+    def __post_init__(self):
+        for name in ("pairs", "eval_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
+
+def parse_args(argv: list[str] | None = None) -> Arguments:
+    """The command line, checked."""
+    return parse(Arguments, argv, __doc__)
+
+
+def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """`count` rows {"prompt", "chosen", "rejected"} without a degenerate answer, the chosen one much the shorter."""
+    rows = []
+    while len(rows) < count:
+        drawn = draw_pairs(rng.sample(prompts, len(prompts)), len(prompts), rng, degenerate_share=0.0)
+        rows += [row for row in drawn if len(row["chosen"]) <= SHORTER * len(row["rejected"])]
+    return rows[:count]
+
+
+def main(args: Arguments) -> None:
+    """Draw both files; the prompts are split as the demo's stages split them."""
+    run = load_run(Path(args.demo_dir) / "sft")
+    if run is None:
+        raise FileNotFoundError(
+            f"--demo_dir {args.demo_dir} holds no finished demo: bash scripts/run_demo.sh makes one"
+        )
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    draw = careless_pairs if args.kind == "careless" else draw_pairs
+    train, held = split_prompts(run["arguments"]["seed"])
+    for name, prompts, count in (("pairs", train, args.pairs), ("pairs_eval", held, args.eval_pairs)):
+        rng = random.Random(f"{args.kind} {name} {args.seed}")
+        write_rows(output_dir / f"{name}.jsonl", draw(prompts, count, rng))
+
+
+if __name__ == "__main__":
+    run_script(main, parse_args)
