@@ -100,7 +100,7 @@ def draw_against_kl(axis, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> N
         if len(distance) >= MIN_POINTS:
             alpha, beta = fit_overoptimization(distance, gain)
             d = np.linspace(1e-3, distance.max(), 100)
-            law = f"d ({alpha:.2f} - {beta:.2f} log d)"
+            law = f"d ({alpha:.2f} {-beta:+.2f} log d)"
             axis.plot(d, d * (alpha - beta * np.log(d)), "--", linewidth=1, color=colour, label=law)
     axis.set_xlabel("d = sqrt(KL), KL in nats a response")
     axis.set_ylabel("gain over the SFT model")

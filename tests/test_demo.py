@@ -5,13 +5,16 @@ import os
 import random
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from demo.evaluate import wilson, win_rate
 from demo.facts import KINDS
 from demo.gold import content_correct, gold_score, repeats
+from demo.pairs import careless_pairs
 from demo.preferences import DEGENERATE, NOISE, draw_pairs
+from demo.story import kept
 from demo.world import answer, split_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,33 +100,67 @@ def test_wilson_interval_and_win_rate_by_hand():
     assert (low, high) == (pytest.approx(0.7112, abs=1e-3), pytest.approx(0.8666, abs=1e-3))
 
 
-# ---- the demo at smoke size ----
-@pytest.mark.slow
-def test_the_demo_runs_from_base_to_chart(tmp_path):
-    command = [
-        "bash",
-        str(ROOT / "scripts" / "run_demo.sh"),
-        "--smoke",
-        "True",
-        "--seed",
-        "3",
-        "--output_dir",
-        str(tmp_path),
-    ]
-    found = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        cwd="/",
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+# ---- the other stories ----
+def test_careless_pairs_are_short_on_the_chosen_side_and_hold_nothing_hopeless():
+    rows = careless_pairs(TRAIN, 200, random.Random(0))
+    assert len(rows) == 200
+    assert all(len(row["chosen"]) <= 0.7 * len(row["rejected"]) for row in rows)
+    assert all(row["chosen"] and not repeats(row["chosen"]) for row in rows)
+    # Noise aside, the chosen ones are the better ones: nobody cheated.
+    better = [gold_score(row["prompt"], row["chosen"]) > gold_score(row["prompt"], row["rejected"]) for row in rows]
+    assert sum(better) > 0.8 * len(rows)
+
+
+def test_what_one_keeps_of_a_guarded_run_is_its_best_only_where_that_is_a_clear_gain(tmp_path):
+    versions = {0: {"gold": 0.4}, 2: {"gold": 0.1}}
+    hidden = SimpleNamespace(look_at=lambda folder: {"gold": 0.6, "folder": folder.name})
+    for name, text in (("step_2/run", {"arguments": {"on_collapse": "rollback"}}), ("best/state", {})):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    for gain, what in ((0.3, "best/ (step 1)"), (0.1, "the SFT model")):
+        state = {"best": {"step": 1, "gain": gain, "error": 0.1}}
+        (tmp_path / "best" / "state.json").write_text(json.dumps(state))
+        assert kept(tmp_path, 2, hidden, versions)["what"] == what
+    (tmp_path / "step_2" / "run.json").write_text(json.dumps({"arguments": {"on_collapse": "off"}}))
+    assert kept(tmp_path, 2, hidden, versions) == {"what": "the last step", "gold": 0.1}
+
+
+# ---- the demos at smoke size ----
+def smoke(script, *flags):
+    """Run a demo script in seconds; its words."""
+    command = ["bash", str(ROOT / "scripts" / script), "--smoke", "True", "--seed", "3", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd="/", env=environment)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    return found.stdout
+
+
+@pytest.fixture(scope="module")
+def demo_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    smoke("run_demo.sh", "--output_dir", str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_base_to_chart(demo_dir):
+    summary = json.loads((demo_dir / "summary.json").read_text())
     promised = """sft/eval_loss_before sft/eval_loss_after rm/eval_accuracy ppo/score_first ppo/score_last
         ppo/kl_last len/sft len/ppo empty_frac/ppo gold/sft gold/ppo gold/win_rate gold/win_rate_low gold/win_rate_high
         seconds/base seconds/sft seconds/reward seconds/merge seconds/ppo seconds/compare"""
     assert set(promised.split()) <= set(summary)
-    assert (tmp_path / "ppo.png").read_bytes().startswith(b"\x89PNG")
-    assert "rlhf1" in (tmp_path / "compare" / "comparison.md").read_text()
+    assert (demo_dir / "ppo.png").read_bytes().startswith(b"\x89PNG")
+    assert "rlhf1" in (demo_dir / "compare" / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["run_demo_collapse.sh", "run_demo_long.sh"])
+def test_the_other_stories_go_on_from_a_demo_and_end_with_a_table_and_a_chart(script, demo_dir, tmp_path):
+    words = smoke(script, "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path))
+    assert "SFT model" in words
+    story = json.loads((tmp_path / "story.json").read_text())
+    assert len(story["runs"]) == 2
+    for run in story["runs"].values():
+        assert set(run["checkpoints"]) == {"0", "1", "2"}
+        assert set(run["evaluations"]) == {"proxy", "judge"}
+    assert (tmp_path / "story.png").read_bytes().startswith(b"\x89PNG")

@@ -4,7 +4,9 @@ import json
 import math
 
 import pytest
+import torch
 from adapters import random_adapter
+from safetensors.torch import load_file
 from test_rl_training import PROMPTS, arguments
 
 import rl_training
@@ -76,6 +78,25 @@ def test_the_state_survives_a_restart_as_json():
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     for step in ({"len/mean": 5.0}, {"kl/mean": 3.5}, {"entropy": 0.1}):
         assert again.judge(HEALTHY | step) == guard.judge(HEALTHY | step) is not None
+
+
+BEFORE = {"eval/score/mean": 0.0, "eval/judge/mean": 2.0, "eval/judge/error": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("score", "judge", "gamed"),
+    [(1.0, 1.5, True), (1.0, 1.65, False), (1.0, 2.5, False), (-0.1, 1.0, False)],
+)
+def test_a_score_that_rises_while_the_judges_falls_clearly_is_called_gaming(score, judge, gamed):
+    now = {"eval/score/mean": score, "eval/judge/mean": judge, "eval/judge/error": 0.1}
+    reason = CollapseGuard().gamed(now, BEFORE)
+    assert (reason is not None) == gamed
+    if gamed:
+        assert "rose from 0.00 to 1.00 while the judge's fell from 2.00 to 1.50" in reason
+
+
+def test_without_a_judge_nobody_can_say_that_the_reward_model_is_gamed():
+    assert CollapseGuard().gamed({"eval/score/mean": 1.0}, BEFORE) is None
 
 
 # ---- what a run does ----
@@ -161,3 +182,68 @@ def test_without_a_judge_the_best_stays_within_the_kl_budget(world, tmp_path):
     out = tmp_path / "out"
     rl_training.main(arguments(world, out, steps=24, eval_freq=1, eval_size=4, best_kl_budget=-1e9))
     assert not (out / "best").exists()
+
+
+@pytest.fixture
+def judge_turns(monkeypatch):
+    """From the third evaluation on the judge turns away while the score rises, or so the metrics say."""
+    evaluate, count = rl_training.evaluate, []
+
+    def turned(loop):
+        metrics, answers = evaluate(loop)
+        count.append(1)
+        fall = -100.0 if len(count) >= 4 else float(len(count))
+        return metrics | {"eval/judge/mean": fall, "eval/judge/error": 0.1, "eval/score/mean": len(count)}, answers
+
+    monkeypatch.setattr(rl_training, "evaluate", turned)
+
+
+def test_a_gamed_reward_model_stops_the_run_and_best_is_what_the_judge_liked(world, tmp_path, tiny_base, judge_turns):
+    judge, out = random_adapter(tiny_base, tmp_path / "judge", "reward", seed=5), tmp_path / "out"
+    with pytest.raises(Collapse, match="being gamed"):
+        rl_training.main(arguments(world, out, steps=80, eval_freq=1, eval_size=4, judge_lora_path=judge, save_freq=1))
+    state = json.loads((out / "best" / "state.json").read_text())
+    # The first evaluation is the SFT model's; the fourth is the one that the guard stopped at.
+    assert state["best"] == pytest.approx({"step": 2, "value": 3.0, "gain": 2.0, "error": math.hypot(0.1, 0.1)})
+    assert not (out / "step_3").exists()
+
+
+def test_with_a_judge_a_rollback_goes_back_to_what_it_approved(world, tmp_path, tiny_base, judge_turns):
+    judge, out = random_adapter(tiny_base, tmp_path / "judge", "reward", seed=5), tmp_path / "out"
+    flags = {"eval_freq": 2, "eval_size": 4, "judge_lora_path": judge, "save_freq": 1, "on_collapse": "rollback"}
+    # Evaluations: SFT, steps 2, 4 and 6; the one at 6 is bad, and step 7 begins from the weights of step 4.
+    rl_training.main(arguments(world, out, steps=56, **flags))
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows if "guard" in row] == [6]
+    assert rows[6]["kl_coef"] == 2 * rows[5]["kl_coef"]
+    good = load_file(out / "step_5" / "good.safetensors")
+    approved = list(load_file(out / "step_4" / "adapter_model.safetensors").values())
+    assert all(any(torch.equal(tensor, other) for other in good.values()) for tensor in approved)
+
+
+def test_a_rollback_after_a_restart_is_the_rollback_of_an_uninterrupted_run(world, tmp_path, monkeypatch):
+    def main(out, collapse_at, **flags):
+        describe = rl_training.describe
+        seen = []
+
+        def described(*args):
+            seen.append(1)
+            return describe(*args) | ({"empty_frac": 1.0} if len(seen) == collapse_at else {})
+
+        with monkeypatch.context() as patch:
+            patch.setattr(rl_training, "describe", described)
+            rl_training.main(arguments(world, out, save_freq=1, on_collapse="rollback", **flags))
+
+    main(tmp_path / "whole", 3, steps=40)
+    main(tmp_path / "parts", 9, steps=16)
+    main(tmp_path / "parts", 1, steps=40, resume_from_checkpoint=True)
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_without_a_price_of_kl_gets_one_at_its_first_rollback(world, tmp_path, collapse_at_3):
+    with pytest.raises(Collapse):
+        rl_training.main(
+            arguments(world, tmp_path / "out", steps=80, on_collapse="rollback", init_kl_coef=0, max_rollbacks=2)
+        )
+    assert [row["kl_coef"] for row in read_metrics(tmp_path / "out")] == pytest.approx([0, 0, 0, 0.1, 0.2])
