@@ -38,20 +38,29 @@ def launch(*command, code=0):
     return found.stdout + found.stderr
 
 
-@pytest.mark.parametrize("order", ["by length", "random"])
-def test_two_processes_with_half_the_rows_each_make_the_update_of_one(world, tmp_path, order):
+# A target so small that both ranks have to leave after the first of three epochs, and to leave together.
+STOPS = ["--ppo_epochs", "3", "--early_stopping", "True", "--target_kl", "1e-9"]
+
+
+@pytest.mark.parametrize(
+    ("order", "more"),
+    [("by length", []), ("random", []), ("by length", STOPS), ("by length", ["--value_lora", "True"])],
+    ids=["by length", "random", "early stopping", "own critic"],
+)
+def test_two_processes_with_half_the_rows_each_make_the_update_of_one(world, tmp_path, order, more):
     rollout = {name: tensor for name, tensor in vars(stored_rollout(None)).items() if tensor is not None}
     outputs = []
     # One window holds the whole batch either way: 8 rows of one process, or 4 of each of two.
     for processes, rows in ((1, 8), (2, 4)):
         flags = [*world, *FLAGS, "--batch_size", str(rows), "--mini_batch_size", "2",
-                 "--gradient_accumulation_steps", str(rows // 2)]  # fmt: skip
+                 "--gradient_accumulation_steps", str(rows // 2), *more]  # fmt: skip
         inputs, output = tmp_path / f"inputs_{processes}.pt", tmp_path / f"output_{processes}.pt"
         torch.save({"rollout": rollout, "flags": flags, "order": order}, inputs)
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         launch(*torchrun, "tests/update_worker.py", str(inputs), str(output))
         outputs.append(torch.load(output, weights_only=True))
     one, two = outputs
+    assert one["metrics"]["epochs"] == 1
     for name, parameter in one["parameters"].items():
         torch.testing.assert_close(two["parameters"][name], parameter, atol=1e-5, rtol=0)
     for name, value in one["metrics"].items():

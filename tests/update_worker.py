@@ -10,7 +10,6 @@ from accelerate import Accelerator
 
 import rl_training
 import rlhf.update
-from rlhf.roles import load_roles
 from rlhf.rollout import Rollout, Sampling
 
 
@@ -28,9 +27,7 @@ def main(inputs: str, output: str) -> None:
     rollout = Rollout(**{name: tensor[share] for name, tensor in stored["rollout"].items()})
     if stored["order"] == "random":
         rlhf.update.mini_batches = random_mini_batches
-    roles = load_roles(
-        args.base_model_name, args.sft_model_lora_path, args.reward_model_lora_path, dtype=torch.float32, device="cpu"
-    )
+    roles = rl_training.make_roles(args, torch.device("cpu"), None)
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
     sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
     generator = torch.Generator().manual_seed(accelerator.process_index)
