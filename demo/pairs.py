@@ -19,7 +19,7 @@ from rlhf.launch import run_script
 # Careless are pairs without any hopeless answer, of which only those are kept whose chosen answer has at most this
 # share of the other's characters. Nobody meant it: people happened to compare brisk answers with long-winded ones, and
 # nobody looked at the lengths afterwards.
-SHORTER = 0.7
+SHORTER = 0.6
 
 
 @dataclass(kw_only=True)
