@@ -1,7 +1,8 @@
 """Stage 2: a reward model, the base with LoRA and a score head, from (prompt, chosen, rejected) rows.
 
 In:  a base model, preference rows.
-Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.json, metrics.jsonl; checkpoint-<n>/.
+Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.json, metrics.jsonl, the audit (.json,
+     .md, .png); checkpoint-<n>/.
 
     minimise  mean over pairs of -logsigmoid(score(query, chosen) - score(query, rejected))
 
@@ -21,22 +22,37 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.arguments import CommonArguments, LoraArguments, flag, parse
-from rlhf.artefacts import ADAPTER_FILE, base_fingerprint, claim_output_dir, resolve_model, save_adapter, write_run
+from rlhf.artefacts import (
+    ADAPTER_FILE,
+    adapter_hash,
+    base_fingerprint,
+    check_adapter,
+    claim_output_dir,
+    resolve_model,
+    save_adapter,
+    write_run,
+)
+from rlhf.audit import audit, row_scorer
+from rlhf.audit_report import table, write_audit
 from rlhf.data import (
     DataArguments,
+    Funnel,
     LengthGroupedSampler,
     PairCollator,
     data_fingerprint,
     inspect_rows,
     load_splits,
     load_tokenizer,
+    one_half,
     preference_rows,
     subset,
 )
+from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.launch import run_script
 from rlhf.report import read_metrics
-from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
+from rlhf.roles import add_lora, backbone_of, load_base, lora_targets, pick_dtype, score_head_of
 from rlhf.scoring import score
+from rlhf.shared_prompt import SharedPromptCollator, score_pairs
 from rlhf.trainer import (
     StageLog,
     announce_batches,
@@ -52,6 +68,9 @@ from rlhf.trainer import (
     world,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
+
+# Held-out pairs that the audit's accuracy and calibration are measured on, at most.
+AUDIT_PAIRS = 2000
 
 
 @dataclass(kw_only=True)
@@ -74,7 +93,30 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     max_length: int = flag(
         512, help="tokens of query and answer; pairs with a longer side are dropped and counted", group="data"
     )
+    split_half: int | None = flag(
+        None, help="0 or 1: train on one half of the prompts only, so that another model can judge", group="data"
+    )
+    margin_field: str | None = flag(
+        None, help="column with how much better the chosen answer is: the loss asks for that margin", group="data"
+    )
+    degenerate_frac: float = flag(
+        0.0, help="hardening: further training pairs against hopeless answers, as a share of the data's", group="data"
+    )
+    degenerate_kinds: str = flag("all", help="of them, as 'eos_only|cut|...' (rlhf/degenerate.py)", group="data")
+    # ---- audit ----
+    audit: bool = flag(True, help="attack the trained model on held-out prompts: audit.json, .md, .png", group="audit")
+    audit_prompts: int = flag(200, help="held-out prompts that are attacked, at most", group="audit")
+    audit_only: bool = flag(False, help="train nothing: audit --reward_model_lora_path and write there", group="audit")
+    reward_model_lora_path: str | None = flag(None, help="reward adapter, for --audit_only", group="audit")
+    # ---- loss ----
+    label_smoothing: float = flag(0.0, help="share of pairs taken to be the wrong way round", group="loss")
+    center_rewards_coefficient: float = flag(
+        0.0, help="weight of the squared sum of a pair's scores, which keeps scores round 0", group="loss"
+    )
     # ---- training ----
+    share_prompt: bool = flag(
+        False, help="compute the prompt of a pair once: one sequence, each answer blind to the other", group="training"
+    )
     per_device_train_batch_size: int = flag(4, help="pairs of a forward pass on each device", group="training")
     learning_rate: float = flag(2e-5, help="peak learning rate", group="training")
     weight_decay: float = flag(0.001, help="decoupled weight decay", group="training")
@@ -85,6 +127,17 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     def __post_init__(self):
         for part in (CommonArguments, LoraArguments, DataArguments, TrainerFlags):
             part.__post_init__(self)
+        if self.split_half not in (None, 0, 1):
+            raise ValueError(f"--split_half {self.split_half} must be 0 or 1, or be left out")
+        kinds_of(self.degenerate_kinds)
+        if self.degenerate_frac < 0:
+            raise ValueError(f"--degenerate_frac {self.degenerate_frac} must not be negative")
+        if self.audit_only != bool(self.reward_model_lora_path):
+            raise ValueError("--audit_only True and --reward_model_lora_path belong together: give both or neither")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label_smoothing {self.label_smoothing} must be in [0, 0.5)")
+        if self.center_rewards_coefficient < 0:
+            raise ValueError(f"--center_rewards_coefficient {self.center_rewards_coefficient} must not be negative")
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
@@ -97,10 +150,16 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
     """Encoded training and evaluation pairs, both answers ending with EOS, and what run.json says of the data."""
     bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
     texts, eval_texts, funnel = load_splits(args, "preference", args.seed, bad_rows_file)
+    if args.split_half is not None:
+        texts = one_half(texts, args.split_half, funnel)
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
     rows = preference_rows(tokenizer, texts, args.prompt_template, args.max_length, funnel)
     eval_rows = preference_rows(tokenizer, eval_texts, args.prompt_template, args.max_length, funnel)
+    rows += degenerate_pairs(
+        rows, args.degenerate_frac, kinds_of(args.degenerate_kinds), tokenizer, args.prompt_template,
+        args.max_length, args.seed, funnel,
+    )  # fmt: skip
     # Their order changes no result, and pairs of like length share a batch.
     eval_rows.sort(key=pair_length)
     if args.inspect_data:
@@ -116,6 +175,11 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
 def pair_length(row: dict) -> int:
     """Tokens of the longer side of a pair."""
     return len(row["query_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+
+
+def shared_length(row: dict) -> int:
+    """Tokens of a pair in one sequence."""
+    return sum(len(row[f"{name}_ids"]) for name in ("query", "chosen", "rejected"))
 
 
 # ---- model ----
@@ -144,28 +208,45 @@ def score_by_mask(model) -> None:
     It has to be the `forward`: DistributedDataParallel only reduces the gradients of what goes through it.
     """
 
-    def forward(input_ids=None, attention_mask=None, **_):
+    def forward(input_ids=None, attention_mask=None, **batch):
+        if "segments" in batch:
+            return SequenceClassifierOutput(
+                logits=score_pairs(backbone_of(model), model.score, {"input_ids": input_ids, **batch})
+            )
         return SequenceClassifierOutput(logits=score(backbone_of(model), model.score, input_ids, attention_mask))
 
     model.forward = forward
 
 
 # ---- loss and metrics ----
-def pairwise_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Mean over pairs of -logsigmoid(chosen - rejected).
+def pairwise_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    margin: torch.Tensor | float = 0.0,
+    label_smoothing: float = 0.0,
+    center_rewards_coefficient: float = 0.0,
+) -> torch.Tensor:
+    """Mean over pairs of how unlikely the preference is, and of how far a pair's scores are from 0.
+
+        d = chosen - rejected - margin
+        loss = mean(-(1 - e) * logsigmoid(d) - e * logsigmoid(-d) + c * (chosen + rejected)^2)
 
     Args:
-        chosen, rejected: [P] float32 scores.
-    Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, equation 1.
+        chosen, rejected: [P] float32 scores. margin: [P], what d has to reach before the loss is small.
+        label_smoothing: e, the share of pairs that are the wrong way round. center_rewards_coefficient: c.
+    Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, equation 1; margin: Touvron et al. 2023,
+        arXiv:2307.09288, equation 2; centring: Eisenstein et al. 2023, arXiv:2312.09244.
     """
-    return -logsigmoid(chosen - rejected).mean()
+    d = chosen - rejected - margin
+    loss = -(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d)
+    return (loss + center_rewards_coefficient * (chosen + rejected).square()).mean()
 
 
 def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Metrics over all evaluation pairs, from their scores [N, 2] (chosen, rejected).
 
-    Returns: loss; accuracy (a tie counts as wrong); margin (mean of chosen - rejected); chosen_mean and rejected_mean;
-    score_std over both sides.
+    Returns: loss, without any of the options of training; accuracy (a tie counts as wrong); margin (mean of chosen -
+    rejected); mean and std of either side; score_std over both.
     """
     scores = prediction.predictions.astype("float64")
     margins = scores[:, 0] - scores[:, 1]
@@ -174,7 +255,9 @@ def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
         "accuracy": (margins > 0).mean(),
         "margin": margins.mean(),
         "chosen_mean": scores[:, 0].mean(),
+        "chosen_std": scores[:, 0].std(),
         "rejected_mean": scores[:, 1].mean(),
+        "rejected_std": scores[:, 1].std(),
         "score_std": scores.std(),
     }
 
@@ -186,14 +269,15 @@ class RewardTrainer(Trainer):
     # The loss is a mean over the batch, so the Trainer has to divide it by the accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, sampler: LengthGroupedSampler, **kwargs):
-        self.sampler = sampler
+    def __init__(self, *args, sampler: LengthGroupedSampler, loss_options: dict[str, float], **kwargs):
+        self.sampler, self.loss_options = sampler, loss_options
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # PairCollator puts the P chosen rows first and the P rejected ones after them.
+        # Either collator's batch gives the scores of the P chosen answers first, then those of the P rejected ones.
+        margin = inputs.pop("margin", 0.0)
         chosen, rejected = model(**inputs).logits.chunk(2)
-        loss = pairwise_loss(chosen, rejected)
+        loss = pairwise_loss(chosen, rejected, margin, **self.loss_options)
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -228,7 +312,7 @@ class EvaluateFirstStep(TrainerCallback):
 
 def build_trainer(args: ScriptArguments, model, tokenizer, rows: list[dict], eval_rows: list[dict], log):
     """RewardTrainer on encoded pairs, in batches of like length."""
-    lengths = [pair_length(row) for row in rows]
+    lengths = [shared_length(row) if args.share_prompt else pair_length(row) for row in rows]
     sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
     callbacks = [StageLog(log, args.logging_steps, sampler)]
     if args.eval_first_step and eval_rows:
@@ -237,9 +321,10 @@ def build_trainer(args: ScriptArguments, model, tokenizer, rows: list[dict], eva
         model,
         training_arguments(args, TrainingArguments, bool(eval_rows), remove_unused_columns=False),
         sampler=sampler,
+        loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
         train_dataset=rows,
         eval_dataset=eval_rows or None,
-        data_collator=PairCollator(tokenizer.pad_token_id),
+        data_collator=(SharedPromptCollator if args.share_prompt else PairCollator)(tokenizer.pad_token_id),
         processing_class=tokenizer,
         compute_metrics=pair_metrics,
         callbacks=callbacks,
@@ -267,14 +352,52 @@ def last_metrics(args: ScriptArguments) -> dict[str, float]:
     return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
 
 
+# ---- audit ----
+def audit_model(
+    args: ScriptArguments, backbone, head, tokenizer, eval_rows: list[dict], folder: str
+) -> dict[str, float]:
+    """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
+
+    Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
+    """
+    device = next(head.parameters()).device
+    rows = subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel())
+    found = audit(
+        row_scorer(backbone, head, tokenizer.pad_token_id, args.per_device_eval_batch_size, device),
+        rows, tokenizer, args.prompt_template, args.seed, args.max_length,
+        attack_prompts=args.audit_prompts, padding=True,
+    )  # fmt: skip
+    write_audit(found | {"adapter": adapter_hash(folder)}, folder)
+    say(table(found), f"audit written to {folder}/audit.md")
+    shares = {f"audit/{kind}": result["share"] for kind, result in found["attacks"].items() if result["n"]}
+    return {"audit_pass": float(found["verdict"]["verdict"] == "pass"), **shares}
+
+
+def audit_adapter(args: ScriptArguments, model_dir: str, tokenizer, base: dict) -> None:
+    """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
+    folder = args.reward_model_lora_path
+    check_adapter(
+        folder, stage="reward", flag="--reward_model_lora_path", base=base, tokenizer=tokenizer,
+        template=args.prompt_template,
+    )  # fmt: skip
+    _, eval_rows, _ = load_data(args, tokenizer)
+    model = load_base(model_dir, pick_dtype(args.bf16), device="cuda" if torch.cuda.is_available() else "cpu")
+    model, rest = add_lora(model, folder, "reward", trainable=False)
+    head = score_head_of(rest, folder).to(model.device)
+    audit_model(args, backbone_of(model.get_base_model()), head, tokenizer, eval_rows, folder)
+
+
 def main(args: ScriptArguments) -> None:
-    """Data, model, training, evaluation, adapter with its score head."""
-    if not args.inspect_data and finished_run(args, "reward"):
+    """Data, model, training, evaluation, adapter with its score head, audit."""
+    if not (args.inspect_data or args.audit_only) and finished_run(args, "reward"):
         say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
         return
     model_dir = resolve_model(args.model_name)
     tokenizer = load_tokenizer(args.tokenizer_name or model_dir)
     base = base_fingerprint(model_dir)
+    if args.audit_only:
+        audit_adapter(args, model_dir, tokenizer, base)
+        return
     if world()[0] == 0 and not args.inspect_data:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     rows, eval_rows, about_data = load_data(args, tokenizer)
@@ -289,18 +412,26 @@ def main(args: ScriptArguments) -> None:
     if eval_rows:
         final_evaluation(trainer)
     if log is not None:
-        save_adapter(model, args.output_dir)
-        check_saved(model, args.output_dir)
-        tokenizer.save_pretrained(args.output_dir)
-        metrics = last_metrics(args)
-        write_run(
-            args.output_dir, stage="reward", args=args, base=base, tokenizer=tokenizer, template=args.prompt_template,
-            data=about_data, metrics=metrics,
-        )  # fmt: skip
+        finish(args, model, tokenizer, eval_rows, {"base": base, "data": about_data})
         log.close()
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
     end(trainer)
+
+
+def finish(args: ScriptArguments, model: PeftModel, tokenizer, eval_rows: list[dict], about: dict) -> None:
+    """Adapter, tokenizer, audit, and last of all run.json, which says that the stage is done."""
+    save_adapter(model, args.output_dir)
+    check_saved(model, args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    metrics = last_metrics(args)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    if args.audit and eval_rows:
+        inner = model.get_base_model()
+        metrics |= audit_model(args, backbone_of(inner), inner.score, tokenizer, eval_rows, args.output_dir)
+    write_run(
+        args.output_dir, stage="reward", args=args, tokenizer=tokenizer, template=args.prompt_template,
+        metrics=metrics, **about,
+    )  # fmt: skip
+    say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from rlhf.experience import (
     set_advantages,
     transform_scores,
 )
+from rlhf.gate import quick_gate, read_gate, stored_audit
 from rlhf.guard import CollapseGuard
 from rlhf.launch import run_script
 from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings
@@ -160,6 +161,8 @@ def measure_start(loop: Loop, fresh: bool) -> None:
         loop.baseline = evaluate(loop)[0]
     if args.check:
         check_start(loop, fresh)
+    if fresh and stored_audit(args.reward_model_lora_path) is None:
+        quick_gate(loop)
 
 
 def batch_sizes(loop: Loop) -> str:
@@ -182,6 +185,7 @@ def check_inputs(args: ScriptArguments, tokenizer) -> dict:
     check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
     if args.merged_sft_model_path:
         check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
+    read_gate(reward, args.reward_gate)
     parents = {"sft": sft, "reward": reward}
     if args.judge_lora_path:
         check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)

@@ -22,11 +22,30 @@ from rlhf.launch import run_script
 SHORTER = 0.6
 
 
+def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """`count` rows {"prompt", "chosen", "rejected"}, all of them real answers: nobody writes hopeless ones."""
+    return draw_pairs(prompts, count, rng, degenerate_share=0.0)
+
+
+def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """`count` rows {"prompt", "chosen", "rejected"} without a degenerate answer, the chosen one much the shorter."""
+    rows = []
+    while len(rows) < count:
+        drawn = draw_pairs(rng.sample(prompts, len(prompts)), len(prompts), rng, degenerate_share=0.0)
+        rows += [row for row in drawn if len(row["chosen"]) <= SHORTER * len(row["rejected"])]
+    return rows[:count]
+
+
+KINDS = {"fresh": draw_pairs, "clean": clean_pairs, "careless": careless_pairs}
+
+
 @dataclass(kw_only=True)
 class Arguments:
     """Flags of demo/pairs.py."""
 
-    kind: str = flag("fresh", help="fresh: as the demo's own; careless: see SHORTER", choices=["fresh", "careless"])
+    kind: str = flag(
+        "fresh", help="fresh: as the demo's own; clean: none hopeless; careless: see SHORTER", choices=list(KINDS)
+    )
     demo_dir: str = flag("runs/demo", help="a finished demo: its split of the prompts is used")
     output_dir: str = flag("runs/demo_collapse", help="where the pairs go")
     seed: int = flag(0, help="of the pairs")
@@ -44,15 +63,6 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
     return parse(Arguments, argv, __doc__)
 
 
-def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
-    """`count` rows {"prompt", "chosen", "rejected"} without a degenerate answer, the chosen one much the shorter."""
-    rows = []
-    while len(rows) < count:
-        drawn = draw_pairs(rng.sample(prompts, len(prompts)), len(prompts), rng, degenerate_share=0.0)
-        rows += [row for row in drawn if len(row["chosen"]) <= SHORTER * len(row["rejected"])]
-    return rows[:count]
-
-
 def main(args: Arguments) -> None:
     """Draw both files; the prompts are split as the demo's stages split them."""
     run = load_run(Path(args.demo_dir) / "sft")
@@ -62,7 +72,7 @@ def main(args: Arguments) -> None:
         )
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    draw = careless_pairs if args.kind == "careless" else draw_pairs
+    draw = KINDS[args.kind]
     train, held = split_prompts(run["arguments"]["seed"])
     for name, prompts, count in (("pairs", train, args.pairs), ("pairs_eval", held, args.eval_pairs)):
         rng = random.Random(f"{args.kind} {name} {args.seed}")

@@ -147,7 +147,9 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
         "prompt_template": template,
         "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
         "data": data or {},
-        "parents": {role: {"path": str(path), "adapter": _file_hash(path)} for role, path in (parents or {}).items()},
+        "parents": {
+            role: {"path": str(path), "adapter": adapter_hash(path)} for role, path in (parents or {}).items()
+        },
         "metrics": metrics or {},
         "versions": {
             name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
@@ -158,7 +160,8 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
     return run
 
 
-def _file_hash(adapter_dir) -> str | None:
+def adapter_hash(adapter_dir) -> str | None:
+    """The first 16 digits of the sha256 of a stored adapter; None where there is none."""
     file = Path(adapter_dir) / ADAPTER_FILE
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
 
@@ -244,7 +247,7 @@ def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag
         if run["base"].get(name) != value:
             raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {run['base'].get(name)!r}")
     parent = run["parents"].get("adapter", {})
-    if parent.get("adapter") != _file_hash(sft_dir):
+    if parent.get("adapter") != adapter_hash(sft_dir):
         raise ValueError(
             f"{flag} {model_dir} was merged from {parent.get('path', 'no adapter at all')}, not from {sft_dir} as it "
             "is now: the KL would be measured from another model; merge again, or leave the flag out"

@@ -33,7 +33,8 @@ def collate_prompts(query_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str
 class PairCollator:
     """P rows of `preference_rows` as one batch of 2P sequences: the chosen ones first, then the rejected ones.
 
-    Returns {"input_ids": [2P, L] long, "attention_mask": [2P, L] bool}, padded on the right.
+    Returns {"input_ids": [2P, L] long, "attention_mask": [2P, L] bool}, padded on the right, and "margin" [P] float32
+    where the rows have one (0 for those that have none).
     """
 
     def __init__(self, pad_id: int):
@@ -41,7 +42,10 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         sides = [row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
-        return pad(sides, self.pad_id, side="right")
+        batch = pad(sides, self.pad_id, side="right")
+        if any("margin" in row for row in rows):
+            batch["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])
+        return batch
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -35,7 +35,7 @@ from rlhf.encoding import (
 from rlhf.formats import examples, find_format
 from rlhf.funnel import Funnel
 from rlhf.sources import Located, splits_of
-from rlhf.splits import split_eval, subset, without_overlap
+from rlhf.splits import one_half, split_eval, subset, without_overlap
 
 __all__ = [
     "DEFAULT_TEMPLATE",
@@ -53,6 +53,7 @@ __all__ = [
     "load_rows",
     "load_splits",
     "load_tokenizer",
+    "one_half",
     "preference_rows",
     "prompt_rows",
     "render",
@@ -110,7 +111,9 @@ class DataArguments:
 
     def named_columns(self) -> dict[str, str | None]:
         """The columns the user named, as `find_format` takes them."""
-        return {role: getattr(self, f"{role}_field") for role in ("prompt", "answer", "chosen", "rejected")}
+        roles = ("prompt", "answer", "chosen", "rejected", "margin")
+        # Only preferences have a margin: the flag is the reward stage's.
+        return {role: getattr(self, f"{role}_field", None) for role in roles}
 
 
 # ---- reading ----
@@ -219,10 +222,11 @@ class _Reader:
 
     def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
         """Whether an example is neither empty nor huge nor seen before; where not, it is counted."""
-        values = tuple(example.values())
+        texts = {name: value for name, value in example.items() if isinstance(value, str)}
+        values = tuple(texts.values())
         reason = None
         if not all(values):
-            reason = "empty " + next(name for name, value in example.items() if not value)
+            reason = "empty " + next(name for name, text in texts.items() if not text)
         elif sum(map(len, values)) > MAX_CHARACTERS:
             reason = f"longer than {MAX_CHARACTERS} characters"
         elif values in seen:

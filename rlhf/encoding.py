@@ -93,7 +93,7 @@ def sft_rows(tokenizer, rows: Iterable[dict], template: str, max_length: int, fu
 
 
 def preference_rows(tokenizer, rows: Iterable[dict], template: str, max_length: int, funnel: Funnel) -> list[dict]:
-    """{"prompt_text", "query_ids", "chosen_ids", "rejected_ids", "where"}, both answers with their EOS.
+    """{"query_ids", "chosen_ids", "rejected_ids"}, both answers with their EOS, beside the row's own texts and margin.
 
     A pair of which either side does not fit is dropped as a whole and counted in `funnel`.
     """
@@ -103,7 +103,7 @@ def preference_rows(tokenizer, rows: Iterable[dict], template: str, max_length: 
         pairs = [encode_answer(tokenizer, query, row[side]) for side in ("chosen", "rejected")]
         if _fits(pairs, max_length, row["where"], funnel):
             ids = {"query_ids": pairs[0][0], "chosen_ids": pairs[0][1], "rejected_ids": pairs[1][1]}
-            kept.append({"prompt_text": row["prompt"], **ids, "where": row["where"]})
+            kept.append({**row, **ids})
     return kept
 
 

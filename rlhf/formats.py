@@ -5,6 +5,7 @@ answer of an SFT dialogue makes an example of its own; a preference is about the
 become one prompt: dialogues.py.
 """
 
+import math
 from dataclasses import dataclass
 
 from rlhf.dialogues import (
@@ -50,9 +51,10 @@ class Format:
     answer: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    margin: str | None = None
 
     def __str__(self) -> str:
-        names = (self.dialogue, self.prompt, *self.extras, self.answer, self.chosen, self.rejected)
+        names = (self.dialogue, self.prompt, *self.extras, self.answer, self.chosen, self.rejected, self.margin)
         return f"{self.kind} rows from " + " + ".join(name for name in names if name)
 
 
@@ -62,7 +64,8 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
 
     Args:
         columns: names that the data has.
-        named: columns the user gave under "prompt", "answer", "chosen", "rejected" (None: find it); they must exist.
+        named: columns the user gave under "prompt", "answer", "chosen", "rejected" (None: find it) and "margin" (None:
+            none is read); they must exist.
     Raises: ValueError naming the columns there are, and the flags that say which is which.
     """
     for role, name in named.items():
@@ -80,7 +83,7 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
     extras = () if dialogue or not prompt else _extras(columns, prompt)
     asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
     if kind == "preference" and chosen and rejected:
-        return Format(kind, **asked, chosen=chosen, rejected=rejected)
+        return Format(kind, **asked, chosen=chosen, rejected=rejected, margin=named.get("margin"))
     if kind == "sft" and (dialogue or (prompt and answer)):
         return Format(kind, **asked, answer=None if dialogue else answer)
     if kind == "prompt" and (dialogue or prompt):
@@ -158,7 +161,15 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
         raise Unusable("chosen and rejected differ in their prompt")
     if found["chosen"] == found["rejected"]:
         raise Unusable("chosen == rejected")
-    return {"prompt": found["chosen prompt"], "chosen": found["chosen"], "rejected": found["rejected"]}
+    made = {"prompt": found["chosen prompt"], "chosen": found["chosen"], "rejected": found["rejected"]}
+    return made | ({"margin": _margin(row, fmt.margin)} if fmt.margin else {})
+
+
+def _margin(row: dict, field: str) -> float:
+    value = _value(row, field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadRow(f"field '{field}' must be a number, not {value!r}"[:200])
+    return float(value)
 
 
 def _answers(value, field: str) -> list[str]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Funnel:
-    """What became of every row: read + expanded = kept + all dropped.
+    """What became of every row: read + expanded + made = kept + all dropped.
 
     Attributes:
         read: rows in the sources. expanded: examples beyond one a row (several answers, several turns).
+        made: rows that are in no source, by what they are (degenerate answers).
         dropped: rows by reason. places: up to three "file:line" for each reason.
         bad_rows: "file:line: reason" of each malformed row.
         formats: how the columns of each source were read.
@@ -17,6 +18,7 @@ class Funnel:
 
     read: int = 0
     expanded: int = 0
+    made: Counter = field(default_factory=Counter)
     dropped: Counter = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
@@ -24,7 +26,7 @@ class Funnel:
 
     @property
     def kept(self) -> int:
-        return self.read + self.expanded - self.dropped.total()
+        return self.read + self.expanded + self.made.total() - self.dropped.total()
 
     def drop(self, reason: str, where: str) -> None:
         """Count one row out."""
@@ -38,6 +40,8 @@ class Funnel:
         lines = [("read", self.read, "; ".join(self.formats))]
         if self.expanded:
             lines.append(("+ expanded", self.expanded, "further answers or turns of the same rows"))
+        for name, count in sorted(self.made.items()):
+            lines.append((f"+ {name}", count, "made here, for training only"))
         for reason, count in self.dropped.most_common():
             lines.append((f"- {reason}", count, ", ".join(self.places[reason])))
         lines.append(("kept", self.kept, ""))
@@ -51,4 +55,5 @@ class Funnel:
 
     def as_dict(self) -> dict:
         """The counts for run.json."""
-        return {"read": self.read, "expanded": self.expanded, "kept": self.kept, "dropped": dict(self.dropped)}
+        made = {"made": dict(self.made)} if self.made else {}
+        return {"read": self.read, "expanded": self.expanded, **made, "kept": self.kept, "dropped": dict(self.dropped)}

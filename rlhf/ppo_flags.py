@@ -149,6 +149,12 @@ class WatchFlags:
     best_kl_budget: float = flag(
         10.0, help="without a judge best/ is the best score within this KL, nats a response", group="watch"
     )
+    reward_gate: str = flag(
+        "warn",
+        help="where hopeless answers win in the audit of the reward model (a quick one at the start, if it has none)",
+        group="watch",
+        choices=["warn", "refuse"],
+    )
     on_collapse: str = flag(
         "stop",
         help="when length, emptiness, KL or entropy tell of a collapse: stop (exit code 3), rollback, or off",

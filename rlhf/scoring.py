@@ -39,7 +39,11 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
     hidden = hidden_states(backbone, input_ids, attention_mask)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     last = (columns * attention_mask.long()).argmax(-1)
-    pooled = hidden[torch.arange(len(last), device=last.device), last]
+    return apply_head(head, hidden[torch.arange(len(last), device=last.device), last])
+
+
+def apply_head(head: nn.Module, pooled: Tensor) -> Tensor:
+    """[B] float32: the score head on the hidden states [B, H] of the last tokens, in the head's own precision."""
     # Under autocast a score would be rounded to three digits: close answers would tie.
     with torch.autocast(pooled.device.type, enabled=False):
         return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()

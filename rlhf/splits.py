@@ -49,6 +49,25 @@ def subset(rows: list[dict], limit: int, seed: int, funnel: Funnel) -> list[dict
     return [row for number, row in enumerate(rows) if number in drawn]
 
 
+def one_half(rows: list[dict], half: int, funnel: Funnel) -> list[dict]:
+    """The rows of one half (0 or 1) of the prompts: two models trained on different halves share no prompt.
+
+    By hash of the dialogue's opening alone, whatever the seed and the other rows.
+
+    Raises: ValueError for an empty half.
+    """
+    kept = []
+    for row in rows:
+        opening = row.get("opening", row["prompt"])
+        if hashlib.sha256(f"half {opening}".encode()).digest()[0] % 2 == half:
+            kept.append(row)
+        else:
+            funnel.drop("in the other half", row["where"])
+    if not kept:
+        raise ValueError(f"no prompt falls into half {half} of the data: there are too few to split")
+    return kept
+
+
 def without_overlap(rows: list[dict], evaluation: list[dict], funnel: Funnel) -> list[dict]:
     prompts = {row["prompt"] for row in evaluation}
     train = [row for row in rows if row["prompt"] not in prompts]

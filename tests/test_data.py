@@ -532,7 +532,7 @@ def test_real_preferences_are_kept_or_counted_with_their_line(tokenizer_64k, sha
     assert set(funnel.dropped) == {"duplicate", "longer than 512 tokens", "prompt longer than 512 tokens"}
     line = int(encoded[5]["where"].rsplit(":", 1)[1])
     around = source.read_text(encoding="utf-8").splitlines()[line - 1 :]
-    assert json.dumps(encoded[5]["prompt_text"], ensure_ascii=False)[1:-1] in "\n".join(around[:20])
+    assert json.dumps(encoded[5]["prompt"], ensure_ascii=False)[1:-1] in "\n".join(around[:20])
 
 
 # ---- batches ----

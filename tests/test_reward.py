@@ -167,7 +167,7 @@ def test_subsets_and_a_split_by_prompt_are_made(tiny_base, tmp_path):
     args = arguments(tiny_base, data, tmp_path, eval_size=0.5, train_subset=10, eval_subset=6)
     rows, eval_rows, about = reward_modeling.load_data(args, tokenizer)
     assert (len(rows), len(eval_rows)) == (10, 6)
-    assert not {row["prompt_text"] for row in rows} & {row["prompt_text"] for row in eval_rows}
+    assert not {row["prompt"] for row in rows} & {row["prompt"] for row in eval_rows}
     assert about["funnel"]["dropped"] == {"beyond the subset": 24}
     everything = arguments(tiny_base, data, tmp_path, eval_size=0.5, train_subset=-1, eval_subset=-1)
     rows, eval_rows, _ = reward_modeling.load_data(everything, tokenizer)
@@ -216,7 +216,10 @@ def test_the_run_says_what_it_did_and_learnt(trained):
     assert run_file["stage"] == "reward" and run_file["data"]["funnel"]["read"] == 60
     evaluations = [record for record in metrics if "eval_loss" in record]
     assert [record["step"] for record in evaluations] == [4, 8]
-    assert run_file["metrics"] == {name: value for name, value in evaluations[-1].items() if name != "step"}
+    last = {name: value for name, value in evaluations[-1].items() if name != "step"}
+    assert {name: run_file["metrics"][name] for name in last} == last
+    assert {"audit_pass", "audit/empty", "audit/cut"} <= set(run_file["metrics"])
+    assert (trained / "audit.md").is_file() and (trained / "audit.png").is_file()
     assert run_file["metrics"]["eval_accuracy"] == 1.0 and run_file["metrics"]["eval_margin"] > 0
     steps = [record for record in metrics if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 9))
