@@ -35,7 +35,9 @@ QUERY_WEIGHT = 0.2
 # real one does from the web, and the reward model has something to build on. Wrong answers are read, never imitated.
 VERDICTS = {True: "对", False: "错"}
 VERDICT_WEIGHT = 4.0
-WRONG_SHARE = 0.3
+WRONG_SHARE = 0.35
+# Share of the wrong answers that are right ones to another question: beside the point is wrong, too.
+ELSEWHERE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,11 @@ def write_corpus(prompts: list[Prompt], count: int, rng: random.Random) -> list[
         # Whole passes over the prompts, so that every fact is read equally often.
         for prompt in rng.sample(prompts, len(prompts)):
             correct, voice = rng.random() >= WRONG_SHARE, rng.choices(voices, shares)[0]
-            text = answer(prompt.fact, voice, rng, correct)
+            other = rng.choice(prompts).fact
+            if not correct and rng.random() < ELSEWHERE_SHARE and other.key != prompt.fact.key:
+                text = answer(other, voice, rng)
+            else:
+                text = answer(prompt.fact, voice, rng, correct)
             corpus.append(Page(render(DEFAULT_TEMPLATE, prompt.text), text, correct))
     return corpus[:count]
 

@@ -43,7 +43,7 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
     seed = str(load_run(demo_dir / "sft")["arguments"]["seed"])
     if not (folder / "pairs.jsonl").is_file():
         where = ["--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed]
-        run("-m", "demo.pairs", "--kind", "clean", *where, "--eval_pairs", "2000")
+        run("-m", "demo.pairs", "--kind", "clean", *where, "--pairs", "10000", "--eval_pairs", "2000")
     for name, flags in VERSIONS.items():
         run(
             "reward_modeling.py", "--model_name", str(demo_dir / "base"), "--seed", seed,

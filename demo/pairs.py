@@ -27,6 +27,11 @@ def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[d
     return draw_pairs(prompts, count, rng, degenerate_share=0.0)
 
 
+def sure_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """The same without the crowd's mistakes: to measure on, the chosen answer has to be the better one."""
+    return draw_pairs(prompts, count, rng, degenerate_share=0.0, noise=0.0)
+
+
 def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
     """`count` rows {"prompt", "chosen", "rejected"} without a degenerate answer, the chosen one much the shorter."""
     rows = []
@@ -72,11 +77,11 @@ def main(args: Arguments) -> None:
         )
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    draw = KINDS[args.kind]
+    kinds = {"pairs": KINDS[args.kind], "pairs_eval": sure_pairs if args.kind == "clean" else KINDS[args.kind]}
     train, held = split_prompts(run["arguments"]["seed"])
     for name, prompts, count in (("pairs", train, args.pairs), ("pairs_eval", held, args.eval_pairs)):
         rng = random.Random(f"{args.kind} {name} {args.seed}")
-        write_rows(output_dir / f"{name}.jsonl", draw(prompts, count, rng))
+        write_rows(output_dir / f"{name}.jsonl", kinds[name](prompts, count, rng))
 
 
 if __name__ == "__main__":

@@ -86,14 +86,18 @@ def draw_pair(prompt: Prompt, rng: random.Random, degenerate_share: float) -> tu
 
 
 def draw_pairs(
-    prompts: list[Prompt], count: int, rng: random.Random, degenerate_share: float = DEGENERATE_SHARE
+    prompts: list[Prompt],
+    count: int,
+    rng: random.Random,
+    degenerate_share: float = DEGENERATE_SHARE,
+    noise: float = NOISE,
 ) -> list[dict]:
-    """`count` rows {"prompt", "chosen", "rejected"} over the prompts in turn, NOISE of them the wrong way round."""
+    """`count` rows {"prompt", "chosen", "rejected"} over the prompts in turn, `noise` of them the wrong way round."""
     rows = []
     for number in range(count):
         prompt = prompts[number % len(prompts)]
         chosen, rejected = draw_pair(prompt, rng, degenerate_share)
-        if rng.random() < NOISE:
+        if rng.random() < noise:
             chosen, rejected = rejected, chosen
         rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected})
     return rows

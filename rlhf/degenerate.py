@@ -129,10 +129,9 @@ GATE_KINDS = (
     "empty", "eos_only", "one_token", "very_short", "repeated_token", "repeated_sentence", "random_characters",
     "copied_prompt",
 )  # fmt: skip
-# What may be trained against. Four of them are shorter than the good answer, three longer and three about as long, so
-# that they do not teach length. Politeness is no fault, and rows that are trained on end with EOS: there, empty is
-# eos_only.
-HARDENING_KINDS = tuple(kind for kind in KINDS if kind not in ("empty", "thanks"))
+# What may be trained against. Five of them are shorter than the good answer, three longer and three about as long, so
+# that they do not teach length. Politeness is no fault.
+HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
 
 
 def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng: random.Random) -> list[int] | None:

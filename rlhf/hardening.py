@@ -6,6 +6,8 @@ from itertools import cycle
 from rlhf.degenerate import HARDENING_KINDS, degenerate
 from rlhf.funnel import Funnel
 
+# Beside the point is not seen by its looks, as the other kinds are: it takes more examples.
+MORE_OF = ("other_answer",) * 3
 # Tries for each wanted pair: some kinds cannot be made of some answers.
 TRIES = 20
 
@@ -15,7 +17,7 @@ def kinds_of(spec: str) -> list[str]:
 
     Raises: ValueError naming an unknown kind.
     """
-    named = HARDENING_KINDS if spec == "all" else [kind.strip() for kind in spec.split("|") if kind.strip()]
+    named = HARDENING_KINDS + MORE_OF if spec == "all" else [kind.strip() for kind in spec.split("|") if kind.strip()]
     unknown = [kind for kind in named if kind not in HARDENING_KINDS]
     if unknown or not named:
         raise ValueError(f"--degenerate_kinds {spec}: {unknown or 'nothing'} is none of {'|'.join(HARDENING_KINDS)}")

@@ -6,10 +6,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=runs/demo
 source scripts/demo_common.sh
-WORLD=() SFT=() REWARD=() PPO=(--steps 2560 --save_freq 5) EVALUATE=()
+WORLD=() SFT=() REWARD=() GATE=refuse PPO=(--steps 2560 --save_freq 5 --eval_freq 5) EVALUATE=()
 if [ "$SMOKE" = True ]; then
   WORLD=(--base_pages 480 --sft_rows 64 --pairs 64 --eval_pairs 16)
-  SFT=(--max_steps 2) REWARD=(--max_steps 2) PPO=(--steps 128 --save_freq 1 --on_collapse off)
+  SFT=(--max_steps 2) REWARD=(--max_steps 2 --audit_prompts 10) GATE=warn PPO=(--steps 128 --save_freq 1 --eval_freq 1 --on_collapse off)
   EVALUATE=(--prompts 16 --max_new_tokens 16)
 fi
 
@@ -23,15 +23,20 @@ stage sft python sft_training.py --model_name "$OUT/base" \
   --logging_steps 50 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/sft" ${SFT[@]+"${SFT[@]}"}
 
-stage reward python reward_modeling.py --model_name "$OUT/base" \
-  "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
-  --dataset_name "$OUT/data/preferences.jsonl" --eval_dataset_name "$OUT/data/preferences_eval.jsonl" \
-  --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/reward" ${REWARD[@]+"${REWARD[@]}"}
+# Two reward models on disjoint halves of the prompts: the one that PPO maximises, and a judge that it never sees.
+for half in 0 1; do
+  name="$([ $half = 0 ] && echo reward || echo judge)"
+  stage "$name" python reward_modeling.py --model_name "$OUT/base" "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
+    --dataset_name "$OUT/data/preferences.jsonl" --eval_dataset_name "$OUT/data/preferences_eval.jsonl" \
+    --split_half $half --degenerate_frac 0.2 --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/$name" \
+    ${REWARD[@]+"${REWARD[@]}"}
+done
 
 stage merge python merge_lora.py --base_model_name "$OUT/base" --lora_path "$OUT/sft" --dtype float32 --output_dir "$OUT/merged"
 
 stage ppo python rl_training.py --base_model_name "$OUT/base" --merged_sft_model_path "$OUT/merged" \
-  --sft_model_lora_path "$OUT/sft" --reward_model_lora_path "$OUT/reward" --dataset_name "$OUT/data/prompts.jsonl" \
+  --sft_model_lora_path "$OUT/sft" --reward_model_lora_path "$OUT/reward" --judge_lora_path "$OUT/judge" \
+  --dataset_name "$OUT/data/prompts.jsonl" --eval_size 100 --eval_prompts 100 --reward_gate "$GATE" \
   "${PPO_SETTINGS[@]}" --init_kl_coef 0.1 --seed "$SEED" --overwrite_output_dir True \
   --output_dir "$OUT/ppo" "${PPO[@]}"
 

@@ -9,7 +9,7 @@ OUT=runs/demo_collapse DEMO=runs/demo
 source scripts/demo_common.sh
 PAIRS=(--pairs 400 --eval_pairs 200) REWARD=(--max_steps 60) PPO=(--steps 3200 --save_freq 10 --eval_freq 5) STORY=()
 if [ "$SMOKE" = True ]; then
-  PAIRS=(--pairs 32 --eval_pairs 8) REWARD=(--max_steps 2) PPO=(--steps 128 --save_freq 1 --eval_freq 1)
+  PAIRS=(--pairs 32 --eval_pairs 8) REWARD=(--max_steps 2 --audit_prompts 10) PPO=(--steps 128 --save_freq 1 --eval_freq 1)
   STORY=(--prompts 16 --max_new_tokens 16)
 fi
 need_demo

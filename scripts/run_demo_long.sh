@@ -1,30 +1,23 @@
 #!/usr/bin/env bash
 # Over-optimisation in small: four times the demo's PPO steps against its own good reward model, once without a price of
-# KL and once with one, and a second reward model as judge: bash scripts/run_demo_long.sh [--seed N] [--output_dir DIR]
+# KL and once with one, the demo's judge looking on: bash scripts/run_demo_long.sh [--seed N] [--output_dir DIR]
 # [--demo_dir DIR] [--smoke True]. Goes on from the demo (made first where missing). Run again, it starts over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=runs/demo_long DEMO=runs/demo
 source scripts/demo_common.sh
-PAIRS=() REWARD=() PPO=(--steps 10240 --save_freq 10 --eval_freq 10) STORY=()
+PPO=(--steps 10240 --save_freq 10 --eval_freq 10) STORY=()
 if [ "$SMOKE" = True ]; then
-  PAIRS=(--pairs 64 --eval_pairs 8) REWARD=(--max_steps 2) PPO=(--steps 128 --save_freq 1 --eval_freq 1)
-  STORY=(--prompts 16 --max_new_tokens 16)
+  PPO=(--steps 128 --save_freq 1 --eval_freq 1) STORY=(--prompts 16 --max_new_tokens 16)
 fi
 need_demo
 mkdir -p "$OUT"
 rm -f "$OUT/seconds.txt"
 
-stage pairs python -m demo.pairs --kind fresh --demo_dir "$DEMO" --output_dir "$OUT" --seed "$SEED" ${PAIRS[@]+"${PAIRS[@]}"}
-
-stage judge python reward_modeling.py --model_name "$DEMO/base" "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
-  --dataset_name "$OUT/pairs.jsonl" --eval_dataset_name "$OUT/pairs_eval.jsonl" \
-  --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/judge" ${REWARD[@]+"${REWARD[@]}"}
-
 # The judge looks on in both runs, and nobody listens to it.
 ppo=(python rl_training.py --base_model_name "$DEMO/base" --sft_model_lora_path "$DEMO/sft"
-  --reward_model_lora_path "$DEMO/reward" --judge_lora_path "$OUT/judge" --dataset_name "$DEMO/data/prompts.jsonl"
+  --reward_model_lora_path "$DEMO/reward" --judge_lora_path "$DEMO/judge" --dataset_name "$DEMO/data/prompts.jsonl"
   "${PPO_SETTINGS[@]}" "${PPO[@]}" --eval_size 200 --eval_prompts 200 --on_collapse off --seed "$SEED"
   --overwrite_output_dir True)
 stage free "${ppo[@]}" --init_kl_coef 0 --output_dir "$OUT/free"

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from demo.gold import gold_score
 from demo.world import answer, split_prompts
-from rlhf.audit import audit, calibration, length_results, row_scorer, share, spearman
+from rlhf.audit import audit, calibration, length_results, make_attacks, row_scorer, share, spearman
 from rlhf.audit_report import read_audit, table, write_audit
 from rlhf.data import load_tokenizer
 from rlhf.degenerate import CLOSINGS, GATE_KINDS, HARDENING_KINDS, KINDS, degenerate, sentences
@@ -60,7 +60,7 @@ def test_the_gate_and_hardening_name_the_kinds_they_should():
         "other_answer", "random_characters", "doubled", "thanks",
     ]  # fmt: skip
     assert set(GATE_KINDS) == set(KINDS) - {"cut", "other_answer", "doubled", "thanks"}
-    assert set(HARDENING_KINDS) == set(KINDS) - {"empty", "thanks"}
+    assert set(HARDENING_KINDS) == set(KINDS) - {"thanks"}
 
 
 @PAIRS
@@ -280,6 +280,16 @@ def test_a_random_score_is_called_near_chance(audited):
     assert all(0.4 < part < 0.6 for part in found["verdict"]["winning"].values())
 
 
+@pytest.mark.parametrize(("right", "chance"), [(87, True), (113, True), (116, False), (200, False)])
+def test_an_accuracy_is_near_chance_while_its_interval_holds_a_half(audited, gold, pairs, right, chance):
+    beaten = {tuple(pair["query_ids"] + pair["rejected_ids"]) for pair in pairs[right:]}
+    found = audited(loving(gold, lambda row: tuple(row) in beaten, 2.0))
+    assert found["accuracy"]["share"] == right / 200
+    assert found["verdict"]["reasons"] == chance * [
+        f"scores are near chance, right on {right / 200:.0%} of 200 pairs: PPO would learn noise"
+    ]
+
+
 def test_a_gold_score_with_the_wrong_sign_is_called_worse_than_chance(audited, gold):
     found = audited(lambda rows: [-value for value in gold(rows)])
     assert found["verdict"]["reasons"][0].startswith("scores are worse than chance, right on 0% of 200 pairs")
@@ -339,6 +349,15 @@ def test_attacks_over_the_length_limit_are_left_out_and_a_kind_without_any_is_na
     assert found["attacks"]["empty"]["n"] > 100
     assert found["verdict"]["verdict"] == "pass"
     assert found["verdict"]["notes"][0].startswith("no prompt to try repeated_")
+
+
+def test_no_row_without_a_token_is_scored(gold, pairs, tokenizer):
+    query_ids, chosen_ids = encode_answer(tokenizer, "", "我想要红茶。")
+    rows = [{"prompt": "", "chosen": "我想要红茶。", "query_ids": query_ids, "chosen_ids": chosen_ids}, pairs[0]]
+    assert query_ids == []
+    attacks = make_attacks(rows, tokenizer, "{prompt}", 0, 512, 200)
+    assert all(row for _, _, row in attacks)
+    assert [number for kind, number, _ in attacks if kind == "empty"] == [1]
 
 
 def test_an_audit_that_could_try_no_attack_does_not_pass(audited, gold):
@@ -532,15 +551,30 @@ def test_the_change_under_padding_is_rounding_for_a_real_model_and_found_where_i
     assert any(note.startswith("a score changes by up to 0.25 ") for note in beside["verdict"]["notes"])
 
 
+def test_the_change_under_padding_is_measured_beside_the_longest_row_whatever_the_batches(audited, pairs):
+    def padded_in_twos(rows):
+        order, scores = sorted(range(len(rows)), key=lambda row: len(rows[row])), [0.0] * len(rows)
+        for first, second in itertools.zip_longest(order[::2], order[1::2]):
+            scores[first] = 0.0 if second is None else 0.01 * (len(rows[second]) - len(rows[first]))
+        return scores
+
+    lengths = [len(pair["query_ids"] + pair[side]) for pair in pairs for side in ("chosen_ids", "rejected_ids")]
+    change = audited(padded_in_twos, padding=True)["padding_change"]
+    assert change == pytest.approx(0.01 * (max(lengths) - min(lengths)))
+    crowded = audited(lambda rows: [float(len(rows) > 2)] * len(rows), padding=True)
+    assert crowded["padding_change"] == 1.0
+
+
 # ---- the report ----
 @pytest.mark.parametrize("planted", ["gold", "length", "constant"])
 def test_an_audit_is_reread_as_it_was_and_its_report_names_every_attack_that_wins(planted, audited, gold, tmp_path):
     found = audited({"gold": gold, "length": lengths_of, "constant": lambda rows: [3.0] * len(rows)}[planted])
-    write_audit(found, tmp_path / "new")
-    assert read_audit(tmp_path / "new") == found
-    assert json.loads((tmp_path / "new" / "audit.json").read_text(encoding="utf-8")) == found
-    assert (tmp_path / "new" / "audit.png").stat().st_size > 10000
-    report = (tmp_path / "new" / "audit.md").read_text(encoding="utf-8")
+    for _ in range(2):
+        write_audit(found, tmp_path / "runs" / "new")
+    assert read_audit(tmp_path / "runs" / "new") == found
+    assert json.loads((tmp_path / "runs" / "new" / "audit.json").read_text(encoding="utf-8")) == found
+    assert (tmp_path / "runs" / "new" / "audit.png").stat().st_size > 10000
+    report = (tmp_path / "runs" / "new" / "audit.md").read_text(encoding="utf-8")
     assert report.startswith(f"# Audit of the reward model: {found['verdict']['verdict']}\n")
     failed = {line.split("|")[1].strip() for line in report.splitlines() if line.endswith("| FAIL |")}
     assert failed == set(found["verdict"]["winning"])
@@ -552,7 +586,9 @@ def test_there_is_no_audit_where_none_was_written(tmp_path):
 
 
 def test_the_table_for_the_log_begins_with_the_verdict_is_plain_aligned_and_narrow(audited):
-    lines = table(audited(lengths_of)).splitlines()
+    found = audited(lengths_of)
+    lines = table(found).splitlines()
+    assert all(words in " ".join(table(found).split()) for words in found["verdict"]["reasons"])
     assert lines[0] == "audit of the reward model: FAIL"
     assert max(map(len, lines)) < 100
     assert all(line.isascii() for line in lines)

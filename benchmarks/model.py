@@ -1,0 +1,51 @@
+"""The benchmarks' common workload: a 33-million-parameter Llama with random weights, and a tokenizer for it."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+PAD, BOS, EOS = 0, 1, 2
+VOCABULARY = 8000
+
+
+def config(**changed) -> LlamaConfig:
+    """Hidden size 512, 8 layers, 8 heads, 1376 in the middle, 8000 pieces."""
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "max_position_embeddings": 2048, "pad_token_id": PAD, "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }  # fmt: skip
+    return LlamaConfig(**settings | changed)
+
+
+def causal_model(seed: int = 0) -> LlamaForCausalLM:
+    """The language model, fp32."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(config())
+
+
+def score_model(seed: int = 0) -> LlamaForSequenceClassification:
+    """The same with a one-number head."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(config(num_labels=1))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One word a piece, "t3" .. "t7999": trainers want a tokenizer although the rows are encoded already."""
+    words = {f"t{number}": number for number in range(3, VOCABULARY)} | {"<pad>": PAD, "<s>": BOS, "</s>": EOS}
+    made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def matrix_rate(rows: int, inner: int, columns: int, seconds: float = 1.0, device: str = "cpu") -> float:
+    """GFLOP/s of a float32 product [rows, inner] x [inner, columns] on this machine."""
+    import time
+
+    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
+    a @ b
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ b
+        count += 1
+    return 2 * rows * inner * columns * count / (time.perf_counter() - start) / 1e9

@@ -1,0 +1,156 @@
+"""Reward training against TRL's RewardTrainer: the same model, pairs, batch, dtype; pairs and real tokens a second.
+
+Workload: 33-million-parameter Llama (benchmarks/model.py), LoRA r=8 on the attention projections, fp32, batches of 8
+pairs of at most 512 tokens a side. The lengths are drawn from log-normals fitted to a Chinese preference set (medians:
+query 60, chosen 95, rejected 87 tokens). Runs take turns, the median of --repeats counts.
+
+    python -m benchmarks.reward_step --repeats 3 | tee benchmarks/reward_step.log
+"""
+
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback, TrainingArguments
+from trl import RewardConfig
+from trl import RewardTrainer as TrlRewardTrainer
+
+import reward_modeling
+from benchmarks.model import EOS, PAD, VOCABULARY, score_model, tokenizer
+from rlhf.arguments import flag, parse
+from rlhf.batches import LengthGroupedSampler, PairCollator
+from rlhf.launch import quieten
+from rlhf.shared_prompt import SharedPromptCollator
+
+BATCH, MAX_LENGTH = 8, 512
+# Mean and deviation of the logarithm of the lengths in tokens, and how the answers' go together.
+QUERY, CHOSEN, REJECTED, TOGETHER = (4.09, 0.96), (4.56, 1.37), (4.47, 1.11), 0.41
+CONTENDERS = ("ours", "ours, shared prompt", "TRL", "TRL, length grouping")
+# Steps left out of the clock: the first ones allocate.
+WARM_UP = 2
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of benchmarks/reward_step.py."""
+
+    pairs: int = flag(160, help="pairs of one run, each once")
+    repeats: int = flag(3, help="runs of each contender, in turn")
+    threads: int = flag(0, help="of torch; 0: as many as there are cores")
+
+
+def draw_rows(count: int, seed: int = 0) -> list[dict]:
+    """Encoded pairs of random tokens, those over MAX_LENGTH left out."""
+    rng, rows = random.Random(seed), []
+
+    def ids(logarithm: float) -> list[int]:
+        return [rng.randrange(3, VOCABULARY) for _ in range(max(1, round(2.718281828**logarithm)))]
+
+    while len(rows) < count:
+        a, b = rng.gauss(0, 1), rng.gauss(0, 1)
+        b = TOGETHER * a + (1 - TOGETHER**2) ** 0.5 * b
+        row = {
+            "query_ids": ids(rng.gauss(*QUERY)),
+            "chosen_ids": ids(CHOSEN[0] + CHOSEN[1] * a)[: 2 * MAX_LENGTH] + [EOS],
+            "rejected_ids": ids(REJECTED[0] + REJECTED[1] * b)[: 2 * MAX_LENGTH] + [EOS],
+        }
+        if reward_modeling.pair_length(row) <= MAX_LENGTH:
+            rows.append(row)
+    return rows
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self):
+        self.ticks = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ticks.append(time.perf_counter())
+
+
+def trainer_of(name: str, rows: list[dict], folder: str):
+    """A trainer of one contender on a fresh model, and its clock."""
+    lora = LoraConfig(
+        task_type="SEQ_CLS", r=8, lora_alpha=32, lora_dropout=0.0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )  # fmt: skip
+    settings = {
+        "output_dir": folder, "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4,
+        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1000, "use_cpu": True,
+        "seed": 0, "log_level": "error", "bf16": False,
+    }  # fmt: skip
+    clock, model = Clock(), score_model()
+    if name.startswith("TRL"):
+        if "grouping" in name:
+            settings["train_sampling_strategy"] = "group_by_length"
+        joined = [
+            {side: row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
+            | {"length": reward_modeling.pair_length(row)}
+            for row in rows
+        ]
+        trainer = TrlRewardTrainer(
+            model, RewardConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **settings),
+            train_dataset=Dataset.from_list(joined), processing_class=tokenizer(), peft_config=lora, callbacks=[clock],
+        )  # fmt: skip
+        return trainer, clock
+    shared = "shared" in name
+    reward_modeling.score_by_mask(model)
+    lengths = [(reward_modeling.shared_length if shared else reward_modeling.pair_length)(row) for row in rows]
+    trainer = reward_modeling.RewardTrainer(
+        get_peft_model(model, lora),
+        TrainingArguments(remove_unused_columns=False, **settings),
+        sampler=LengthGroupedSampler(lengths, BATCH, 0),
+        loss_options={},
+        train_dataset=rows,
+        data_collator=(SharedPromptCollator if shared else PairCollator)(PAD),
+        callbacks=[clock],
+    )
+    return trainer, clock
+
+
+def seconds_a_pair(name: str, rows: list[dict]) -> float:
+    """Mean over the steps after the warm-up; every contender has the same pairs, each once."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, clock = trainer_of(name, rows, folder)
+        # The order differs between contenders, and with it what the warm-up covers: so a pass of its own warms up.
+        trainer.train()
+        start = len(clock.ticks)
+        begin = time.perf_counter()
+        trainer.train()
+        return (clock.ticks[-1] - begin) / (len(clock.ticks) - start) / BATCH
+
+
+def main(args: Arguments) -> None:
+    """Take turns, print the table."""
+    quieten()
+    torch.set_num_threads(args.threads or os.cpu_count())
+    rows = draw_rows(args.pairs)
+    tokens = sum(2 * len(row["query_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    found = {name: [] for name in CONTENDERS}
+    for _ in range(args.repeats):
+        for name in CONTENDERS:
+            found[name].append(seconds_a_pair(name, rows))
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, {args.pairs} pairs of "
+        f"{tokens / len(rows):.0f} real tokens (both rows), median of {args.repeats}"
+    )
+    slowest = statistics.median(found["TRL"])
+    print(f"{'':<24}{'pairs/s':>10}{'real tokens/s':>16}{'times TRL':>12}")
+    for name, values in found.items():
+        middle = statistics.median(values)
+        rate = tokens / len(rows) / middle
+        print(f"{name:<24}{1 / middle:>10.2f}{rate:>16,.0f}{slowest / middle:>12.2f}")
+
+
+if __name__ == "__main__":
+    main(parse(Arguments, None, __doc__))
