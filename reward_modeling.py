@@ -50,6 +50,7 @@ from rlhf.data import (
 from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.launch import run_script
 from rlhf.report import read_metrics
+from rlhf.resume import finished_run
 from rlhf.roles import add_lora, backbone_of, load_base, lora_targets, pick_dtype, score_head_of
 from rlhf.scoring import score
 from rlhf.shared_prompt import SharedPromptCollator, score_pairs
@@ -58,7 +59,6 @@ from rlhf.trainer import (
     announce_batches,
     end,
     final_evaluation,
-    finished_run,
     forked_rng,
     open_log,
     resume_point,

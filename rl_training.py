@@ -51,9 +51,22 @@ from rlhf.launch import run_script
 from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings
 from rlhf.ppo_flags import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.report import Eta, MetricsLog
+from rlhf.resume import finished_run
 from rlhf.roles import Roles, load_roles, pick_dtype
 from rlhf.rollout import Sampling
-from rlhf.state import keep, latest_good, recover, resume, save_checkpoint, save_stage
+from rlhf.signals import Interrupted
+from rlhf.state import (
+    Moment,
+    back_to,
+    keep,
+    latest_good,
+    moment,
+    recover,
+    resume,
+    save_checkpoint,
+    save_interrupted,
+    save_stage,
+)
 from rlhf.update import update
 
 
@@ -132,7 +145,11 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
     samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     metrics = {"step": step + 1, **describe(loop.accelerator, rollout, samples), **moved}
-    metrics |= {"kl_coef": loop.kl_controller.value, "lr": loop.optimizer.param_groups[0]["lr"]}
+    metrics |= {
+        "kl_coef": loop.kl_controller.value,
+        "left_out": loop.left_out,
+        "lr": loop.optimizer.param_groups[0]["lr"],
+    }
     metrics |= timings(loop.accelerator, rollout, clock)
     loop.kl_controller.update(metrics["kl/mean"], args.batch_size * loop.processes)
     return metrics, samples
@@ -252,17 +269,24 @@ def train(loop: Loop, done: int, run: dict) -> dict:
     """Steps `done` to the end, each reported and every save_freq-th saved; returns the last step's metrics."""
     args, total = loop.args, loop.total_steps
     log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if loop.accelerator.is_main_process else None
-    eta, metrics = Eta(total, done), log.last if log else {}
+    eta, metrics = Eta(total, done), {"step": done} | (log.last if log else {})
     loop.good = loop.good or keep(loop)
     try:
         for step in range(done, total):
-            start = keep(loop)
-            metrics, samples = train_step(loop, step)
-            reason = inspect(loop, metrics, samples)
+            start = moment(loop)
+            try:
+                found, samples = train_step(loop, step)
+                reason = inspect(loop, found, samples)
+            except Interrupted as stop:
+                raise Interrupted(stop.signum, save_interrupted(loop, start, run, metrics)) from None
+            except FloatingPointError as error:
+                skip_or_stop(loop, start, error)
+                continue
+            metrics = found
             if log:
                 report(log, metrics, samples, total, eta, args.sample_freq)
             if reason is None:
-                loop.good = latest_good(loop, metrics, start)
+                loop.good = latest_good(loop, metrics, start.weights)
                 save_what_is_due(loop, step, run, metrics)
             else:
                 # What was measured belongs to weights that are given up: nothing of this step is saved.
@@ -272,6 +296,16 @@ def train(loop: Loop, done: int, run: dict) -> dict:
             log.close()
             draw_run(args.output_dir)
     return metrics
+
+
+def skip_or_stop(loop: Loop, start: Moment, error: FloatingPointError) -> None:
+    """A number that is not finite: the run as before the step, which is left out or ends the run (--on_non_finite)."""
+    back_to(loop, start)
+    if loop.args.on_non_finite == "stop":
+        raise error
+    loop.left_out += 1
+    if loop.accelerator.is_main_process:
+        print(f"left out, step {loop.left_out} of this kind: {error}", flush=True)
 
 
 def inspect(loop: Loop, metrics: dict, samples: list[dict]) -> str | None:
@@ -316,6 +350,9 @@ def closing_words(loop: Loop) -> str:
 
 def main(args: ScriptArguments) -> None:
     """Check, load, train, save."""
+    if not args.inspect_data and finished_run(args, "ppo"):
+        print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
+        return
     args.base_model_name = resolve_model(args.base_model_name, "--base_model_name")
     if args.merged_sft_model_path:
         args.merged_sft_model_path = resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
@@ -337,7 +374,7 @@ def main(args: ScriptArguments) -> None:
     loop = make_loop(args, accelerator, tokenizer, (prompts, eval_prompts), start)
     if accelerator.is_main_process:
         print(f"{funnel.table()}\n{batch_sizes(loop)}", flush=True)
-    done = resume(loop, start) if start else 0
+    done = resume(loop, start, run) if start else 0
     measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:

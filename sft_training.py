@@ -44,6 +44,7 @@ from rlhf.data import (
 )
 from rlhf.launch import run_script
 from rlhf.report import MetricsLog, read_metrics
+from rlhf.resume import finished_run
 from rlhf.roles import load_base, lora_targets, pick_dtype
 from rlhf.rollout import Sampling, generate
 from rlhf.trainer import (
@@ -51,7 +52,6 @@ from rlhf.trainer import (
     announce_batches,
     end,
     final_evaluation,
-    finished_run,
     forked_rng,
     open_log,
     resume_point,

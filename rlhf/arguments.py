@@ -103,6 +103,12 @@ class CommonArguments:
         help="True: go on from the newest complete checkpoint in output_dir, or start fresh; or the path of one",
         group="artefacts",
     )
+    allow_changes: bool = flag(
+        False,
+        help="resume although flags, data or processes differ, and the rest is not exact",
+        group="artefacts",
+    )
+    save_total_limit: int | None = flag(None, help="checkpoints to keep; none: all", group="artefacts")
     tokenizer_name: str | None = flag(None, help="tokenizer directory or hub id, if not the base's", group="artefacts")
     # ---- machine ----
     bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
@@ -127,6 +133,8 @@ class CommonArguments:
             raise ValueError(f"--log_with {self.log_with} is unknown: use wandb or tensorboard, or leave it out")
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("--overwrite_output_dir and --resume_from_checkpoint contradict each other: give one")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
 

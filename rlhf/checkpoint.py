@@ -1,14 +1,19 @@
-"""Checkpoints of the PPO loop: complete and verified, or ignored."""
+"""Checkpoints: complete and verified, or ignored; published at once, rotated, swept up after a crash."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from rlhf.artefacts import write_json
@@ -17,35 +22,110 @@ MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 GOOD_FILE = "good.safetensors"
+# Free bytes under which a failed write is put down to the disk.
+FULL = 1 << 16
+# Temporary names of publish, save_adapter and write_json; a dead process cannot remove its own.
+SCRATCH = re.compile(
+    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl)\.[\w]+"
+)
 
 
-def publish(output_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
+def publish(output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None) -> Path:
     """Let `write(folder)` fill a temporary folder, list its files with their hashes, and give it its name at once.
 
-    A reader finds either no folder of that name or a complete one, whenever the process dies.
+    A reader finds a complete folder of that name, or none, whenever the process dies.
+
+    Args:
+        about: what the manifest says beside the files (step, processes, base).
+    Raises: OSError in one sentence where the disk is full; what stood under the name before is still there.
     """
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
     try:
-        write(scratch)
-        write_manifest(scratch)
+        with readable_when_full(scratch):
+            write(scratch)
+            write_manifest(scratch, about)
         scratch.chmod(0o755)
         target = output_dir / name
         if target.exists():
-            shutil.rmtree(target)
-        os.replace(scratch, target)
+            # A name for the old one that no reader looks at: the new one takes its place in one move.
+            old = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
+            os.replace(target, old / name)
+            os.replace(scratch, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(scratch, target)
+        _sync(output_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
-def write_manifest(folder: Path) -> None:
-    """List the files of a finished checkpoint with size and sha256; `defect` goes by this list."""
-    files = {str(p.relative_to(folder)): _entry(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    write_json(folder / MANIFEST, {"files": files})
+@contextmanager
+def readable_when_full(folder: Path):
+    """Turn what libraries raise on a full disk (OSError, SafetensorError, RuntimeError) into one plain OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or free < FULL
+        if not full:
+            raise
+        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        raise OSError(
+            f"the disk of {folder.parent} is full: {written:,} bytes of {folder.name.split('.')[1]} were written and "
+            f"{free:,} are free; earlier checkpoints are untouched. Make room, or lower --save_total_limit, and go on "
+            "with --resume_from_checkpoint True"
+        ) from error
+
+
+def write_manifest(folder: Path, about: dict | None = None) -> None:
+    """List the files of a finished checkpoint with size and sha256, all on disk by then; `defect` goes by the list."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    for path in found:
+        _sync(path)
+    files = {str(path.relative_to(folder)): _entry(path) for path in found}
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    write_json(folder / MANIFEST, {**(about or {}), "versions": versions, "files": files})
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _entry(file: Path) -> dict:
-    return {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    with file.open("rb") as content:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def rotate(output_dir: str | Path, prefix: str, limit: int | None) -> None:
+    """Remove the oldest checkpoints over `limit`, once the newest is known to be complete."""
+    folders = numbered(output_dir, prefix)
+    if limit is None or len(folders) <= limit or defect(folders[-1]) is not None:
+        return
+    for folder in folders[:-limit]:
+        # Without its manifest first: killed half way through, the rest is no checkpoint any more.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
+    """Folders called `prefix` and a number, in the order of the numbers."""
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
+
+
+def sweep(output_dir: str | Path) -> None:
+    """Remove what a killed run of ours left half written: hidden names that only our writers use."""
+    for path in Path(output_dir).glob(".*"):
+        if SCRATCH.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def defect(folder: Path) -> str | None:
@@ -64,8 +144,7 @@ def defect(folder: Path) -> str | None:
 
 def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | None:
     """The complete checkpoint with the highest number, or None; incomplete ones are reported and passed over."""
-    folders = [p for p in Path(output_dir).glob(f"{prefix}*") if p.name.removeprefix(prefix).isdigit()]
-    for folder in sorted(folders, key=lambda p: int(p.name.removeprefix(prefix)), reverse=True):
+    for folder in reversed(numbered(output_dir, prefix)):
         reason = defect(folder)
         if reason is None:
             return folder

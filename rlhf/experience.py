@@ -16,6 +16,7 @@ from rlhf.metrics import global_moments
 from rlhf.ppo import AdaptiveKLController, FixedKLController, gae, group_advantages, token_rewards, whiten
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, Sampling, by_length, generate, join, score_logprobs, score_values
+from rlhf.signals import stop_if_agreed
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Loop:
     baseline: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
     rollbacks: int = 0
+    # Steps left out because of numbers that were not finite.
+    left_out: int = 0
     # Weights and optimizer to go back to after a collapse, of rlhf.update.snapshot.
     good: tuple | None = None
 
@@ -96,6 +99,7 @@ def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator
         generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
         for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
     ]
+    stop_if_agreed(loop.accelerator.device)
     return join(parts, loop.sampling.pad_token_id)
 
 

@@ -47,7 +47,11 @@ def degenerate_pairs(
         if len(made) >= wanted or attempt >= TRIES * wanted:
             return made
         row, kind = rows[number], kinds[attempt % len(kinds)]
-        answer = degenerate(kind, row, rng.choice(rows)["chosen"], tokenizer, template, rng)
+        other = rng.choice(rows)
+        if other["prompt"] == row["prompt"]:
+            # Another answer to this prompt may be a good one.
+            continue
+        answer = degenerate(kind, row, other["chosen"], tokenizer, template, rng)
         if answer is not None and len(row["query_ids"]) + len(answer) <= max_length:
             funnel.made[f"chosen against {kind}"] += 1
             made.append({name: value for name, value in row.items() if name != "margin"} | {"rejected_ids": answer})

@@ -1,6 +1,8 @@
 """Starting a script: one process, or one for each GPU; and turning errors into one sentence and an exit code."""
 
 import os
+import shlex
+import signal
 import sys
 import traceback
 import uuid
@@ -10,6 +12,7 @@ import torch
 import transformers
 
 from rlhf.guard import Collapse
+from rlhf.signals import Interrupted, listen
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
@@ -36,7 +39,8 @@ def quieten() -> None:
 def run_script(main, parse_args) -> None:
     """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
 
-    Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard.
+    Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard,
+    130 and 143 stopped by SIGINT and SIGTERM.
     """
     args = parse_args()
     quieten()
@@ -44,8 +48,16 @@ def run_script(main, parse_args) -> None:
     processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
     if processes > 1 and not getattr(args, "inspect_data", False):
         sys.exit(_start_workers(processes))
+    if hasattr(args, "resume_from_checkpoint"):
+        listen()
     try:
         main(args)
+    except Interrupted as stop:
+        _say_how_to_go_on(stop)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, Collapse) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
@@ -53,8 +65,35 @@ def run_script(main, parse_args) -> None:
         sys.exit(3 if isinstance(error, Collapse) else 1)
 
 
+def _say_how_to_go_on(stop: Interrupted) -> None:
+    """Where the run was saved and the command that goes on from there."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    command = shlex.join(
+        [os.path.basename(sys.executable), *_without_values(sys.argv), "--resume_from_checkpoint", "True"]
+    )
+    where = f"saved in {stop.saved}" if stop.saved else "nothing to save yet"
+    print(
+        f"{os.path.basename(sys.argv[0])}: {stop}; {where}; no final adapter was written. Go on with:\n  {command}",
+        file=sys.stderr,
+    )
+
+
+def _without_values(words: list[str]) -> list[str]:
+    """A command line without the flags that say how to start, and their values."""
+    kept, words = [], iter(words)
+    for word in words:
+        name, equals, _ = word.replace("-", "_").lstrip("_").partition("=")
+        if name not in ("overwrite_output_dir", "resume_from_checkpoint"):
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
 def _start_workers(processes: int) -> int:
     """Run this command line in `processes` workers of torch's launcher; returns the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -75,4 +114,7 @@ def _start_workers(processes: int) -> int:
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code
+    except SignalException as stop:
+        # The workers got the same signal and have saved what there was to save.
+        return 128 + stop.sigval
     return 0

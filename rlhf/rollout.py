@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.roles import Roles, backbone_of, forward
 from rlhf.scoring import hidden_states
+from rlhf.signals import received
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def generate(
         out.entropy[alive, t] = token_entropy(logits[:, -1])
         out.values[alive, t] = values_of(hidden[:, -1])
         going = (chosen != sampling.eos_token_id).nonzero().squeeze(1)
-        if len(going) == 0 or t == total - 1:
+        # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
+        if len(going) == 0 or t == total - 1 or received():
             break
         if len(going) < len(alive):
             alive, chosen, attention_mask = alive[going], chosen[going], attention_mask[going]

@@ -1,18 +1,21 @@
 """What a PPO run is at the start of a step: kept in memory for a rollback, on disk for a restart."""
 
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.artefacts import save_adapter, write_run
-from rlhf.checkpoint import load_good, load_state, publish, save_good, save_state
+from rlhf.checkpoint import defect, load_good, load_state, publish, rotate, save_good, save_state
 from rlhf.experience import Loop
 from rlhf.guard import Collapse
+from rlhf.resume import refuse_changes
 from rlhf.roles import save_critic
 from rlhf.update import restore, snapshot
 
 # Price of KL after a rollback of a run that had none to double.
 FIRST_PRICE = 0.1
 # Fields of the Loop that a checkpoint keeps as they are.
-KEPT = ("reward_stats", "baseline", "best", "rollbacks")
+KEPT = ("reward_stats", "baseline", "best", "rollbacks", "left_out")
 
 
 def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
@@ -23,34 +26,71 @@ def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
 
 
-def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
-    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
+@dataclass
+class Moment:
+    """A run as it is between two steps: `back_to` puts it back, `save_checkpoint` writes it."""
 
-    def write(folder: Path) -> None:
-        save_stage(loop, folder, run, metrics)
-        state = {name: getattr(loop, name) for name in KEPT} | {"step": metrics["step"]}
-        state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
-        save_state(folder, loop.optimizer, state | {"processes": loop.processes})
-        if loop.args.on_collapse == "rollback":
-            save_good(folder, loop.good)
-
-    if loop.accelerator.is_main_process:
-        publish(Path(loop.args.output_dir), name, write)
-    loop.accelerator.wait_for_everyone()
+    weights: tuple
+    state: dict
 
 
-def resume(loop: Loop, folder: Path) -> int:
-    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
-    state = load_state(folder, loop.optimizer)
-    if state["processes"] != loop.processes:
-        raise ValueError(
-            f"{folder} was written by {state['processes']} processes, this run has {loop.processes}: "
-            "the same number is needed to go on exactly"
-        )
+def moment(loop: Loop) -> Moment:
+    """A copy of all that a step may change: weights, optimizer, and what a checkpoint keeps as JSON."""
+    state = {name: getattr(loop, name) for name in KEPT}
+    state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict(), "processes": loop.processes}
+    return Moment(keep(loop), copy.deepcopy(state))
+
+
+def back_to(loop: Loop, kept: Moment) -> None:
+    """The run as it was at that moment, as if the step since had not begun."""
+    restore(list(loop.roles.trainable().values()), loop.optimizer, kept.weights)
+    _put_back(loop, kept.state)
+
+
+def _put_back(loop: Loop, state: dict) -> None:
     for name in KEPT:
         setattr(loop, name, state[name])
     loop.kl_controller.value = state["kl_coef"]
     loop.guard.load_state_dict(state["guard"])
+
+
+def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
+    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
+    step = metrics["step"]
+
+    def write(folder: Path) -> None:
+        save_stage(loop, folder, run, metrics)
+        save_state(folder, loop.optimizer, moment(loop).state | {"step": step})
+        if loop.args.on_collapse == "rollback":
+            save_good(folder, loop.good)
+
+    if loop.accelerator.is_main_process:
+        about = {"step": step, "processes": loop.processes, "base": run["base"]["weights"]}
+        publish(Path(loop.args.output_dir), name, write, about)
+        rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
+    loop.accelerator.wait_for_everyone()
+
+
+def save_interrupted(loop: Loop, start: Moment, run: dict, metrics: dict) -> str | None:
+    """Save the run as it was at the start of the step that a signal cut short; None before the first step is done."""
+    back_to(loop, start)
+    if not metrics.get("step"):
+        return None
+    name = f"step_{metrics['step']}"
+    folder = Path(loop.args.output_dir) / name
+    if not folder.is_dir() or defect(folder) is not None:
+        save_checkpoint(loop, name, run, metrics)
+    return str(folder)
+
+
+def resume(loop: Loop, folder: Path, run: dict) -> int:
+    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done.
+
+    Raises: ValueError where another command wrote it, naming what differs and what would not be exact.
+    """
+    state = load_state(folder, loop.optimizer)
+    refuse_changes(folder, loop.args, run, state["processes"], loop.processes)
+    _put_back(loop, state)
     loop.good = load_good(folder, loop.accelerator.device)
     return state["step"]
 

@@ -1,7 +1,6 @@
 """What the two Trainer stages (SFT, reward) share round their training: log, checkpoints to be trusted, processes."""
 
 import gc
-import json
 import os
 import time
 from dataclasses import asdict
@@ -12,14 +11,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rlhf.artefacts import load_run, save_adapter
+from rlhf.artefacts import save_adapter
 from rlhf.batches import LengthGroupedSampler
 from rlhf.checkpoint import defect, newest_complete, write_manifest
 from rlhf.report import Eta, MetricsLog
 
 CHECKPOINT_PREFIX = "checkpoint-"
-# How a run is carried out, not what comes out of it: these may differ when a finished stage is asked for again.
-MACHINE_FLAGS = {"resume_from_checkpoint", "overwrite_output_dir", "nproc", "local_rank", "log_with", "logging_steps"}
 
 
 # ---- processes ----
@@ -45,26 +42,6 @@ def announce_batches(args, rows: int, unit: str) -> None:
 
 
 # ---- starting again ----
-def finished_run(args, stage: str) -> dict | None:
-    """run.json of this very run if it ended before and --resume_from_checkpoint True asks for it again, else None.
-
-    Raises: ValueError naming what differs where output_dir holds the finished run of another command.
-    """
-    run = load_run(args.output_dir) if args.resume_from_checkpoint == "True" else None
-    if run is None:
-        return None
-    if run["stage"] != stage:
-        raise ValueError(f"--output_dir {args.output_dir} holds a run of stage {run['stage']}: give another directory")
-    now = json.loads(json.dumps(asdict(args)))
-    for name, value in run["arguments"].items():
-        if name not in MACHINE_FLAGS and now.get(name, value) != value:
-            raise ValueError(
-                f"--output_dir {args.output_dir} holds a finished run with another --{name} ({value}, "
-                f"not {now[name]}): give --overwrite_output_dir True to train again, or another directory"
-            )
-    return run
-
-
 def resume_point(args) -> str | None:
     """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
 

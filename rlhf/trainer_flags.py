@@ -36,7 +36,6 @@ class TrainerFlags:
     per_device_eval_batch_size: int = flag(8, help="rows of a forward pass in evaluation", group="evaluation")
     eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
     save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts")
-    save_total_limit: int | None = flag(None, help="checkpoints to keep; none: all", group="artefacts")
     logging_steps: int = flag(10, help="steps between printed lines (metrics.jsonl has every step)")
     deepspeed: str | None = flag(None, help="DeepSpeed configuration, handed to the Trainer as it is", group="machine")
 
@@ -53,8 +52,6 @@ class TrainerFlags:
         for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
         if self.learning_rate <= 0:
@@ -79,7 +76,7 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
     same_name = (
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
-        "adam_beta1", "adam_beta2", "adam_epsilon", "save_total_limit", "deepspeed", "seed",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed", "seed",
     )  # fmt: skip
     return config_class(
         **{name: getattr(args, name) for name in same_name},

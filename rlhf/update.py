@@ -6,6 +6,7 @@ change what is optimised, and every decision is taken on reduced values at a poi
 """
 
 import copy
+import signal
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rlhf.ppo import policy_loss, value_loss
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, Sampling, response_hidden, response_logprobs
+from rlhf.signals import Interrupted, received
 
 # A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
 MAX_MEAN_RATIO = 10.0
@@ -38,7 +40,8 @@ def update(
         args: the flags of the group "update". generator: for the order of the rows; may differ between ranks.
         critic_only: leave the policy as it is (--critic_warmup_steps).
     Returns: means over all real tokens and ranks under the names of SUMS, ratio/max, grad_norm, skipped and epochs.
-    Raises: FloatingPointError on a non-finite gradient; parameters and optimizer are then as before the call.
+    Raises: FloatingPointError on a non-finite gradient, Interrupted on a signal to any process; parameters and
+        optimizer are then as before the call.
     """
     learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
     everything = list(roles.trainable().values())
@@ -47,7 +50,7 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     try:
         return learner.epochs(rollout, generator)
-    except FloatingPointError:
+    except (FloatingPointError, Interrupted):
         restore(everything, optimizer, before)
         raise
     finally:
@@ -122,10 +125,13 @@ class Learner:
     def step(self) -> None:
         """One flat all-reduce of gradients and counts, the division by the window's tokens, the optimizer's step."""
         names = ("tokens", "ratio/mean", "loss/policy", "loss/value")
-        counts = self.window[[SUMS.index(name) for name in names]].float()
+        # A signal rides along: all processes learn of it at the same point.
+        counts = torch.cat([self.window[[SUMS.index(name) for name in names]].float(), self.signal()])
         gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
         flat = self.accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
-        gradient, (tokens, ratio, *_) = flat[:-4] / flat[-4], flat[-4:]
+        if flat[-1] > 0:
+            raise Interrupted(received() or signal.SIGTERM)
+        gradient, (tokens, ratio, *_) = flat[: -len(counts)] / flat[-len(counts)], flat[-len(counts) :]
         norm = gradient.norm().item()
         if not torch.isfinite(flat).all():
             raise FloatingPointError(
@@ -141,6 +147,10 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.window, self.pending = torch.zeros_like(self.window), 0
+
+    def signal(self) -> Tensor:
+        """[1] float32: above 0 where this process got a signal."""
+        return torch.tensor([float(received())], device=self.window.device)
 
     def mean(self, sums: Tensor, name: str) -> float:
         """Mean over real tokens of all ranks of one of SUMS."""

@@ -154,10 +154,17 @@ def test_training_moves_the_policy_and_the_value_head_and_nothing_else(world, tm
     assert not torch.equal(heads[0], loop.roles.value_head.weight)
 
 
+def unfinished_copy(finished, folder):
+    """A run as it was before its end: its checkpoints and metrics, no final adapter."""
+    shutil.copytree(finished, folder)
+    for name in ("run.json", "adapter_model.safetensors", "adapter_config.json", "value_head.safetensors"):
+        (folder / name).unlink()
+
+
 def test_a_restart_from_any_checkpoint_gives_the_same_bytes(world, finished, tmp_path, capsys):
     for done in (1, 2):
         again = tmp_path / f"from_{done}"
-        shutil.copytree(finished, again)
+        unfinished_copy(finished, again)
         for step in range(done + 1, 4):
             shutil.rmtree(again / f"step_{step}")
         run(world, again, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
@@ -168,11 +175,54 @@ def test_a_restart_from_any_checkpoint_gives_the_same_bytes(world, finished, tmp
 
 def test_a_damaged_checkpoint_is_passed_over_and_reported(world, finished, tmp_path, capsys):
     again = tmp_path / "again"
-    shutil.copytree(finished, again)
+    unfinished_copy(finished, again)
     (again / "step_3" / "optimizer.safetensors").write_bytes(b"")
     run(world, again, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
     assert "ignoring checkpoint" in capsys.readouterr().out
     assert all(torch.equal(tensors(finished)[name], found) for name, found in tensors(again).items())
+
+
+def test_a_finished_run_given_again_touches_nothing_and_loads_no_model(world, finished, monkeypatch, capsys):
+    monkeypatch.setattr(rl_training, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    run(world, finished, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_a_run_may_be_made_longer_and_ends_as_if_it_had_been_that_long(world, finished, tmp_path):
+    out = tmp_path / "out"
+    run(world, out, save_freq=1, adap_kl_ctrl=True, steps=16)
+    run(world, out, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
+    assert all(torch.equal(tensors(finished)[name], found) for name, found in tensors(out).items())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"batch_size": 4}, r"--batch_size \(was 8, is 4\)"),
+        ({"seed": 1}, r"--seed \(was 0, is 1\)"),
+        ({"learning_rate": 1e-5}, "--learning_rate"),
+        ({"lr_scheduler_type": "linear"}, "--lr_scheduler_type"),
+    ],
+)
+def test_a_checkpoint_of_another_command_is_refused_by_name_unless_allowed(world, finished, tmp_path, flags, named):
+    out = tmp_path / "out"
+    unfinished_copy(finished, out)
+    shutil.rmtree(out / "step_3")
+    changed = {"save_freq": 1, "adap_kl_ctrl": True, "resume_from_checkpoint": True} | flags
+    with pytest.raises(ValueError, match=named):
+        run(world, out, **changed)
+    run(world, out, **changed, allow_changes=True)
+    assert (out / "run.json").is_file()
+
+
+def test_a_checkpoint_of_other_data_is_refused(world, finished, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "prompts.jsonl"
+    unfinished_copy(finished, out)
+    other.write_text(json.dumps({"prompt": "别的问题？"}) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="different: the data"):
+        run(world | {"dataset_name": str(other)}, out, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(world, finished, tmp_path):
