@@ -66,6 +66,7 @@ from rlhf.trainer import (
     say,
     train,
     world,
+    writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
 
@@ -269,8 +270,8 @@ class RewardTrainer(Trainer):
     # The loss is a mean over the batch, so the Trainer has to divide it by the accumulated batches.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, *args, sampler: LengthGroupedSampler, loss_options: dict[str, float], **kwargs):
-        self.sampler, self.loss_options = sampler, loss_options
+    def __init__(self, *args, sampler: LengthGroupedSampler, loss_options: dict[str, float], about: dict, **kwargs):
+        self.sampler, self.loss_options, self.about = sampler, loss_options, about
         super().__init__(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -294,6 +295,10 @@ class RewardTrainer(Trainer):
         with forked_rng():
             return super().evaluate(*args, **kwargs)
 
+    def _save_checkpoint(self, model, trial):
+        with writing_checkpoint(self):
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir=None, state_dict=None):
         save_checkpoint(self, output_dir)
 
@@ -310,17 +315,16 @@ class EvaluateFirstStep(TrainerCallback):
             control.should_evaluate = True
 
 
-def build_trainer(args: ScriptArguments, model, tokenizer, rows: list[dict], eval_rows: list[dict], log):
-    """RewardTrainer on encoded pairs, in batches of like length."""
-    lengths = [shared_length(row) if args.share_prompt else pair_length(row) for row in rows]
-    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
-    callbacks = [StageLog(log, args.logging_steps, sampler)]
+def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], eval_rows: list[dict], log: StageLog):
+    """RewardTrainer on encoded pairs, in batches of like length; `about` is what run.json says of the run."""
+    tokenizer, callbacks = about["tokenizer"], [log]
     if args.eval_first_step and eval_rows:
         callbacks.append(EvaluateFirstStep())
     trainer = RewardTrainer(
         model,
         training_arguments(args, TrainingArguments, bool(eval_rows), remove_unused_columns=False),
-        sampler=sampler,
+        sampler=log.sampler,
+        about=about,
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
         train_dataset=rows,
         eval_dataset=eval_rows or None,
@@ -404,33 +408,37 @@ def main(args: ScriptArguments) -> None:
     if args.inspect_data:
         return
     announce_batches(args, len(rows), "pairs")
+    about = {
+        "stage": "reward", "args": args, "base": base, "tokenizer": tokenizer, "template": args.prompt_template,
+        "data": about_data,
+    }  # fmt: skip
+    resume_from = resume_point(args, about)
     model = build_model(args, model_dir)
-    resume_from = resume_point(args)
-    log = open_log(args, resume_from)
-    trainer = build_trainer(args, model, tokenizer, rows, eval_rows, log)
-    train(trainer, resume_from)
+    file = open_log(args, resume_from)
+    lengths = [shared_length(row) if args.share_prompt else pair_length(row) for row in rows]
+    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
+    log = StageLog(file, args, sampler)
+    trainer = build_trainer(args, model, about, rows, eval_rows, log)
+    train(trainer, resume_from, log)
     if eval_rows:
         final_evaluation(trainer)
-    if log is not None:
-        finish(args, model, tokenizer, eval_rows, {"base": base, "data": about_data})
-        log.close()
+    if file is not None:
+        finish(args, model, about, eval_rows)
+        file.close()
     end(trainer)
 
 
-def finish(args: ScriptArguments, model: PeftModel, tokenizer, eval_rows: list[dict], about: dict) -> None:
+def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list[dict]) -> None:
     """Adapter, tokenizer, audit, and last of all run.json, which says that the stage is done."""
     save_adapter(model, args.output_dir)
     check_saved(model, args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
+    about["tokenizer"].save_pretrained(args.output_dir)
     metrics = last_metrics(args)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     if args.audit and eval_rows:
         inner = model.get_base_model()
-        metrics |= audit_model(args, backbone_of(inner), inner.score, tokenizer, eval_rows, args.output_dir)
-    write_run(
-        args.output_dir, stage="reward", args=args, tokenizer=tokenizer, template=args.prompt_template,
-        metrics=metrics, **about,
-    )  # fmt: skip
+        metrics |= audit_model(args, backbone_of(inner), inner.score, about["tokenizer"], eval_rows, args.output_dir)
+    write_run(args.output_dir, **about, metrics=metrics)
     say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
 
 

@@ -59,6 +59,7 @@ from rlhf.trainer import (
     say,
     train,
     world,
+    writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
 
@@ -159,8 +160,8 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
 class SupervisedTrainer(SFTTrainer):
     """TRL's SFTTrainer in our order of rows, its eval_loss a mean over tokens whatever the batch size."""
 
-    def __init__(self, *args, sampler: LengthGroupedSampler, **kwargs):
-        self.sampler = sampler
+    def __init__(self, *args, sampler: LengthGroupedSampler, about: dict, **kwargs):
+        self.sampler, self.about = sampler, about
         super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -178,6 +179,10 @@ class SupervisedTrainer(SFTTrainer):
         tokens = found.label_mask.sum(1)
         # The Trainer computes metrics only where there are labels: these are not read.
         return None, torch.stack([-found.log_probs.sum(1), tokens], dim=1), tokens
+
+    def _save_checkpoint(self, model, trial):
+        with writing_checkpoint(self):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
         save_checkpoint(self, output_dir)
@@ -199,27 +204,26 @@ def token_mean(prediction: EvalPrediction) -> dict[str, float]:
     return {"loss": nats / tokens}
 
 
-def build_trainer(args: ScriptArguments, model, tokenizer, rows: list[dict], eval_rows: list[dict], log):
-    """SFTTrainer on rows we encoded.
+def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], eval_rows: list[dict], log: StageLog):
+    """SFTTrainer on rows we encoded; `about` is what run.json says of the run.
 
     TRL recognises them by `input_ids`; `completion_only_loss` must be said, because for such rows it would otherwise
     put a loss on the query as well. Rows are short enough already, so it cuts nothing (`max_length=None`).
     """
     disable_progress_bars()
-    lengths = [len(row["input_ids"]) for row in rows]
-    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
     config = training_arguments(
         args, SFTConfig, bool(eval_rows), completion_only_loss=True, max_length=None, packing=False
     )
     trainer = SupervisedTrainer(
         model,
         config,
-        sampler=sampler,
+        sampler=log.sampler,
+        about=about,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-        processing_class=tokenizer,
+        processing_class=about["tokenizer"],
         compute_metrics=token_mean,
-        callbacks=[StageLog(log, args.logging_steps, sampler, extra=("mean_token_accuracy", "entropy"))],
+        callbacks=[log],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -289,27 +293,30 @@ def main(args: ScriptArguments) -> None:
     if args.inspect_data:
         return
     announce_batches(args, len(rows), "rows")
+    about = {
+        "stage": "sft", "args": args, "base": base, "tokenizer": tokenizer, "template": args.prompt_template,
+        "data": about_data, "parents": {"previous": args.previous_lora_weights} if args.previous_lora_weights else {},
+    }  # fmt: skip
+    resume_from = resume_point(args, about)
     model = build_model(args, model_dir)
-    resume_from = resume_point(args)
-    log = open_log(args, resume_from)
-    trainer = build_trainer(args, model, tokenizer, rows, eval_rows, log)
+    file = open_log(args, resume_from)
+    lengths = [len(row["input_ids"]) for row in rows]
+    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
+    log = StageLog(file, args, sampler, extra=("mean_token_accuracy", "entropy"))
+    trainer = build_trainer(args, model, about, rows, eval_rows, log)
     if resume_from is None:
-        show_samples(args, trainer, prompts, log)
+        show_samples(args, trainer, prompts, file)
     # The loss before is part of training: an evaluation ahead of it would leave the model out of DDP, without a word.
     trainer.args.eval_on_start = bool(eval_rows) and resume_from is None
-    train(trainer, resume_from)
+    train(trainer, resume_from, log)
     if eval_rows:
         final_evaluation(trainer)
-    show_samples(args, trainer, prompts, log)
-    if log is not None:
+    show_samples(args, trainer, prompts, file)
+    if file is not None:
         save_adapter(model, args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
-        parents = {"previous": args.previous_lora_weights} if args.previous_lora_weights else {}
-        write_run(
-            args.output_dir, stage="sft", args=args, base=base, tokenizer=tokenizer, template=args.prompt_template,
-            data=about_data, parents=parents, metrics=before_and_after(args),
-        )  # fmt: skip
-        log.close()
+        write_run(args.output_dir, **about, metrics=before_and_after(args))
+        file.close()
         shown = ", ".join(f"{name} {value:.4f}" for name, value in before_and_after(args).items())
         say(f"SFT adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
     end(trainer)

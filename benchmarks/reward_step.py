@@ -110,6 +110,7 @@ def trainer_of(name: str, rows: list[dict], folder: str):
         TrainingArguments(remove_unused_columns=False, **settings),
         sampler=LengthGroupedSampler(lengths, BATCH, 0),
         loss_options={},
+        about={},
         train_dataset=rows,
         data_collator=(SharedPromptCollator if shared else PairCollator)(PAD),
         callbacks=[clock],

@@ -120,6 +120,11 @@ class CommonArguments:
     # ---- run ----
     seed: int = flag(0, help="everything random starts here")
     log_with: str | None = flag(None, help="tracker beside metrics.jsonl: wandb or tensorboard")
+    on_non_finite: str = flag(
+        "stop",
+        help="when a loss, gradient or score is not finite: stop, or skip that step, unlearnt, and count it",
+        choices=["stop", "skip"],
+    )
     inspect_data: bool = flag(False, help="print the data funnel and three rendered rows, then exit")
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """The contract between stages: adapter directories, run.json, fingerprints, refusing what does not fit together."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +31,10 @@ SHAPE_FIELDS = (
 )
 # What a run leaves at the top of its directory: all that --overwrite_output_dir removes, whatever else lies there.
 RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
+# Temporary names of our writers; a process that is killed cannot remove its own.
+SCRATCH = re.compile(
+    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl)\.\w+"
+)
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
 
 
@@ -255,6 +260,39 @@ def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag
 
 
 # ---- output directory ----
+LOCK_FILE = ".lock"
+_locks: dict[Path, object] = {}
+
+
+def lock(folder: Path) -> None:
+    """Hold an output directory for this process until it ends, however it ends.
+
+    Raises: FileExistsError where another process holds it.
+    """
+    if folder.resolve() in _locks:
+        return
+    handle = (folder / LOCK_FILE).open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise FileExistsError(
+            f"another run is writing into {folder}: wait for it, or give another --output_dir"
+        ) from error
+    _locks[folder.resolve()] = handle
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run of ours left half written: hidden names that only our writers use."""
+    for path in folder.glob(".*"):
+        if SCRATCH.fullmatch(path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _in_use(path: Path) -> bool:
+    return (path.is_file() and path.name != LOCK_FILE) or RUN_FOLDERS.fullmatch(path.name) is not None
+
+
 def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
     """Make `output_dir` ready for a run; a directory in use needs `resume` or `overwrite`, and says so.
 
@@ -263,8 +301,13 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    used = [path for path in folder.iterdir() if path.is_file() or RUN_FOLDERS.fullmatch(path.name)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+    except PermissionError as error:
+        raise PermissionError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
+    sweep(folder)
+    used = [path for path in folder.iterdir() if _in_use(path)]
     if used and not (resume or overwrite):
         raise FileExistsError(
             f"--output_dir {folder} is not empty ({used[0].name}, ...): give --resume_from_checkpoint True to go on, "

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -24,10 +23,6 @@ STATE_FILE = "state.json"
 GOOD_FILE = "good.safetensors"
 # Free bytes under which a failed write is put down to the disk.
 FULL = 1 << 16
-# Temporary names of publish, save_adapter and write_json; a dead process cannot remove its own.
-SCRATCH = re.compile(
-    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl)\.[\w]+"
-)
 
 
 def publish(output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None) -> Path:
@@ -66,13 +61,13 @@ def readable_when_full(folder: Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder.parent).free
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or free < FULL
         if not full:
             raise
         written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         raise OSError(
-            f"the disk of {folder.parent} is full: {written:,} bytes of {folder.name.split('.')[1]} were written and "
+            f"the disk of {folder.parent} is full: {written:,} bytes of {folder.name.strip('.')} were written and "
             f"{free:,} are free; earlier checkpoints are untouched. Make room, or lower --save_total_limit, and go on "
             "with --resume_from_checkpoint True"
         ) from error
@@ -121,13 +116,6 @@ def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
-def sweep(output_dir: str | Path) -> None:
-    """Remove what a killed run of ours left half written: hidden names that only our writers use."""
-    for path in Path(output_dir).glob(".*"):
-        if SCRATCH.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def defect(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
@@ -152,13 +140,13 @@ def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | Non
     return None
 
 
-def to_resume(wish: str | None, output_dir: str | Path) -> Path | None:
+def to_resume(wish: str | None, output_dir: str | Path, prefix: str = "step_") -> Path | None:
     """The checkpoint of `--resume_from_checkpoint`: newest complete one for "True" (None if there is none), or a path.
 
     Raises: ValueError naming what is wrong with a checkpoint that was asked for by its path.
     """
     if wish in (None, "True"):
-        return newest_complete(output_dir) if wish else None
+        return newest_complete(output_dir, prefix) if wish else None
     reason = defect(Path(wish))
     if reason:
         raise ValueError(f"--resume_from_checkpoint {wish} cannot be used: {reason}")

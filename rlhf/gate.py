@@ -73,7 +73,7 @@ def _judge(reward_dir: str | Path, winning: dict[str, float], mode: str, source:
     words = (
         f"{source} says that the reward model {reward_dir} prefers hopeless answers: "
         + "; ".join(consequence(kind, part) for kind, part in winning.items())
-        + ". Train it again with --degenerate_frac 0.2 (reward_modeling.py)"
+        + ". Train it again with more of --degenerate_frac (0.2 to begin with; reward_modeling.py)"
     )
     if mode == "refuse":
         raise ValueError(f"{words}, or go on all the same with --reward_gate warn")

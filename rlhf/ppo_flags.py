@@ -161,12 +161,6 @@ class WatchFlags:
         group="watch",
         choices=["stop", "rollback", "off"],
     )
-    on_non_finite: str = flag(
-        "stop",
-        help="when a score, loss or gradient is not finite: stop, or skip that step, unlearnt, and count it",
-        group="watch",
-        choices=["stop", "skip"],
-    )
     max_rollbacks: int = flag(3, help="rollbacks before the run stops", group="watch")
     check: bool = flag(
         True, help="before the first step look for what makes PPO silently wrong, on one batch", group="watch"

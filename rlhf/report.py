@@ -111,7 +111,10 @@ def _open_tensorboard(output_dir: Path):
             writer.add_scalar(key, value, record.get("step"))
 
     def log_samples(rows: list[dict]) -> None:
-        lines = [f"- {row['query']} -> {row['response']} ({row['score']:+.3f})" for row in rows]
+        lines = [
+            f"- {row['query']} -> {row['response']}" + (f" ({row['score']:+.3f})" if "score" in row else "")
+            for row in rows
+        ]
         writer.add_text("samples", "\n".join(lines), rows[0]["step"])
 
     return log, log_samples, writer.close

@@ -11,7 +11,7 @@ MACHINE_FLAGS = {
     "output_dir",
     "resume_from_checkpoint", "overwrite_output_dir", "allow_changes", "nproc", "local_rank", "log_with",
     "logging_steps", "sample_freq", "save_freq", "save_steps", "save_total_limit", "check", "reward_gate", "audit",
-    "audit_prompts",
+    "audit_prompts", "sample_max_new_tokens", "per_device_eval_batch_size", "eval_steps", "eval_first_step",
 }  # fmt: skip
 # Where things are, not what they are: fingerprints tell whether they are the same.
 PATH_FLAGS = {

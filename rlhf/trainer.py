@@ -1,8 +1,11 @@
 """What the two Trainer stages (SFT, reward) share round their training: log, checkpoints to be trusted, processes."""
 
 import gc
+import json
 import os
+import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,10 +14,12 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rlhf.artefacts import save_adapter
+from rlhf.artefacts import save_adapter, write_run
 from rlhf.batches import LengthGroupedSampler
-from rlhf.checkpoint import defect, newest_complete, write_manifest
+from rlhf.checkpoint import MANIFEST, defect, readable_when_full, rotate, to_resume, write_manifest
 from rlhf.report import Eta, MetricsLog
+from rlhf.resume import refuse_changes
+from rlhf.signals import Interrupted, agreed, stop_if_agreed
 
 CHECKPOINT_PREFIX = "checkpoint-"
 
@@ -42,21 +47,23 @@ def announce_batches(args, rows: int, unit: str) -> None:
 
 
 # ---- starting again ----
-def resume_point(args) -> str | None:
+def resume_point(args, about: dict) -> str | None:
     """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
 
-    Raises: ValueError where the named checkpoint is not complete.
+    Args:
+        about: what this command would write into run.json (see `write_run`).
+    Raises: ValueError where the named checkpoint is not complete, or was written by another command.
     """
-    if args.resume_from_checkpoint is None:
+    found = to_resume(args.resume_from_checkpoint, args.output_dir, CHECKPOINT_PREFIX)
+    if found is None:
+        if args.resume_from_checkpoint:
+            say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
-    if args.resume_from_checkpoint == "True":
-        found = newest_complete(args.output_dir, CHECKPOINT_PREFIX)
-        say(f"going on from {found}" if found else f"no checkpoint in {args.output_dir} yet: starting fresh")
-        return None if found is None else str(found)
-    reason = defect(Path(args.resume_from_checkpoint))
-    if reason is not None:
-        raise ValueError(f"--resume_from_checkpoint {args.resume_from_checkpoint} cannot be used: {reason}")
-    return args.resume_from_checkpoint
+    manifest = json.loads((found / MANIFEST).read_text(encoding="utf-8"))
+    processes = world()[1]
+    refuse_changes(found, args, about, manifest.get("processes", processes), processes)
+    say(f"going on from {found}")
+    return str(found)
 
 
 def open_log(args, resume_from: str | None) -> MetricsLog | None:
@@ -74,10 +81,27 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
 
 # ---- while training ----
 def save_checkpoint(trainer, output_dir: str | None) -> None:
-    """What a Trainer stage writes of its model: adapter and tokenizer, no pickled arguments beside them."""
+    """What a Trainer stage writes of its model: adapter, tokenizer and run.json, no pickled arguments beside them."""
     if trainer.args.should_save:
-        save_adapter(trainer.model, output_dir or trainer.args.output_dir)
-        trainer.processing_class.save_pretrained(output_dir or trainer.args.output_dir)
+        folder = output_dir or trainer.args.output_dir
+        save_adapter(trainer.model, folder)
+        trainer.processing_class.save_pretrained(folder)
+        write_run(folder, **trainer.about)
+
+
+@contextmanager
+def writing_checkpoint(trainer):
+    """Where the Trainer writes its next checkpoint in place: the folder is empty before, and gone after a failure."""
+    folder = Path(trainer.args.output_dir) / f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
+    if trainer.args.should_save and folder.is_dir() and defect(folder) is not None:
+        # A killed run's leftovers would be listed as parts of this checkpoint.
+        shutil.rmtree(folder)
+    try:
+        with readable_when_full(folder):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def forked_rng():
@@ -94,14 +118,15 @@ class StageLog(TrainerCallback):
     An evaluation record: step and the metrics the stage names, eval_loss among them.
 
     Args:
-        log: None on all processes but the first. print_every: steps between printed lines.
+        log: None on all processes but the first. flags: the script's.
         sampler: told the epoch at its start. accelerate does that too, but not on several processes after a resume.
         extra: further names of the Trainer's log to keep.
     """
 
-    def __init__(self, log: MetricsLog | None, print_every: int, sampler: LengthGroupedSampler, extra=()):
-        self.log, self.print_every, self.sampler, self.extra = log, print_every, sampler, extra
+    def __init__(self, log: MetricsLog | None, flags, sampler: LengthGroupedSampler, extra=()):
+        self.log, self.flags, self.sampler, self.extra = log, flags, sampler, extra
         self.mark, self.tokens, self.marked_step = time.monotonic(), 0, 0
+        self.signum = self.left_out = 0
 
     def _restart_clock(self, state) -> None:
         self.mark, self.tokens, self.marked_step = time.monotonic(), state.num_input_tokens_seen, state.global_step
@@ -115,11 +140,29 @@ class StageLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # With float16 the gradient scaler leaves such a step out and goes on with a smaller scale.
-        if not args.fp16 and not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+        if args.fp16 or all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+            return
+        words = f"the gradient of step {state.global_step + 1} is not finite"
+        if self.flags.on_non_finite == "stop":
             raise FloatingPointError(
-                f"the gradient of step {state.global_step + 1} is not finite; training stops before it is applied: "
-                "lower --learning_rate, or look for broken rows with --inspect_data True"
+                f"{words}; training stops before it is applied: lower --learning_rate, look for broken rows with "
+                "--inspect_data True, or leave such steps out with --on_non_finite skip"
             )
+        self.left_out += 1
+        say(f"{words}: left out, {self.left_out} so far")
+        for parameter in model.parameters():
+            # A parameter without a gradient is left alone by the optimizer, its moments too.
+            parameter.grad = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.signum = agreed(args.device)
+        if self.signum:
+            # What an evaluation due now would say is caught up on by the resumed run.
+            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
+        return control
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        stop_if_agreed(args.device)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.log is None or "loss" not in logs:
@@ -134,8 +177,10 @@ class StageLog(TrainerCallback):
             "tokens/s": round((state.num_input_tokens_seen - self.tokens) / seconds),
             "time/step": seconds / max(1, state.global_step - self.marked_step),
         }
+        if self.left_out:
+            record["left_out"] = self.left_out
         self.log.write(record | {name: logs[name] for name in self.extra if name in logs})
-        if state.global_step % self.print_every == 0 or state.global_step in (1, state.max_steps):
+        if state.global_step % self.flags.logging_steps == 0 or state.global_step in (1, state.max_steps):
             print(
                 f"step {state.global_step}/{state.max_steps} | loss {logs['loss']:.4f} | "
                 f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | "
@@ -158,7 +203,11 @@ class StageLog(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         if self.log is not None:
-            write_manifest(Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}")
+            about = {"step": state.global_step, "processes": world()[1]}
+            folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
+            with readable_when_full(folder):
+                write_manifest(folder, about)
+            rotate(args.output_dir, CHECKPOINT_PREFIX, self.flags.save_total_limit)
         self._restart_clock(state)
 
 
@@ -166,10 +215,12 @@ class StageLog(TrainerCallback):
 EVAL_NOISE = ("_runtime", "_per_second", "_time", "_num_tokens")
 
 
-def train(trainer, resume_from: str | None) -> None:
+def train(trainer, resume_from: str | None, log: StageLog) -> None:
     """Train from the start or from a checkpoint; one made after the last step only has its adapter loaded.
 
     There the Trainer would make one step too many, because it looks at the number of steps only after each of them.
+
+    Raises: Interrupted after a signal, once the run is saved as a checkpoint.
     """
     if resume_from is not None:
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
@@ -178,7 +229,45 @@ def train(trainer, resume_from: str | None) -> None:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
             trainer.state = state
             return
-    trainer.train(resume_from_checkpoint=resume_from)
+        if evaluation_pending(trainer, state):
+            trainer.add_callback(CatchUp(trainer))
+    with saved_when_stopped(trainer):
+        trainer.train(resume_from_checkpoint=resume_from)
+        if log.signum:
+            raise Interrupted(log.signum)
+
+
+@contextmanager
+def saved_when_stopped(trainer):
+    """Let a signal that came within leave a checkpoint of the last step behind; the exception names it."""
+    try:
+        yield
+    except Interrupted as stop:
+        name = f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
+        folder = Path(trainer.args.output_dir) / name
+        if trainer.state.global_step == 0:
+            raise
+        if not folder.is_dir() or defect(folder) is not None:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        raise Interrupted(stop.signum, str(folder)) from None
+
+
+def evaluation_pending(trainer, state: TrainerState) -> bool:
+    """Whether the run was stopped before the evaluation that its last step was due to."""
+    args, step = trainer.args, state.global_step
+    due = args.eval_strategy == "steps" and step and step % args.eval_steps == 0
+    return bool(due) and not any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
+
+
+class CatchUp(TrainerCallback):
+    """Evaluate before the first step: the evaluation that a signal kept the run from."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
 
 
 def end(trainer) -> None:
@@ -198,4 +287,5 @@ def final_evaluation(trainer) -> None:
     """Evaluate the trained model, unless the last step ended with an evaluation."""
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.state.global_step == 0 or trainer.state.global_step not in steps:
-        trainer.evaluate()
+        with saved_when_stopped(trainer):
+            trainer.evaluate()

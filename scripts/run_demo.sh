@@ -28,7 +28,7 @@ for half in 0 1; do
   name="$([ $half = 0 ] && echo reward || echo judge)"
   stage "$name" python reward_modeling.py --model_name "$OUT/base" "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
     --dataset_name "$OUT/data/preferences.jsonl" --eval_dataset_name "$OUT/data/preferences_eval.jsonl" \
-    --split_half $half --degenerate_frac 0.2 --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/$name" \
+    --split_half $half --degenerate_frac 0.25 --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/$name" \
     ${REWARD[@]+"${REWARD[@]}"}
 done
 

@@ -245,7 +245,7 @@ def plant_audit(folder, winning, adapter=None):
 def test_a_failed_audit_refuses_before_a_model_loads_and_says_how_to_mend_it(ppo, tmp_path, monkeypatch):
     plant_audit(ppo["reward_model_lora_path"], {"empty": 0.63})
     monkeypatch.setattr(rl_training, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
-    with pytest.raises(ValueError, match=r"empty wins on 63% of prompts.*say nothing.*--degenerate_frac 0.2"):
+    with pytest.raises(ValueError, match=r"empty wins on 63% of prompts.*say nothing.*--degenerate_frac"):
         rl_training.main(ppo_arguments(ppo, tmp_path / "out", reward_gate="refuse"))
 
 

@@ -19,9 +19,10 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 
 import reward_modeling
 from rlhf.artefacts import load_run
-from rlhf.data import PairCollator, load_tokenizer
+from rlhf.data import LengthGroupedSampler, PairCollator, load_tokenizer
 from rlhf.report import read_metrics
 from rlhf.roles import backbone_of, load_roles
+from rlhf.trainer import StageLog
 
 TUTORIAL = """--model_name baichuan-inc/baichuan-7B --lora_target_models W_pack
   --num_train_epochs 2 --eval_steps 200 --save_steps 50 --per_device_train_batch_size 10
@@ -70,7 +71,10 @@ def make_trainer(base, data, output_dir, **changed):
         # A new adapter is zero and a new head tiny; the scores are to depend on both.
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    return reward_modeling.build_trainer(args, model, tokenizer, rows, eval_rows, None), tokenizer, rows, eval_rows
+    sampler = LengthGroupedSampler([reward_modeling.pair_length(row) for row in rows], 8, args.seed)
+    log = StageLog(None, args, sampler)
+    trainer = reward_modeling.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, log)
+    return trainer, tokenizer, rows, eval_rows
 
 
 @torch.no_grad()

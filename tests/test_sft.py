@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import sft_training
 from rlhf.artefacts import load_run
-from rlhf.data import Funnel, encode, load_tokenizer, render, sft_rows
+from rlhf.data import Funnel, LengthGroupedSampler, encode, load_tokenizer, render, sft_rows
 from rlhf.report import read_metrics
+from rlhf.trainer import StageLog
 
 LESSONS = [("我是谁？", "你是老师。"), ("你好。", "你好！"), ("晴天？", "今天晴天。")]
 
@@ -70,7 +71,12 @@ def make_trainer(base, data, output_dir, **changed):
         # A new adapter is zero; the loss is to depend on it.
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return sft_training.build_trainer(args, model, tokenizer, rows, eval_rows, None), tokenizer, rows, eval_rows
+    sampler = LengthGroupedSampler(
+        [len(row["input_ids"]) for row in rows], args.per_device_train_batch_size, args.seed
+    )
+    log = StageLog(None, args, sampler)
+    trainer = sft_training.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, log)
+    return trainer, tokenizer, rows, eval_rows
 
 
 @torch.no_grad()
