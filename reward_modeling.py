@@ -49,6 +49,7 @@ from rlhf.data import (
 )
 from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.launch import run_script
+from rlhf.memory import named_when_too_large
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import add_lora, backbone_of, load_base, lora_targets, pick_dtype, score_head_of
@@ -287,6 +288,11 @@ class RewardTrainer(Trainer):
             _, scores = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
         # The Trainer computes metrics only where there are labels: these are not read.
         return None, scores, scores[:, 0]
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        shape = inputs["input_ids"].shape
+        with named_when_too_large("a training batch", shape, "--per_device_train_batch_size or --max_length"):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler

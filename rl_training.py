@@ -278,7 +278,7 @@ def train(loop: Loop, done: int, run: dict) -> dict:
                 found, samples = train_step(loop, step)
                 reason = inspect(loop, found, samples)
             except Interrupted as stop:
-                raise Interrupted(stop.signum, save_interrupted(loop, start, run, metrics)) from None
+                raise Interrupted(stop.signum, save_interrupted(loop, start, run, metrics | {"step": step})) from None
             except FloatingPointError as error:
                 skip_or_stop(loop, start, error)
                 continue

@@ -43,6 +43,7 @@ from rlhf.data import (
     subset,
 )
 from rlhf.launch import run_script
+from rlhf.memory import named_when_too_large
 from rlhf.report import MetricsLog, read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import load_base, lora_targets, pick_dtype
@@ -163,6 +164,11 @@ class SupervisedTrainer(SFTTrainer):
     def __init__(self, *args, sampler: LengthGroupedSampler, about: dict, **kwargs):
         self.sampler, self.about = sampler, about
         super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        shape = inputs["input_ids"].shape
+        with named_when_too_large("a training batch", shape, "--per_device_train_batch_size or --max_length"):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler

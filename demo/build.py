@@ -30,7 +30,7 @@ class Arguments:
 
     output_dir: str = flag("runs/demo", help="where base/ and data/ go; both are replaced")
     seed: int = flag(0, help="everything random starts here")
-    base_pages: int = flag(32000, help="questions with an answer that the base reads in pretraining")
+    base_pages: int = flag(40000, help="questions with an answer that the base reads in pretraining")
     sft_rows: int = flag(1500, help="formal answers for SFT")
     pairs: int = flag(13000, help="preference pairs, a half for each of two reward models")
     eval_pairs: int = flag(600, help="preference pairs on held-out prompts")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.data import collate_prompts
 from rlhf.guard import CollapseGuard
+from rlhf.memory import named_when_too_large
 from rlhf.metrics import global_moments
 from rlhf.ppo import AdaptiveKLController, FixedKLController, gae, group_advantages, token_rewards, whiten
 from rlhf.roles import Roles
@@ -95,10 +96,13 @@ def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator
     batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
     ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
     at_once = len(prompts) if loop.args.batched_gen else 1
-    parts = [
-        generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
-        for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
-    ]
+    with named_when_too_large(
+        "sampling", ids.shape, "--batch_size or --output_max_length, or give --batched_gen False"
+    ):
+        parts = [
+            generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
+            for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
+        ]
     stop_if_agreed(loop.accelerator.device)
     return join(parts, loop.sampling.pad_token_id)
 

@@ -58,7 +58,7 @@ def run_script(main, parse_args) -> None:
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, FloatingPointError, Collapse) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, Collapse) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)

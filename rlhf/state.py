@@ -72,13 +72,19 @@ def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
 
 
 def save_interrupted(loop: Loop, start: Moment, run: dict, metrics: dict) -> str | None:
-    """Save the run as it was at the start of the step that a signal cut short; None before the first step is done."""
+    """Save the run as it was at the start of the step that a signal cut short; `metrics` names the steps done.
+
+    Returns: the checkpoint's path, or None before the first step is done.
+    """
     back_to(loop, start)
-    if not metrics.get("step"):
+    if metrics["step"] == 0:
         return None
     name = f"step_{metrics['step']}"
     folder = Path(loop.args.output_dir) / name
-    if not folder.is_dir() or defect(folder) is not None:
+    missing = not folder.is_dir() or defect(folder) is not None
+    # All processes have looked before the first of them writes.
+    loop.accelerator.wait_for_everyone()
+    if missing:
         save_checkpoint(loop, name, run, metrics)
     return str(folder)
 

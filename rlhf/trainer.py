@@ -247,7 +247,10 @@ def saved_when_stopped(trainer):
         folder = Path(trainer.args.output_dir) / name
         if trainer.state.global_step == 0:
             raise
-        if not folder.is_dir() or defect(folder) is not None:
+        missing = not folder.is_dir() or defect(folder) is not None
+        # All processes have looked before the first of them writes.
+        trainer.accelerator.wait_for_everyone()
+        if missing:
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         raise Interrupted(stop.signum, str(folder)) from None

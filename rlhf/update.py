@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from rlhf.memory import named_when_too_large
 from rlhf.ppo import policy_loss, value_loss
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, Sampling, response_hidden, response_logprobs
@@ -75,7 +76,9 @@ class Learner:
         for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
             start = totals
             for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
-                totals = totals + self.backward(rollout.rows(rows))
+                part = rollout.rows(rows)
+                with named_when_too_large("the update", part.input_ids.shape, "--mini_batch_size"):
+                    totals = totals + self.backward(part)
                 if self.pending == args.gradient_accumulation_steps:
                     self.step()
             # All ranks must leave together, or the next reduction waits forever for the one that left.

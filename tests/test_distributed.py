@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from adapters import random_adapter
 from test_rl_training import PROMPTS, stored_rollout
 
+from rlhf.checkpoint import newest_complete
 from rlhf.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +77,28 @@ def test_nproc_starts_the_processes_itself_and_counts_their_responses_together(w
     assert "2 steps of 8 responses" in said
     assert len(read_metrics(out)) == 2
     assert (out / "adapter_model.safetensors").is_file()
+
+
+def test_both_processes_stop_together_on_a_signal_to_their_launcher_and_go_on_later(world, tmp_path):
+    out = tmp_path / "out"
+    flags = [*world, "--output_dir", str(out), "--nproc", "2", "--batch_size", "4", "--mini_batch_size", "2",
+             "--output_max_length", "6", "--resume_from_checkpoint", "True"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "rl_training.py", *flags, "--steps", "80000"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, cwd=ROOT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    saved = newest_complete(out)
+    done = int(saved.name.removeprefix("step_"))
+    assert done >= 2
+    assert not (out / "adapter_model.safetensors").exists()
+    launch("rl_training.py", *flags, "--steps", str(8 * (done + 1)))
+    assert [row["step"] for row in read_metrics(out)] == list(range(1, done + 2))
 
 
 def test_a_failing_worker_hands_on_its_exit_code_and_its_sentence(world, tmp_path):

@@ -64,8 +64,11 @@ def zygote():
 
 @pytest.fixture(scope="module")
 def stages(tiny_base, tmp_path_factory):
+    return make_stages(tiny_base, tmp_path_factory.mktemp("stages"))
+
+
+def make_stages(tiny_base: str, folder: Path) -> dict[str, Stage]:
     """SFT and reward model with dropout, shuffling and length grouping into a second epoch; PPO with adaptive KL."""
-    folder = tmp_path_factory.mktemp("stages")
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS), encoding="utf-8")
     trainer = {

@@ -394,6 +394,49 @@ def test_a_non_finite_score_is_named_with_its_row_before_anything_is_learnt(worl
         run(world, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_names_the_batch_its_longest_row_and_the_flags(world, tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match=r"sampling of 8 rows.*--batch_size"):
+        patch.setattr("rlhf.experience.generate", full)
+        run(world, tmp_path / "one")
+    monkeypatch.setattr("rlhf.update.policy_loss", full)
+    with pytest.raises(MemoryError, match=r"the update of 4 rows, the longest of \d+ tokens: lower --mini_batch_size"):
+        run(world, tmp_path / "two")
+
+
+def test_another_runtime_error_stays_what_it_is(world, tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr("rlhf.update.policy_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(world, tmp_path / "out")
+
+
+@pytest.mark.parametrize("mode", ["stop", "skip"])
+def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out_and_counted(world, tmp_path, monkeypatch, mode):
+    scores, count = rl_training.score_responses, []
+
+    def sometimes(*args):
+        count.append(1)
+        found = scores(*args)
+        return found.index_fill(0, torch.tensor([3]), torch.nan) if len(count) == 2 else found
+
+    monkeypatch.setattr(rl_training, "score_responses", sometimes)
+    if mode == "stop":
+        with pytest.raises(FloatingPointError, match=r"score in rows \[3\]"):
+            run(world, tmp_path / "out", on_non_finite=mode)
+        return
+    out = run(world, tmp_path / "out", on_non_finite=mode, save_freq=1)
+    assert [row["step"] for row in read_metrics(out)] == [1, 3]
+    assert read_metrics(out)[-1]["left_out"] == 1
+
+
 def test_a_window_whose_ratio_exploded_is_skipped_and_counted(world):
     rollout = stored_rollout(None)
     rollout.logprobs -= 10

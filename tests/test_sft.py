@@ -288,6 +288,14 @@ def test_two_processes_train_the_same_as_one(tiny_base, answers, tmp_path):
 
 
 # ---- refusals ----
+def test_a_gradient_that_is_not_finite_can_be_left_out_and_is_counted(tiny_base, answers, tmp_path):
+    out = run(
+        tiny_base, answers, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, eval_size=0, on_non_finite="skip"
+    )
+    assert read_metrics(out)[-1]["left_out"] > 0
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "adapter_model.safetensors").values())
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_without_an_adapter(tiny_base, answers, tmp_path):
     with pytest.raises(FloatingPointError, match="gradient of step 2 is not finite"):
         run(tiny_base, answers, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, eval_size=0)
