@@ -24,19 +24,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from rlhf.arguments import CommonArguments, LoraArguments, flag, parse
 from rlhf.artefacts import (
     ADAPTER_FILE,
-    adapter_hash,
     base_fingerprint,
-    check_adapter,
     claim_output_dir,
     resolve_model,
     save_adapter,
     write_run,
 )
-from rlhf.audit import audit, row_scorer
-from rlhf.audit_report import table, write_audit
+from rlhf.audit_run import audit_adapter, audit_model
 from rlhf.data import (
     DataArguments,
-    Funnel,
     LengthGroupedSampler,
     PairCollator,
     data_fingerprint,
@@ -52,7 +48,7 @@ from rlhf.launch import run_script
 from rlhf.memory import named_when_too_large
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
-from rlhf.roles import add_lora, backbone_of, load_base, lora_targets, pick_dtype, score_head_of
+from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
 from rlhf.scoring import score
 from rlhf.shared_prompt import SharedPromptCollator, score_pairs
 from rlhf.trainer import (
@@ -70,9 +66,6 @@ from rlhf.trainer import (
     writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
-
-# Held-out pairs that the audit's accuracy and calibration are measured on, at most.
-AUDIT_PAIRS = 2000
 
 
 @dataclass(kw_only=True)
@@ -362,41 +355,6 @@ def last_metrics(args: ScriptArguments) -> dict[str, float]:
     return {name: value for name, value in found[-1].items() if name != "step"} if found else {}
 
 
-# ---- audit ----
-def audit_model(
-    args: ScriptArguments, backbone, head, tokenizer, eval_rows: list[dict], folder: str
-) -> dict[str, float]:
-    """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
-
-    Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
-    """
-    device = next(head.parameters()).device
-    rows = subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel())
-    found = audit(
-        row_scorer(backbone, head, tokenizer.pad_token_id, args.per_device_eval_batch_size, device),
-        rows, tokenizer, args.prompt_template, args.seed, args.max_length,
-        attack_prompts=args.audit_prompts, padding=True,
-    )  # fmt: skip
-    write_audit(found | {"adapter": adapter_hash(folder)}, folder)
-    say(table(found), f"audit written to {folder}/audit.md")
-    shares = {f"audit/{kind}": result["share"] for kind, result in found["attacks"].items() if result["n"]}
-    return {"audit_pass": float(found["verdict"]["verdict"] == "pass"), **shares}
-
-
-def audit_adapter(args: ScriptArguments, model_dir: str, tokenizer, base: dict) -> None:
-    """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
-    folder = args.reward_model_lora_path
-    check_adapter(
-        folder, stage="reward", flag="--reward_model_lora_path", base=base, tokenizer=tokenizer,
-        template=args.prompt_template,
-    )  # fmt: skip
-    _, eval_rows, _ = load_data(args, tokenizer)
-    model = load_base(model_dir, pick_dtype(args.bf16), device="cuda" if torch.cuda.is_available() else "cpu")
-    model, rest = add_lora(model, folder, "reward", trainable=False)
-    head = score_head_of(rest, folder).to(model.device)
-    audit_model(args, backbone_of(model.get_base_model()), head, tokenizer, eval_rows, folder)
-
-
 def main(args: ScriptArguments) -> None:
     """Data, model, training, evaluation, adapter with its score head, audit."""
     if not (args.inspect_data or args.audit_only) and finished_run(args, "reward"):
@@ -406,7 +364,7 @@ def main(args: ScriptArguments) -> None:
     tokenizer = load_tokenizer(args.tokenizer_name or model_dir)
     base = base_fingerprint(model_dir)
     if args.audit_only:
-        audit_adapter(args, model_dir, tokenizer, base)
+        audit_adapter(args, model_dir, tokenizer, base, load_data(args, tokenizer)[1])
         return
     if world()[0] == 0 and not args.inspect_data:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)

@@ -37,6 +37,7 @@ exec "$PYTHON" "$ROOT/rl_training.py" \
   --seed 0 \
   --learning_rate 1e-5 \
   --early_stopping True \
+  --reward_gate refuse \
   --gradient_checkpointing True \
   --resume_from_checkpoint True \
   "$@"

@@ -20,6 +20,7 @@ exec "$PYTHON" "$ROOT/reward_modeling.py" \
   --output_dir "$OUTPUT" \
   --lora_target_models "$LORA_TARGETS" \
   --num_train_epochs 2 \
+  --degenerate_frac 0.2 \
   --eval_steps 200 \
   --save_steps 50 \
   --per_device_train_batch_size 10 \

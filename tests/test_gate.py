@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import random_adapter
+from conftest import TINY, save_random_model
 from stages import words, write_pairs
 from test_rl_training import PROMPTS
 from test_rl_training import arguments as ppo_arguments
@@ -17,8 +18,9 @@ import rl_training
 from rlhf import gate
 from rlhf.artefacts import adapter_hash, load_run
 from rlhf.audit_report import read_audit
+from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from rlhf.data import DEFAULT_TEMPLATE, Funnel, load_tokenizer, preference_rows
-from rlhf.degenerate import GATE_KINDS, HARDENING_KINDS
+from rlhf.degenerate import GATE_KINDS, HARDENING_KINDS, KINDS
 from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.splits import one_half
 
@@ -286,3 +288,22 @@ def test_the_gate_kinds_are_those_that_no_good_answer_can_be():
         "empty", "eos_only", "one_token", "very_short", "repeated_token", "repeated_sentence", "random_characters",
         "copied_prompt",
     }  # fmt: skip
+
+
+# ---- real data ----
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"share_prompt": True, "degenerate_frac": 0.2, "split_half": 0}], ids=str)
+def test_real_preferences_of_several_turns_train_a_reward_model_and_are_audited(shared_data, tmp_path, capsys, flags):
+    base = tmp_path / "base"
+    tokenizer = BaichuanTokenizer(vocab_file=str(shared_data / "baichuan_64k.model"), model_max_length=4096)
+    tokenizer.save_pretrained(base)
+    config = BaichuanConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **TINY)
+    save_random_model(BaichuanForCausalLM, config, base)
+    data, out = shared_data / "dpo_zh_demo.json", tmp_path / "out"
+    reward_modeling.main(reward_arguments(base, data, out, max_length=1024, audit_prompts=30, **flags))
+    said = capsys.readouterr().out
+    assert "preference rows from conversations + chosen + rejected" in said
+    assert "audit of the reward model" in said
+    run = load_run(out)
+    assert run["data"]["funnel"]["kept"] > 100
+    assert set(read_audit(out)["attacks"]) == set(KINDS)

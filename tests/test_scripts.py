@@ -56,7 +56,7 @@ def test_the_scripts_of_the_four_stages_run_in_turn_and_again(world):
     bash(world, "train_sft.sh", *SIZES, DATA="sft.jsonl", OUTPUT="sft")
     bash(world, "train_rm.sh", *SIZES, DATA="pairs.jsonl", OUTPUT="rm")
     bash(world, "merge_sft.sh", "--dtype", "float32", SFT_LORA="sft", OUTPUT="merged")
-    ppo = ("train_ppo.sh", "--steps", "16", "--output_max_length", "6", "--save_freq", "1")
+    ppo = ("train_ppo.sh", "--steps", "16", "--output_max_length", "6", "--save_freq", "1", "--reward_gate", "warn")
     paths = {"DATA": "pairs.jsonl", "SFT_LORA": "sft", "REWARD_LORA": "rm", "MERGED": "merged", "OUTPUT": "ppo"}
     said = bash(world, *ppo, **paths)
     assert "2 steps of 8 responses" in said
@@ -73,3 +73,20 @@ def test_a_stage_that_fails_stops_the_script_with_one_sentence(world):
     )
     assert "nowhere is no adapter directory" in said
     assert "Traceback" not in said
+
+
+def test_the_pipeline_stops_at_the_stage_that_fails_and_goes_on_there_when_given_again(world):
+    sizes = " ".join(SIZES)
+    paths = {"RUNS": "all", "SFT_DATA": "sft.jsonl", "RM_DATA": "missing.jsonl", "PPO_DATA": "pairs.jsonl"}
+    folder, environment = world
+    environment |= {
+        "SFT_FLAGS": sizes, "RM_FLAGS": sizes, "MERGE_FLAGS": "--dtype float32",
+        "PPO_FLAGS": "--steps 8 --output_max_length 6 --reward_gate warn",
+    }  # fmt: skip
+    said = bash((folder, environment), "train_all.sh", code=1, **paths)
+    assert "missing.jsonl" in said and "== train_ppo.sh" not in said
+    before = (folder / "all" / "sft" / "run.json").stat().st_mtime_ns
+    said = bash((folder, environment), "train_all.sh", **paths | {"RM_DATA": "pairs.jsonl"})
+    assert "is finished" in said
+    assert (folder / "all" / "sft" / "run.json").stat().st_mtime_ns == before
+    assert (folder / "all" / "ppo" / "run.json").is_file()

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# All stages at 7B one after the other with the settings of the scripts beside this one: SFT, reward model, merge, PPO.
+# A stage that fails or is interrupted ends the pipeline with its exit code; given again, it goes on where it stopped.
+# Environment: BASE, RUNS (default runs), SFT_DATA, RM_DATA, PPO_DATA (data of each stage), SFT_FLAGS, RM_FLAGS, MERGE_FLAGS,
+# PPO_FLAGS (further flags of each stage), LORA_TARGETS, PYTHON.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+RUNS="${RUNS:-$here/../runs}"
+
+# An empty value would stand for a data set: unset leaves the stage its own.
+stage() {
+  local script="$1" output="$2" data="$3"
+  shift 3
+  echo "== $script"
+  if [ -n "$data" ]; then export DATA="$data"; else unset DATA; fi
+  OUTPUT="$output" bash "$here/$script" "$@"
+}
+
+export SFT_LORA="$RUNS/sft" REWARD_LORA="$RUNS/reward" MERGED="$RUNS/merged"
+# Flags are words to be split.
+# shellcheck disable=SC2086
+{
+  stage train_sft.sh "$SFT_LORA" "${SFT_DATA:-}" ${SFT_FLAGS:-}
+  stage train_rm.sh "$REWARD_LORA" "${RM_DATA:-}" ${RM_FLAGS:-}
+  stage merge_sft.sh "$MERGED" "" ${MERGE_FLAGS:-}
+  stage train_ppo.sh "$RUNS/ppo" "${PPO_DATA:-}" ${PPO_FLAGS:-}
+}
