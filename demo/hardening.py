@@ -18,7 +18,7 @@ from rlhf.artefacts import load_run
 from rlhf.degenerate import GATE_KINDS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.2"]}
+VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.3"]}
 # What a hardened reward model has to win against, as shares of prompts; the clean accuracy it may lose, in the mean.
 GATE_WINS, OTHER_WINS, LOSS = 0.98, 0.90, 0.01
 OTHERS = ("cut", "other_answer")

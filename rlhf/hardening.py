@@ -6,8 +6,8 @@ from itertools import cycle
 from rlhf.degenerate import HARDENING_KINDS, degenerate
 from rlhf.funnel import Funnel
 
-# Beside the point is not seen by its looks, as the other kinds are: it takes more examples.
-MORE_OF = ("other_answer",) * 3
+# These are not seen by their looks alone: they take more examples than the others.
+MORE_OF = ("other_answer",) * 3 + ("repeated_sentence", "repeated_token")
 # Tries for each wanted pair: some kinds cannot be made of some answers.
 TRIES = 20
 
