@@ -11,6 +11,7 @@ kept or stands under a reason in the `Funnel`. Below it: sources.py (files, hub)
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from rlhf.encoding import (
     render,
     sft_rows,
 )
-from rlhf.formats import examples, find_format
+from rlhf.formats import MAX_CHARACTERS, examples, find_format
 from rlhf.funnel import Funnel
 from rlhf.sources import Located, splits_of
 from rlhf.splits import one_half, split_eval, subset, without_overlap
@@ -65,8 +66,6 @@ __all__ = [
 SFT_DATASET = "Hello-SimpleAI/HC3-Chinese"
 PREFERENCE_DATASET = "beyond/rlhf-reward-single-round-trans_chinese"
 EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
-# Tokenizing millions of characters takes minutes, and no --max_length would keep such a row.
-MAX_CHARACTERS = 200_000
 
 
 @dataclass(kw_only=True)
@@ -104,8 +103,8 @@ class DataArguments:
     def __post_init__(self):
         # A shell passes backslash and n where a new line is meant.
         self.prompt_template = check_template(self.prompt_template.replace("\\n", "\n"))
-        if self.eval_size < 0:
-            raise ValueError(f"--eval_size {self.eval_size} is negative: give a share below 1 or a number of rows")
+        if not 0 <= self.eval_size < math.inf:
+            raise ValueError(f"--eval_size {self.eval_size} is no size: give a share below 1 or a number of rows")
         if self.eval_split == self.train_split and not self.eval_dataset_name:
             raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
 
@@ -135,9 +134,9 @@ def load_rows(
     Returns: rows, each with "where" ("file:line") and "opening" (a dialogue's first question), and the funnel.
     Raises: ValueError naming malformed rows, or where nothing is left; OSError where the source cannot be read.
     """
-    reader = _Reader(kind, args or DataArguments())
+    reader = _Reader(kind, args or DataArguments(), bad_rows_file)
     rows = reader.rows(source, splits_of(source, reader.args.dataset_config_name), split)
-    reader.finish(bad_rows_file)
+    reader.finish()
     return rows, reader.funnel
 
 
@@ -152,11 +151,11 @@ def load_splits(
     Returns: training rows, evaluation rows (none at --eval_size 0 without a split), one funnel for both.
     Raises: as `load_rows`.
     """
-    reader, splits = _Reader(kind, args), splits_of(args.dataset_name, args.dataset_config_name)
+    reader, splits = _Reader(kind, args, bad_rows_file), splits_of(args.dataset_name, args.dataset_config_name)
     rows = reader.rows(args.dataset_name, splits, args.train_split)
     given = _evaluation_source(args, splits)
     evaluation = reader.rows(*given) if given else []
-    reader.finish(bad_rows_file)
+    reader.finish()
     if given:
         return without_overlap(rows, evaluation, reader.funnel), evaluation, reader.funnel
     train, evaluation = split_eval(rows, args.eval_size, seed) if args.eval_size else (rows, [])
@@ -167,7 +166,7 @@ def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, st
     """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
     if args.eval_dataset_name:
         splits = splits_of(args.eval_dataset_name, flag="--eval_dataset_name")
-        usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits)))
+        usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits), "train"))
         return args.eval_dataset_name, splits, args.eval_split or usual
     usual = next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
     split = args.eval_split or usual
@@ -177,8 +176,8 @@ def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, st
 class _Reader:
     """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
 
-    def __init__(self, kind: str, args: DataArguments):
-        self.kind, self.args, self.funnel = kind, args, Funnel()
+    def __init__(self, kind: str, args: DataArguments, bad_rows_file: Path | str | None):
+        self.kind, self.args, self.bad_rows_file, self.funnel = kind, args, bad_rows_file, Funnel()
         self.malformed: list[dict] = []
 
     def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
@@ -192,11 +191,12 @@ class _Reader:
         try:
             fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
+            raise ValueError(f"{source}: {error}{_hint(located)}") from None
         self.funnel.formats += [str(fmt)] if fmt else []
         seen: set[tuple] = set()
         kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
-        if not kept and not (self.malformed and self.args.bad_rows == "stop"):
+        if not kept:
+            self.finish()
             raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
         return kept
 
@@ -239,7 +239,7 @@ class _Reader:
         seen.add(values)
         return True
 
-    def finish(self, bad_rows_file: Path | str | None) -> None:
+    def finish(self) -> None:
         """Stop at malformed rows, or write them down. Raises: ValueError naming the first ones."""
         if self.malformed and self.args.bad_rows == "stop":
             more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
@@ -247,16 +247,31 @@ class _Reader:
                 f"malformed rows: {'; '.join(self.funnel.bad_rows[:5])}{more}: "
                 "mend them, or leave them out with --bad_rows skip"
             )
-        if self.malformed and bad_rows_file:
-            _write_rows(Path(bad_rows_file), self.malformed)
+        if self.malformed and self.bad_rows_file:
+            _write_rows(Path(self.bad_rows_file), self.malformed)
+
+
+def _hint(located: list[Located]) -> str:
+    """What else may be wrong where no columns fit: a file's shape shows in its rows only."""
+    if located[0][0].rpartition(":")[0].lower().endswith(".csv"):
+        return "; the first line of a .csv must hold the column names"
+    return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
     # Every process of a run writes the same rows: to a name of its own first, so that none reads half of them.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows), encoding="utf-8")
+    part.write_text("".join(_as_line(row) for row in rows), encoding="utf-8")
     os.replace(part, path)
+
+
+def _as_line(row: dict) -> str:
+    try:
+        return json.dumps(row, default=str) + "\n"
+    # Writing goes a little deeper than reading did.
+    except RecursionError:
+        return _as_line({**row, "row": "brackets nested by the thousand"})
 
 
 def data_fingerprint(rows: Iterable[dict]) -> str:

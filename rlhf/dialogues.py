@@ -9,6 +9,7 @@ front of the first question.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 ROLES = {
@@ -18,6 +19,8 @@ ROLES = {
 }
 # The turns of HH-style text; a translation may have turned the colon into a full-width one.
 HH_TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant)[:：][ \t]*")
+# Unicode categories of what leaves no mark: control, format (zero-width) and separators.
+UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 Turn = tuple[str, str]
 
@@ -50,13 +53,15 @@ def turns(value, field: str, default_role: str) -> list[Turn]:
 
 def _message(message, field: str) -> Turn:
     if not isinstance(message, dict):
-        raise BadRow(f"field '{field}' must hold messages with a role and a text, not {type_name(message)}")
+        raise BadRow(f"field '{field}' must hold messages (objects with role and content), not {type_name(message)}")
     role_key = first_of(("role", "from"), message)
     text_key = first_of(("content", "value", "text"), message)
     if role_key is None or text_key is None:
         raise BadRow(f"a message of field '{field}' needs role and content, or from and value")
     role = message[role_key]
-    if not isinstance(role, str) or role not in ROLES:
+    if not isinstance(role, str):
+        raise BadRow(f"a message of field '{field}' has {type_name(role)} for its role")
+    if role not in ROLES:
         raise BadRow(f"a message of field '{field}' has the unknown role {role!r:.40}")
     return ROLES[role], text_of(message[text_key], field)
 
@@ -66,7 +71,7 @@ def _hh_turns(text: str, default_role: str) -> list[Turn]:
     if not HH_TAG.match(text):
         return [(default_role, text)]
     pieces = HH_TAG.split(text)[1:]
-    found = [(ROLES[tag], said.strip()) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    found = [(ROLES[tag], stripped(said)) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
     # A prompt ends with an open "Assistant:", which the template's own end replaces.
     return found[:-1] if len(found) > 1 and found[-1] == ("assistant", "") else found
 
@@ -114,18 +119,27 @@ def first_question(prompt: str, template: str) -> str:
 
 # ---- values ----
 def text_of(value, field: str) -> str:
-    """`value` stripped at both ends. Raises: BadRow where it is no text, or text that no file can hold."""
+    """`value` as `stripped` leaves it. Raises: BadRow where it is no text, or text that no file can hold."""
     if not isinstance(value, str):
         raise BadRow(f"field '{field}' must be text, not {type_name(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(f"field '{field}' holds half a surrogate pair at character {error.start + 1}") from None
-    return value.strip()
+    return stripped(value)
+
+
+def stripped(text: str) -> str:
+    """`text` without space at both ends; empty where all of it is space, control or zero-width characters."""
+    text = text.strip()
+    return text if any(unicodedata.category(character) not in UNSEEN for character in text) else ""
 
 
 def type_name(value) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    # An object with a name twice comes as what is wrong with it.
+    if isinstance(value, BadRow):
+        return str(value)
+    names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
     return "None" if value is None else names.get(type(value), type(value).__name__)
 
 

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 
 import rlhf.baichuan  # noqa: F401  (registers the Baichuan classes with the Auto classes)
 from rlhf.funnel import Funnel
+from rlhf.terminal import printable
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 
@@ -145,7 +146,7 @@ def inspect_rows(tokenizer, rows: list[dict], funnel: Funnel, count: int = 3) ->
     for number, row in enumerate(rows[:count], start=1):
         for name, ids, mask in _sequences(row):
             print(f"\n--- row {number}, {name}, {len(ids)} tokens")
-            print(tokenizer.decode(ids))
+            print(printable(tokenizer.decode(ids)))
             print("ids ", *ids)
             print("mask", *mask)
 

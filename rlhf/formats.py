@@ -38,6 +38,8 @@ CHOSEN_FIELDS = ("chosen", "response_chosen", "preferred")
 REJECTED_FIELDS = ("rejected", "response_rejected", "dispreferred")
 # Columns that extend a prompt where they hold something: `input` after an `instruction`, the others before the prompt.
 EXTRA_FIELDS = ("input", "system", "history")
+# Tokenizing millions of characters takes minutes, and no --max_length would keep such a row.
+MAX_CHARACTERS = 200_000
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object with named fields, not {type_name(row)}")
+    if not row:
+        raise BadRow("the row has no fields")
     context = _context(row, fmt)
     if fmt.kind == "preference":
         return [_preference(row, fmt, context, template)]
@@ -132,7 +136,8 @@ def _context(row: dict, fmt: Format) -> list[Turn]:
     if not fmt.prompt:
         return []
     asked = turns(_value(row, fmt.prompt), fmt.prompt, "user")
-    extras = {name: row[name] for name in fmt.extras if row.get(name)}
+    # An empty or missing extra is usual, a 0 or False in place of text a mistake.
+    extras = {name: row[name] for name in fmt.extras if row.get(name) not in (None, "", [])}
     if "input" in extras:
         role, said = asked[-1]
         asked[-1] = (role, f"{said}\n{text_of(extras['input'], 'input')}".strip())
@@ -168,7 +173,8 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
 def _margin(row: dict, field: str) -> float:
     value = _value(row, field)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadRow(f"field '{field}' must be a number, not {value!r}"[:200])
+        shown = repr(value) if isinstance(value, str | float) else type_name(value)
+        raise BadRow(f"field '{field}' must be a number, not {shown}"[:200])
     return float(value)
 
 
@@ -191,7 +197,13 @@ def _answered(dialogue: list[Turn], template: str) -> list[dict]:
         raise Unusable("no answer in the dialogue")
     if asked[0] == 0:
         raise Unusable("dialogue begins with an answer")
-    return [{"prompt": fold(merged[:number], template), "answer": merged[number][1]} for number in asked]
+    made, prompt = [], ""
+    for number in asked:
+        # A prompt that is too long to be kept grows no further, or a dialogue of 10,000 turns would fill the memory.
+        if len(prompt) <= MAX_CHARACTERS:
+            prompt = fold(merged[:number], template)
+        made.append({"prompt": prompt, "answer": merged[number][1]})
+    return made
 
 
 def _value(row: dict, field: str):

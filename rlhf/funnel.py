@@ -50,7 +50,10 @@ class Funnel:
 
     def summary(self) -> str:
         """The counts in half a sentence, for an error."""
-        reasons = ", ".join(f"{count} {reason} ({self.places[reason][0]})" for reason, count in self.dropped.items())
+        first = {reason: places[0] for reason, places in self.places.items()}
+        if self.bad_rows:
+            first["malformed"] = self.bad_rows[0]
+        reasons = ", ".join(f"{count} {reason} ({first[reason]})" for reason, count in self.dropped.items())
         return f"{self.read} read" + (f", dropped: {reasons}" if reasons else "")
 
     def as_dict(self) -> dict:

@@ -8,13 +8,17 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
 from rlhf.dialogues import BadRow
+from rlhf.terminal import printable
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
@@ -30,14 +34,17 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
 
     Raises: FileNotFoundError, ValueError or ConnectionError, in one sentence, where the source cannot be read at all.
     """
-    path = Path(source).expanduser()
+    if not source.strip():
+        raise ValueError(f"{flag} is empty: give a local file, a directory or a hub id")
+    # Unlike Path.expanduser, this lets the name of a user that does not exist stand.
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         return {"train": read_file(path)}
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path)
     if path.is_dir():
         return _directory_splits(path)
-    if path.suffix in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
     return _hub_splits(source, config, flag)
 
@@ -49,7 +56,8 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    # A damaged description may hold anything in any place.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no readable save_to_disk directory ({_short(error)}): save it again") from None
     named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
@@ -57,16 +65,22 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
 
 def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
     files: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
+    # Path.rglob would pass over a directory that may not be read, without a word.
+    walked = os.walk(path, onerror=_raise)
+    for file in sorted(Path(folder, name) for folder, _, names in walked for name in names):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
-        if file.suffix in SUFFIXES and not hidden:
+        if file.suffix.lower() in SUFFIXES and not hidden:
             files.setdefault(_split_of(inside), []).append(file)
     if not files:
         raise ValueError(
             f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
         )
     return {split: (row for file in found for row in read_file(file)) for split, found in files.items()}
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _split_of(file: Path) -> str:
@@ -76,15 +90,15 @@ def _split_of(file: Path) -> str:
 
 
 def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[Located]]:
+    import datasets
+
     try:
         if name in SCRIPT_DATASETS:
             file = f"{config or 'all'}.jsonl"
             return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
-        import datasets
-
         found = datasets.load_dataset(name, config)
-    # RuntimeError is what datasets raises for any other loading script.
-    except (OSError, ValueError, RuntimeError) as error:
+    # RuntimeError is what datasets raises for any other loading script, its own error what files of no one form give.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConnectionError(
             f"{flag} {name} is no local path and could not be loaded from the hub ({_short(error)}): download its "
             f"data files where there is a network and pass {flag} the local file"
@@ -93,57 +107,93 @@ def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[
 
 
 def _numbered(label: str, rows) -> Iterator[Located]:
-    for number, row in enumerate(rows, start=1):
-        yield f"{label}:{number}", row
+    for index in range(len(rows)):
+        yield f"{label}:{index + 1}", _row_or_bad(partial(rows.__getitem__, index))
+
+
+def _row_or_bad(read: Callable[[], object]) -> object:
+    """A row of a table, or a BadRow where Python cannot hold it: text that is no UTF-8, dates beyond the calendar."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        return BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"the row cannot be read ({_short(error)})")
 
 
 def _short(error: Exception) -> str:
-    """The first sentence of a library's message, which may run over many lines."""
+    """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return first[:200].rstrip(".")
+    return printable(first[:200].rstrip("."))
 
 
 # ---- files ----
 def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     """Rows of one data file. Raises: ValueError where it is empty, of another kind, or not text at all."""
     label = label or str(path)
-    if path.suffix not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
-    if path.stat().st_size == 0:
+    try:
+        size = path.stat().st_size
+        data = b"" if suffix == ".parquet" else path.read_bytes()
+    # A failing disk's error does not name the file.
+    except OSError as error:
+        raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
+    if size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         yield from _parquet_rows(path, label)
         return
-    data = path.read_bytes()
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    # Without its mark, UTF-16 betrays itself by its first character, which is ASCII in every format.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
     if data.startswith(codecs.BOM_UTF8):
         yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
         data = data.removeprefix(codecs.BOM_UTF8)
     # Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     text = data.decode("utf-8", "surrogateescape")
-    if path.suffix == ".csv":
+    if suffix == ".csv":
         yield from _csv_rows(text, label)
-    elif text.lstrip().startswith("["):
+    elif text.lstrip().startswith("[") and not (suffix == ".jsonl" and _begins_with_a_whole_line(text)):
         yield from _array_rows(text, label)
     else:
         yield from _line_rows(text, label)
 
 
+def _begins_with_a_whole_line(text: str) -> bool:
+    """Whether the first of several lines is an array closed on it: one bad row of many, not the array of all rows."""
+    first, _, rest = text.strip().partition("\n")
+    return first.rstrip().endswith("]") and bool(rest)
+
+
+def _object(pairs: list[tuple[str, object]]) -> object:
+    """A JSON object; where a name stands twice a BadRow in its place, for one of the two values would be lost."""
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    return BadRow(f"an object that names {_twice(name for name, _ in pairs)!r:.40} twice", pairs)
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
 def _line_rows(text: str, label: str) -> Iterator[Located]:
     lines = text.split("\n")
-    if lines[0].strip() == "{":
+    if text.lstrip().partition("\n")[0].rstrip() == "{":
         raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{label}:{number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
         except (ValueError, RecursionError) as error:
-            cut = number == len(lines)
-            yield where, BadRow(not_utf8(line) or ("the last line is cut off" if cut else _not_json(error)), line)
+            ends = line.strip()[0], line.strip()[-1]
+            cut = number == len(lines) and ends[0] == "{" and ends[1] != "}"
+            yield where, BadRow("the last line is cut off" if cut else not_utf8(line) or _not_json(error), line)
         else:
             reason = not_utf8(line)
             yield where, BadRow(reason, line) if reason else row
@@ -151,7 +201,7 @@ def _line_rows(text: str, label: str) -> Iterator[Located]:
 
 def _array_rows(text: str, label: str) -> Iterator[Located]:
     """Elements of one JSON array, each with the line on which it begins."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
     at, line, counted = text.index("[") + 1, 1, 0
     while True:
         at = gap.match(text, at).end()
@@ -178,42 +228,62 @@ def _array_rows(text: str, label: str) -> Iterator[Located]:
 def _csv_rows(text: str, label: str) -> Iterator[Located]:
     # The default limit of 131,072 characters a cell would stop at a long answer; `strict` reports unclosed quotes.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
     while True:
-        where = f"{label}:{reader.line_num + 1}"
+        before = reader.line_num
+        where = f"{label}:{before + 1}"
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield where, BadRow(f"not CSV ({error})")
+            reason = f"not CSV ({error})"
+            if header is None:
+                raise ValueError(f"{where}: {reason}: mend the column names") from None
+            if reader.line_num > before + 1:
+                reason += f"; nothing from here to line {reader.line_num} can be read"
+            yield where, BadRow(reason, "".join(lines[before : reader.line_num])[:2000])
             continue
         reason = not_utf8(",".join(cells))
-        if header is None and reason:
-            raise ValueError(f"{where}: {reason}")
         if header is None:
-            header = cells
+            header = _header(cells, reason, where) if cells else None
         elif reason or len(cells) not in (0, len(header)):
             yield where, BadRow(reason or f"{len(cells)} cells under {len(header)} column names", cells)
         elif cells:
             yield where, dict(zip(header, cells, strict=True))
 
 
+def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
+    """Column names. Raises: ValueError where one is no UTF-8 or stands twice (unnamed columns may be many)."""
+    twice = _twice(name for name in cells if name)
+    if reason or twice is not None:
+        raise ValueError(f"{where}: {reason or f'column name {twice!r:.40} stands twice: rename one of them'}")
+    return cells
+
+
 def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
+    number = 0
+    for batch in _parquet_batches(path, label):
+        if twice := _twice(batch.schema.names):
+            raise ValueError(f"{label}: column name {twice!r:.40} stands twice: rename one of them")
+        for index in range(batch.num_rows):
+            number += 1
+            yield f"{label}:{number}", _row_or_bad(partial(_first_row, batch.slice(index, 1)))
+
+
+def _first_row(batch) -> dict:
+    return batch.to_pylist()[0]
+
+
+def _parquet_batches(path: Path, label: str) -> Iterator:
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-            for index in range(batch.num_rows):
-                number += 1
-                try:
-                    yield f"{label}:{number}", batch.slice(index, 1).to_pylist()[0]
-                except UnicodeDecodeError as error:
-                    yield f"{label}:{number}", BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
-    except (pyarrow.ArrowException, OSError) as error:
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{label} is no readable Parquet file ({_short(error)}): download it again") from None
 
 
@@ -223,9 +293,14 @@ def not_utf8(text: str) -> str | None:
     if not found:
         return None
     reason = f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8"
+    # A short row of Chinese UTF-8 with one wrong byte often decodes as GB18030 by chance: most of it is whole then.
+    whole = sum("\u0800" <= character < "\ud800" for character in text)
     try:
-        text.encode("utf-8", "surrogateescape").decode("gb18030")
+        # Incremental, because `text` may end within a character.
+        codecs.getincrementaldecoder("gb18030")().decode(text.encode("utf-8", "surrogateescape"))
     except UnicodeError:
+        return f"{reason}: the text is damaged"
+    if whole > len(NOT_UTF8.findall(text)):
         return f"{reason}: the text is damaged"
     return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
 
