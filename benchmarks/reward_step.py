@@ -19,7 +19,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, trainer_pt_utils
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
@@ -91,17 +91,15 @@ def trainer_of(name: str, rows: list[dict], folder: str):
     }  # fmt: skip
     clock, model = Clock(), score_model()
     if name.startswith("TRL"):
-        if "grouping" in name:
-            settings["train_sampling_strategy"] = "group_by_length"
-        joined = [
-            {side: row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
-            | {"length": reward_modeling.pair_length(row)}
-            for row in rows
-        ]
+        joined = [{side: row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
         trainer = TrlRewardTrainer(
             model, RewardConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **settings),
             train_dataset=Dataset.from_list(joined), processing_class=tokenizer(), peft_config=lora, callbacks=[clock],
         )  # fmt: skip
+        if "grouping" in name:
+            # Its own flag finds no lengths: the trainer has dropped the column by then.
+            lengths = [reward_modeling.pair_length(row) for row in rows]
+            trainer._get_train_sampler = lambda *args: trainer_pt_utils.LengthGroupedSampler(BATCH, lengths=lengths)
         return trainer, clock
     shared = "shared" in name
     reward_modeling.score_by_mask(model)
