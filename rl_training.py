@@ -51,7 +51,7 @@ from rlhf.launch import run_script
 from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings
 from rlhf.ppo_flags import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.report import Eta, MetricsLog
-from rlhf.resume import finished_run
+from rlhf.resume import finished_run, refuse_changes
 from rlhf.roles import Roles, load_roles, pick_dtype
 from rlhf.rollout import Sampling
 from rlhf.signals import Interrupted
@@ -371,10 +371,12 @@ def main(args: ScriptArguments) -> None:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
     run["data"] = {"fingerprint": data_fingerprint(prompts), **funnel.as_dict()}
     start = to_resume(args.resume_from_checkpoint, args.output_dir)
+    if start:
+        refuse_changes(start, args, run, accelerator.num_processes)
     loop = make_loop(args, accelerator, tokenizer, (prompts, eval_prompts), start)
     if accelerator.is_main_process:
         print(f"{funnel.table()}\n{batch_sizes(loop)}", flush=True)
-    done = resume(loop, start, run) if start else 0
+    done = resume(loop, start) if start else 0
     measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:

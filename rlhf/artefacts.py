@@ -283,9 +283,15 @@ def lock(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run of ours left half written: hidden names that only our writers use."""
+    """Remove what a killed run of ours left half written: hidden names that only our writers use.
+
+    A folder that was set aside for a new one under its name, which never came, gets its place back.
+    """
     for path in folder.glob(".*"):
         if SCRATCH.fullmatch(path.name):
+            name = path.name.split(".")[1]
+            if (path / name).is_dir() and not (folder / name).exists():
+                os.replace(path / name, folder / name)
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -45,7 +45,7 @@ def degenerate_pairs(
     order = cycle(rng.sample(range(len(rows)), len(rows)))
     for attempt, number in enumerate(order):
         if len(made) >= wanted or attempt >= TRIES * wanted:
-            return made
+            break
         row, kind = rows[number], kinds[attempt % len(kinds)]
         other = rng.choice(rows)
         if other["prompt"] == row["prompt"]:

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.artefacts import adapter_hash, load_run
+from rlhf.checkpoint import MANIFEST
 
 # How a run is carried out and looked at, not what comes out of it: these may differ.
 MACHINE_FLAGS = {
@@ -46,13 +47,14 @@ def _only_longer(found: list[str], args) -> bool:
     return args.lr_scheduler_type == "constant" and all(words.split()[0][2:] in LENGTH_FLAGS for words in found)
 
 
-def refuse_changes(folder: Path, args, run: dict, processes_then: int, processes_now: int) -> None:
+def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
     """Refuse to go on from a checkpoint that was made under other flags, data or processes.
 
     A run may be made longer. Everything else is refused unless --allow_changes True, and then said aloud.
 
     Args:
-        run: what this command would write into run.json; its data fingerprint is compared.
+        folder: a complete checkpoint. processes: of this run.
+        run: what this command would write into run.json; its fingerprints are compared.
     Raises: ValueError naming what differs.
     """
     before = load_run(folder)
@@ -61,8 +63,9 @@ def refuse_changes(folder: Path, args, run: dict, processes_then: int, processes
         found = []
     if before is not None:
         found += _other_inputs(before, run)
-    if processes_then != processes_now:
-        found.append(f"the number of processes (was {processes_then}, is {processes_now})")
+    then = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["processes"]
+    if then != processes:
+        found.append(f"the number of processes (was {then}, is {processes})")
     if found and not args.allow_changes:
         raise ValueError(
             f"{folder} was written by another command; different: {', '.join(found)}. Prompts, batches and random "

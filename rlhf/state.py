@@ -8,7 +8,6 @@ from rlhf.artefacts import save_adapter, write_run
 from rlhf.checkpoint import defect, load_good, load_state, publish, rotate, save_good, save_state
 from rlhf.experience import Loop
 from rlhf.guard import Collapse
-from rlhf.resume import refuse_changes
 from rlhf.roles import save_critic
 from rlhf.update import restore, snapshot
 
@@ -36,9 +35,12 @@ class Moment:
 
 def moment(loop: Loop) -> Moment:
     """A copy of all that a step may change: weights, optimizer, and what a checkpoint keeps as JSON."""
+    return Moment(keep(loop), copy.deepcopy(_state(loop)))
+
+
+def _state(loop: Loop) -> dict:
     state = {name: getattr(loop, name) for name in KEPT}
-    state |= {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict(), "processes": loop.processes}
-    return Moment(keep(loop), copy.deepcopy(state))
+    return state | {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
 
 
 def back_to(loop: Loop, kept: Moment) -> None:
@@ -60,7 +62,7 @@ def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
 
     def write(folder: Path) -> None:
         save_stage(loop, folder, run, metrics)
-        save_state(folder, loop.optimizer, moment(loop).state | {"step": step})
+        save_state(folder, loop.optimizer, _state(loop) | {"step": step})
         if loop.args.on_collapse == "rollback":
             save_good(folder, loop.good)
 
@@ -89,13 +91,9 @@ def save_interrupted(loop: Loop, start: Moment, run: dict, metrics: dict) -> str
     return str(folder)
 
 
-def resume(loop: Loop, folder: Path, run: dict) -> int:
-    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done.
-
-    Raises: ValueError where another command wrote it, naming what differs and what would not be exact.
-    """
+def resume(loop: Loop, folder: Path) -> int:
+    """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
     state = load_state(folder, loop.optimizer)
-    refuse_changes(folder, loop.args, run, state["processes"], loop.processes)
     _put_back(loop, state)
     loop.good = load_good(folder, loop.accelerator.device)
     return state["step"]

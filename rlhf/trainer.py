@@ -1,7 +1,6 @@
 """What the two Trainer stages (SFT, reward) share round their training: log, checkpoints to be trusted, processes."""
 
 import gc
-import json
 import os
 import shutil
 import time
@@ -16,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts import save_adapter, write_run
 from rlhf.batches import LengthGroupedSampler
-from rlhf.checkpoint import MANIFEST, defect, readable_when_full, rotate, to_resume, write_manifest
+from rlhf.checkpoint import defect, readable_when_full, rotate, to_resume, write_manifest
 from rlhf.report import Eta, MetricsLog
 from rlhf.resume import refuse_changes
 from rlhf.signals import Interrupted, agreed, stop_if_agreed
@@ -59,9 +58,7 @@ def resume_point(args, about: dict) -> str | None:
         if args.resume_from_checkpoint:
             say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
-    manifest = json.loads((found / MANIFEST).read_text(encoding="utf-8"))
-    processes = world()[1]
-    refuse_changes(found, args, about, manifest.get("processes", processes), processes)
+    refuse_changes(found, args, about, world()[1])
     say(f"going on from {found}")
     return str(found)
 
