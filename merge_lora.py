@@ -9,17 +9,31 @@ Out: <output_dir>: safetensors, config, tokenizer, run.json. Nothing is written 
     python merge_lora.py --adapter_only True --lora_path runs/sft --output_dir merged/sft_qkv   # LoRA for q, k, v
 """
 
+import glob
 import os
+import shutil
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from rlhf.arguments import flag, parse
-from rlhf.artefacts import ADAPTER_FILE, base_fingerprint, check_adapter, read_adapter, resolve_model, write_run
+from rlhf.artefacts import (
+    ADAPTER_FILE,
+    LOCK_FILE,
+    base_fingerprint,
+    check_adapter,
+    lock,
+    read_adapter,
+    resolve_model,
+    write_run,
+)
+from rlhf.disk import readable_when_full
+from rlhf.encoding import read_tokenizer
 from rlhf.export import BOUNDS, check_parity, probe, refuse_nonfinite, split_adapter, to_llama
 from rlhf.export_tokenizer import save_tokenizer
 from rlhf.launch import run_script
@@ -66,6 +80,14 @@ def refuse_used(output_dir: str) -> Path:
     return target
 
 
+def sweep_killed(target: Path) -> None:
+    """Remove what a killed merge into `target` left beside it. Raises: FileExistsError where one is still at work."""
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if (scratch / LOCK_FILE).is_file():
+            lock(scratch)
+            shutil.rmtree(scratch)
+
+
 def check_format(base_dir: str, wanted: str | None) -> bool:
     """Whether the weights must be turned into Llama's. Raises: ValueError where the base has no such format."""
     kind = AutoConfig.from_pretrained(base_dir).model_type
@@ -95,17 +117,25 @@ def merge(base_dir: str, lora_path: str | None, dtype: str, device: str):
     return wrapped.merge_and_unload(safe_merge=True), expected
 
 
-def write_tokenizer(base_dir: str, directory: Path, llama: bool):
-    """Save the base's tokenizer, for stock transformers if `llama`, and return it."""
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
-    if llama:
-        save_tokenizer(tokenizer, directory)
-    else:
-        tokenizer.save_pretrained(directory)
-    return tokenizer
-
-
 # ---- the two jobs ----
+@contextmanager
+def staged(target: Path):
+    """A folder beside `target` to fill, which takes its place once all is done."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_killed(target)
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
+        readable_when_full(Path(scratch), target.name, mend="Make room, and give the same command again"),
+    ):
+        lock(Path(scratch))
+        folder = Path(scratch) / "result"
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            target.rmdir()
+        os.replace(folder, target)
+
+
 def convert_adapter(args: ScriptArguments, target: Path) -> None:
     """Write the adapter for q, k and v in place of W_pack: for a base that was converted by --format llama."""
     config, weights = read_adapter(args.lora_path)
@@ -113,9 +143,9 @@ def convert_adapter(args: ScriptArguments, target: Path) -> None:
     config, weights = split_adapter(config, weights)
     # The base it was trained on has no q_proj: the one it now fits is the Llama-format copy, if given.
     config.base_model_name_or_path = args.base_model_name
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(weights, target / ADAPTER_FILE, metadata={"format": "pt"})
-    config.save_pretrained(str(target))
+    with staged(target) as folder:
+        save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
     print(f"adapter for q_proj, k_proj and v_proj written to {target}", flush=True)
 
 
@@ -123,29 +153,28 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     """Merge, save beside the target, load what was saved, compare, and only then move it into place."""
     base_dir = resolve_model(args.base_model_name, "--base_model_name")
     llama, fingerprint, run = check_format(base_dir, args.format), base_fingerprint(base_dir), None
+    tokenizer = read_tokenizer(base_dir)
     if args.lora_path is not None:
         refuse_nonfinite(read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
         stages = ("sft", "reward", "ppo")
         run = check_adapter(args.lora_path, stage=stages, base=fingerprint, flag="--lora_path")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, expected = merge(base_dir, args.lora_path, args.dtype, device)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        staged = Path(scratch) / "model"
-        (to_llama(model) if llama else model).save_pretrained(staged)
+    with staged(target) as folder:
+        (to_llama(model) if llama else model).save_pretrained(folder)
         head = "score" if hasattr(model, "score") else "causal"
         del model
-        tokenizer = write_tokenizer(base_dir, staged, llama)
-        found = probe(load_base(str(staged), getattr(torch, args.dtype), head=head, device=device).eval())
+        if llama:
+            save_tokenizer(tokenizer, folder)
+        else:
+            tokenizer.save_pretrained(folder)
+        found = probe(load_base(str(folder), getattr(torch, args.dtype), head=head, device=device).eval())
         distance = check_parity(expected, found, args.dtype)
         write_run(
-            staged, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer,
+            folder, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer,
             template=run and run["prompt_template"], metrics={"distance": distance, "bound": BOUNDS[args.dtype]},
             parents={"adapter": args.lora_path} if args.lora_path else {},
         )  # fmt: skip
-        if target.exists():
-            target.rmdir()
-        os.replace(staged, target)
     print(f"{target}: {distance:.2g} from base + adapter (bound {BOUNDS[args.dtype]} in {args.dtype})", flush=True)
 
 

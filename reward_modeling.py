@@ -54,6 +54,7 @@ from rlhf.shared_prompt import SharedPromptCollator, score_pairs
 from rlhf.trainer import (
     StageLog,
     announce_batches,
+    bad_rows_file,
     end,
     final_evaluation,
     forked_rng,
@@ -143,8 +144,7 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 # ---- data ----
 def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict], dict]:
     """Encoded training and evaluation pairs, both answers ending with EOS, and what run.json says of the data."""
-    bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
-    texts, eval_texts, funnel = load_splits(args, "preference", args.seed, bad_rows_file)
+    texts, eval_texts, funnel = load_splits(args, "preference", args.seed, bad_rows_file(args))
     if args.split_half is not None:
         texts = one_half(texts, args.split_half, funnel)
     texts = subset(texts, args.train_subset, args.seed, funnel)
@@ -393,10 +393,10 @@ def main(args: ScriptArguments) -> None:
 
 
 def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list[dict]) -> None:
-    """Adapter, tokenizer, audit, and last of all run.json, which says that the stage is done."""
+    """Tokenizer, adapter, audit, and last of all run.json, which says that the stage is done."""
+    about["tokenizer"].save_pretrained(args.output_dir)
     save_adapter(model, args.output_dir)
     check_saved(model, args.output_dir)
-    about["tokenizer"].save_pretrained(args.output_dir)
     metrics = last_metrics(args)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     if args.audit and eval_rows:

@@ -359,10 +359,11 @@ def main(args: ScriptArguments) -> None:
     tokenizer = load_tokenizer(args.tokenizer_name or args.base_model_name)
     run = check_inputs(args, tokenizer)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.is_main_process and not args.inspect_data:
+    writes = accelerator.is_main_process and not args.inspect_data
+    if writes:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     accelerator.wait_for_everyone()
-    bad_rows_file = None if args.inspect_data else Path(args.output_dir) / "bad_rows.jsonl"
+    bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl" if writes else None
     prompts, eval_prompts, funnel = load_prompts(args, tokenizer, bad_rows_file)
     if args.inspect_data:
         inspect_rows(tokenizer, prompts, funnel)

@@ -10,7 +10,6 @@ Out: <output_dir>: the SFT adapter, tokenizer files, run.json, metrics.jsonl; ch
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -51,6 +50,7 @@ from rlhf.rollout import Sampling, generate
 from rlhf.trainer import (
     StageLog,
     announce_batches,
+    bad_rows_file,
     end,
     final_evaluation,
     forked_rng,
@@ -106,8 +106,7 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 # ---- data ----
 def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict], list[str], dict]:
     """Encoded training and evaluation rows, a few evaluation prompts, and what run.json says of the data."""
-    bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl"
-    texts, eval_texts, funnel = load_splits(args, "sft", args.seed, bad_rows_file)
+    texts, eval_texts, funnel = load_splits(args, "sft", args.seed, bad_rows_file(args))
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
     rows = sft_rows(tokenizer, texts, args.prompt_template, args.max_length, funnel)
@@ -319,8 +318,8 @@ def main(args: ScriptArguments) -> None:
         final_evaluation(trainer)
     show_samples(args, trainer, prompts, file)
     if file is not None:
-        save_adapter(model, args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
+        save_adapter(model, args.output_dir)
         write_run(args.output_dir, **about, metrics=before_and_after(args))
         file.close()
         shown = ", ".join(f"{name} {value:.4f}" for name, value in before_and_after(args).items())

@@ -15,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run, write_json
+from rlhf.artefacts import load_run
+from rlhf.disk import write_json
 from rlhf.launch import run_script
 from rlhf.report import read_metrics
 

@@ -20,8 +20,9 @@ import matplotlib.pyplot as plt
 
 from demo.evaluate import judge, sample_answers
 from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run, write_json
+from rlhf.artefacts import load_run
 from rlhf.charts import draw_against_kl, overoptimization
+from rlhf.disk import write_json
 from rlhf.encoding import load_tokenizer
 from rlhf.evaluation import CLEAR
 from rlhf.launch import run_script

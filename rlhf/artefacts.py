@@ -17,8 +17,9 @@ import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from transformers import AutoConfig
+
+from rlhf.disk import damaged, load_tensors, readable_when_full, write_json
 
 ADAPTER_FILE = "adapter_model.safetensors"
 SHAPE_FIELDS = (
@@ -36,18 +37,6 @@ SCRATCH = re.compile(
     r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl)\.\w+"
 )
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
-
-
-def write_json(path: Path | str, content: dict) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as out:
-        json.dump(content, out, ensure_ascii=False, indent=2, default=str)
-        out.write("\n")
-    os.chmod(out.name, 0o644)
-    os.replace(out.name, path)
 
 
 # ---- base model ----
@@ -86,11 +75,13 @@ def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
     where = {}
     for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")]):
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as shard:
-                where |= {name: (file, None) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            try:
+                with safe_open(file, "pt") as shard:
+                    where |= {name: (file, None) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+            except SafetensorError as error:
+                raise ValueError(damaged(file, error)) from error
         elif not list(model_dir.glob("*.safetensors")):
-            shard = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            where |= {name: (file, tensor) for name, tensor in shard.items()}
+            where |= {name: (file, tensor) for name, tensor in load_tensors(file, mmap=True).items()}
     names = sorted(name for name in where if not name.endswith("inv_freq"))
     if not names:
         raise FileNotFoundError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
@@ -124,7 +115,10 @@ def save_adapter(model: PeftModel, output_dir: str | Path, adapter_name: str = "
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
+        readable_when_full(Path(scratch), "the adapter"),
+    ):
         model.save_pretrained(scratch, selected_adapters=[adapter_name], save_embedding_layers=False)
         saved = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
         config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
@@ -186,10 +180,18 @@ def load_run(adapter_dir: str | Path) -> dict | None:
     file = Path(adapter_dir) / "run.json"
     if not file.is_file():
         return None
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict:
+    """A JSON file that holds an object. Raises: ValueError in one sentence where it does not."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
     except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON ({error}): the stage that wrote it did not finish") from error
+        raise ValueError(f"{file} is not readable JSON ({error}): it is damaged, or was never finished") from error
+    return found
 
 
 def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
@@ -197,14 +199,11 @@ def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.T
     folder = Path(adapter_dir)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
+    read_object(folder / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(folder))
-    if (folder / ADAPTER_FILE).is_file():
-        try:
-            return config, load_file(folder / ADAPTER_FILE)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / ADAPTER_FILE} is damaged ({error}): train or copy it again") from error
-    if (folder / "adapter_model.bin").is_file():
-        return config, torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
+    for name in (ADAPTER_FILE, "adapter_model.bin"):
+        if (folder / name).is_file():
+            return config, load_tensors(folder / name)
     raise FileNotFoundError(f"{folder} has an adapter_config.json but no {ADAPTER_FILE}")
 
 
@@ -267,18 +266,23 @@ _locks: dict[Path, object] = {}
 def lock(folder: Path) -> None:
     """Hold an output directory for this process until it ends, however it ends.
 
-    Raises: FileExistsError where another process holds it.
+    Raises: FileExistsError where another process holds it, with its number.
     """
     if folder.resolve() in _locks:
         return
-    handle = (folder / LOCK_FILE).open("w")
+    handle = (folder / LOCK_FILE).open("a+", encoding="utf-8")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        handle.seek(0)
+        number = handle.read().strip() or "unknown"
         handle.close()
         raise FileExistsError(
-            f"another run is writing into {folder}: wait for it, or give another --output_dir"
+            f"another run (process {number}) is writing into {folder}: wait for it, or give another --output_dir"
         ) from error
+    handle.truncate(0)
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
     _locks[folder.resolve()] = handle
 
 
@@ -310,9 +314,12 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-    except PermissionError as error:
-        raise PermissionError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
-    sweep(folder)
+        sweep(folder)
+    except OSError as error:
+        # The lock's own refusal is a sentence already; the others are what the system says.
+        if error.errno is None:
+            raise
+        raise OSError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
     used = [path for path in folder.iterdir() if _in_use(path)]
     if used and not (resume or overwrite):
         raise FileExistsError(

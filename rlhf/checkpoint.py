@@ -1,6 +1,5 @@
 """Checkpoints: complete and verified, or ignored; published at once, rotated, swept up after a crash."""
 
-import errno
 import hashlib
 import json
 import os
@@ -12,31 +11,31 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from rlhf.artefacts import write_json
+from rlhf.disk import load_tensors, readable_when_full, size_of, write_json
 
 MANIFEST = "MANIFEST.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 GOOD_FILE = "good.safetensors"
-# Free bytes under which a failed write is put down to the disk.
-FULL = 1 << 16
 
 
-def publish(output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None) -> Path:
+def publish(
+    output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None, least: int = 0
+) -> Path:
     """Let `write(folder)` fill a temporary folder, list its files with their hashes, and give it its name at once.
 
     A reader finds a complete folder of that name, or none, whenever the process dies.
 
     Args:
-        about: what the manifest says beside the files (step, processes, base).
-    Raises: OSError in one sentence where the disk is full; what stood under the name before is still there.
+        about: what the manifest says beside the files (step, processes, base). least: bytes it will take at least.
+    Raises: DiskFull in one sentence; what stood under the name before is still there.
     """
+    least = max(least, size_of_another(output_dir / name))
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
     try:
-        with readable_when_full(scratch):
+        with readable_when_full(scratch, name, least):
             write(scratch)
             write_manifest(scratch, about)
         scratch.chmod(0o755)
@@ -56,21 +55,24 @@ def publish(output_dir: Path, name: str, write: Callable[[Path], None], about: d
 
 
 @contextmanager
-def readable_when_full(folder: Path):
-    """Turn what libraries raise on a full disk (OSError, SafetensorError, RuntimeError) into one plain OSError."""
+def complete_or_gone(folder: Path, least: int = 0):
+    """Fill a checkpoint's folder in place: a failure within removes it; on a full disk `DiskFull` says what it needs.
+
+    Args:
+        least: bytes that it will take at least, as far as known.
+    """
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder.parent).free
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or free < FULL
-        if not full:
-            raise
-        written = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        raise OSError(
-            f"the disk of {folder.parent} is full: {written:,} bytes of {folder.name.strip('.')} were written and "
-            f"{free:,} are free; earlier checkpoints are untouched. Make room, or lower --save_total_limit, and go on "
-            "with --resume_from_checkpoint True"
-        ) from error
+        with readable_when_full(folder, folder.name, max(least, size_of_another(folder))):
+            yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def size_of_another(folder: Path) -> int:
+    """Bytes of the largest checkpoint beside `folder` under the same name but for the number; 0 without one."""
+    prefix = folder.name.rstrip("0123456789")
+    return max((size_of(other) for other in numbered(folder.parent, prefix) if other != folder), default=0)
 
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:
@@ -116,13 +118,20 @@ def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
+def read_manifest(folder: Path) -> dict:
+    """What MANIFEST.json says: files, step, processes, versions."""
+    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+
 def defect(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
+        listed = dict(read_manifest(folder)["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
     for name, entry in listed.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{MANIFEST} lists {name!r}, which is not in the folder"
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _entry(folder / name) != entry:
@@ -161,7 +170,7 @@ def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> N
 
 def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
     """Put back what `save_state` wrote of the optimizer (same parameters, same order); returns the rest."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(load_file(folder / OPTIMIZER_FILE))})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(load_tensors(folder / OPTIMIZER_FILE))})
     return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
 
 
@@ -175,7 +184,7 @@ def load_good(folder: Path, device: torch.device) -> tuple[list[torch.Tensor], d
     """What `save_good` wrote, or None for a run that never rolls back."""
     if not (folder / GOOD_FILE).is_file():
         return None
-    tensors = load_file(folder / GOOD_FILE, device=str(device))
+    tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / GOOD_FILE).items()}
     count = sum(name.startswith("parameter.") for name in tensors)
     parameters = [tensors.pop(f"parameter.{index}") for index in range(count)]
     return parameters, _nested(tensors)

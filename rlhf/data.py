@@ -259,7 +259,7 @@ def _hint(located: list[Located]) -> str:
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    # Every process of a run writes the same rows: to a name of its own first, so that none reads half of them.
+    # To a name of its own first, so that nobody reads half of them.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text("".join(_as_line(row) for row in rows), encoding="utf-8")

@@ -26,18 +26,24 @@ def render(template: str, prompt: str) -> str:
 
 
 # ---- tokenizer ----
+def read_tokenizer(name_or_path: str, **options):
+    """A tokenizer as its files have it. Raises: ValueError in one sentence where there is none, or a damaged one."""
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
+    # SentencePiece says RuntimeError of a file that it cannot parse.
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"no tokenizer could be loaded from {name_or_path} ({first}): give a directory with its files or a hub id"
+        ) from None
+
+
 def load_tokenizer(name_or_path: str):
     """A tokenizer whose pad token is not EOS and that never turns text into control tokens.
 
     Raises: ValueError where there is none, where it has no EOS, or where it has nothing but EOS to pad with.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, split_special_tokens=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"no tokenizer could be loaded from {name_or_path} ({first}): give a directory with its files or a hub id"
-        ) from None
+    tokenizer = read_tokenizer(name_or_path, split_special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {name_or_path} has no EOS token: name its eos_token in its config")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ import warnings
 import torch
 import transformers
 
+from rlhf.disk import NO_ROOM
 from rlhf.guard import Collapse
 from rlhf.signals import Interrupted, listen
 
@@ -61,8 +63,21 @@ def run_script(main, parse_args) -> None:
     except (ValueError, OSError, FloatingPointError, MemoryError, Collapse) as error:
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
         sys.exit(3 if isinstance(error, Collapse) else 1)
+
+
+def sentence(error: Exception, args) -> str:
+    """An error in one line; a full disk in words of ours, whichever file met it."""
+    if getattr(error, "errno", None) not in NO_ROOM:
+        return " ".join(str(error).split("\n"))
+    folder = getattr(args, "output_dir", ".")
+    free = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free
+    resume = " with --resume_from_checkpoint True" if hasattr(args, "resume_from_checkpoint") else ""
+    return (
+        f"the disk of {error.filename or folder} is full: {free:,} bytes are free in --output_dir {folder}. "
+        f"Make room, and give the same command again{resume}"
+    )
 
 
 def _say_how_to_go_on(stop: Interrupted) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 import warnings
 from pathlib import Path
@@ -85,12 +86,15 @@ def _open_wandb(output_dir: Path, config: dict):
     """wandb without a key or a host works offline and says how to sync later."""
     import wandb
 
-    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
+    # Its own patience with a dead host is 90 seconds.
+    patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"settings": wandb.Settings(init_timeout=20)}
+    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name, **patience}
     try:
         run = wandb.init(**settings)
     except wandb.Error as error:
         # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
-        warnings.warn(f"wandb is offline ({error}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
+        why = str(error).partition("\n")[0]
+        warnings.warn(f"wandb is offline ({why}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
         run = wandb.init(mode="offline", **settings)
 
     def log_samples(rows: list[dict]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.artefacts import adapter_hash, load_run
-from rlhf.checkpoint import MANIFEST
+from rlhf.checkpoint import read_manifest
 
 # How a run is carried out and looked at, not what comes out of it: these may differ.
 MACHINE_FLAGS = {
@@ -57,13 +57,14 @@ def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
         run: what this command would write into run.json; its fingerprints are compared.
     Raises: ValueError naming what differs.
     """
-    before = load_run(folder)
-    found = [] if before is None else differences(before["arguments"], args, PATH_FLAGS)
+    before, stage = load_run(folder), run.get("stage", "ppo")
+    if before is None or before["stage"] != stage:
+        raise ValueError(f"{folder} is no checkpoint of stage {stage}: its run.json is missing or of another stage")
+    found = differences(before["arguments"], args, PATH_FLAGS)
     if _only_longer(found, args):
         found = []
-    if before is not None:
-        found += _other_inputs(before, run)
-    then = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["processes"]
+    found += _other_inputs(before, run)
+    then = read_manifest(folder).get("processes")
     if then != processes:
         found.append(f"the number of processes (was {then}, is {processes})")
     if found and not args.allow_changes:

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts import read_adapter, save_adapter
+from rlhf.disk import load_tensors
 from rlhf.scoring import accepts, position_ids, score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -274,7 +275,7 @@ def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
     """The fp32 value head [hidden] -> [1]: of a PPO directory, or zeros."""
     head = nn.Linear(hidden_size, 1)
     if policy_dir is not None:
-        head.load_state_dict(load_file(Path(policy_dir) / VALUE_HEAD_FILE))
+        head.load_state_dict(load_tensors(Path(policy_dir) / VALUE_HEAD_FILE))
         return head
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

@@ -19,9 +19,10 @@ KEPT = ("reward_stats", "baseline", "best", "rollbacks", "left_out")
 
 def save_stage(loop: Loop, folder: Path, run: dict, metrics: dict) -> None:
     """The policy's adapter, its critic, tokenizer and run.json: all that later stages and other tools need."""
+    # The largest first: on a full disk no adapter is left that looks like a finished run's.
+    loop.tokenizer.save_pretrained(folder)
     save_adapter(loop.roles.peft_model, folder, "policy")
     save_critic(loop.roles, folder)
-    loop.tokenizer.save_pretrained(folder)
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
 
 
@@ -68,7 +69,11 @@ def save_checkpoint(loop: Loop, name: str, run: dict, metrics: dict) -> None:
 
     if loop.accelerator.is_main_process:
         about = {"step": step, "processes": loop.processes, "base": run["base"]["weights"]}
-        publish(Path(loop.args.output_dir), name, write, about)
+        # Weights and Adam's two moments of them, and as much again for what a rollback goes back to.
+        least = (6 if loop.args.on_collapse == "rollback" else 3) * sum(
+            p.nbytes for p in loop.roles.trainable().values()
+        )
+        publish(Path(loop.args.output_dir), name, write, about, least)
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
     loop.accelerator.wait_for_everyone()
 

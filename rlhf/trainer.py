@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import shutil
 import time
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts import save_adapter, write_run
 from rlhf.batches import LengthGroupedSampler
-from rlhf.checkpoint import defect, readable_when_full, rotate, to_resume, write_manifest
+from rlhf.checkpoint import complete_or_gone, defect, read_manifest, rotate, to_resume, write_manifest
 from rlhf.report import Eta, MetricsLog
 from rlhf.resume import refuse_changes
 from rlhf.signals import Interrupted, agreed, stop_if_agreed
@@ -45,6 +46,12 @@ def announce_batches(args, rows: int, unit: str) -> None:
     )
 
 
+def bad_rows_file(args) -> Path | None:
+    """Where --bad_rows skip writes malformed rows; None where this process has no claim on the output directory."""
+    idle = args.inspect_data or getattr(args, "audit_only", False) or world()[0] != 0
+    return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
+
+
 # ---- starting again ----
 def resume_point(args, about: dict) -> str | None:
     """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
@@ -72,7 +79,7 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
         for name in ("metrics.jsonl", "samples.jsonl"):
             (Path(args.output_dir) / name).unlink(missing_ok=True)
     else:
-        done = int(Path(resume_from).name.removeprefix(CHECKPOINT_PREFIX))
+        done = read_manifest(Path(resume_from))["step"]
     return MetricsLog(args.output_dir, args.log_with, asdict(args), done)
 
 
@@ -93,12 +100,10 @@ def writing_checkpoint(trainer):
     if trainer.args.should_save and folder.is_dir() and defect(folder) is not None:
         # A killed run's leftovers would be listed as parts of this checkpoint.
         shutil.rmtree(folder)
-    try:
-        with readable_when_full(folder):
-            yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    # The adapter and Adam's two moments of it.
+    least = 3 * sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    with complete_or_gone(folder, least):
+        yield
 
 
 def forked_rng():
@@ -202,7 +207,7 @@ class StageLog(TrainerCallback):
         if self.log is not None:
             about = {"step": state.global_step, "processes": world()[1]}
             folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
-            with readable_when_full(folder):
+            with complete_or_gone(folder):
                 write_manifest(folder, about)
             rotate(args.output_dir, CHECKPOINT_PREFIX, self.flags.save_total_limit)
         self._restart_clock(state)
@@ -228,10 +233,22 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             return
         if evaluation_pending(trainer, state):
             trainer.add_callback(CatchUp(trainer))
-    with saved_when_stopped(trainer):
+    with saved_when_stopped(trainer), plain_tensors_only(resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
         if log.signum:
             raise Interrupted(log.signum)
+
+
+@contextmanager
+def plain_tensors_only(resume_from: str | None):
+    """One sentence where the Trainer, which reads its optimizer and random states safely, finds code in them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{resume_from} holds more than tensors in its optimizer or random states, and no code of it was run: go "
+            "on from a checkpoint of your own"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from peft import PeftModel
 
 import compare
 from rlhf.answers import Cell, Choice, Versions, Writing, row_seeds
-from rlhf.artefacts import load_run, write_json
+from rlhf.artefacts import load_run
+from rlhf.disk import write_json
 from rlhf.encoding import DEFAULT_TEMPLATE, encode, load_tokenizer, render
 from rlhf.roles import load_base
 from rlhf.tables import write_csv, write_html, write_markdown
