@@ -34,7 +34,7 @@ SHAPE_FIELDS = (
 RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
 # Temporary names of our writers; a process that is killed cannot remove its own.
 SCRATCH = re.compile(
-    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl)\.\w+"
+    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)\.\w+"
 )
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
 

@@ -1,5 +1,7 @@
 """The chart of a PPO run: what rises, what falls, and the proxy score and the held-out judge against sqrt(KL)."""
 
+import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ MIN_POINTS = 4
 
 
 def draw_run(output_dir: str | Path) -> Path | None:
-    """chart.png of a PPO directory from its metrics.jsonl; None where there is no step yet.
+    """chart.png of a PPO directory from its metrics.jsonl; None where there is no step yet, or no room.
 
     Four panels over the steps; with held-out evaluations a second column shows the score of the reward model PPO
     trains against (the proxy), and the judge's if there is one, against sqrt(KL).
@@ -34,8 +36,17 @@ def draw_run(output_dir: str | Path) -> Path | None:
     for place, (name, points) in enumerate(curves.items()):
         draw_against_kl(figure.add_subplot(grid[place * height : (place + 1) * height, 1]), {name: points})
     file = Path(output_dir) / "chart.png"
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        figure.savefig(part, dpi=100, format="png")
+        os.replace(part, file)
+    except OSError as error:
+        # What ended the run, a full disk above all, is the news, and not its chart.
+        warnings.warn(f"no chart could be written to {file} ({error})", stacklevel=2)
+        return None
+    finally:
+        part.unlink(missing_ok=True)
+        plt.close(figure)
     return file
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from rlhf.artefacts import save_adapter, write_run
+from rlhf.artefacts import read_adapter, save_adapter, write_run
 from rlhf.batches import LengthGroupedSampler
 from rlhf.checkpoint import complete_or_gone, defect, read_manifest, rotate, to_resume, write_manifest
 from rlhf.report import Eta, MetricsLog
@@ -66,6 +66,8 @@ def resume_point(args, about: dict) -> str | None:
             say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
     refuse_changes(found, args, about, world()[1])
+    # The Trainer's own words on a damaged file name none.
+    read_adapter(found)
     say(f"going on from {found}")
     return str(found)
 

@@ -12,6 +12,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 source scripts/setup_venv.sh requirements.txt
+source scripts/forward.sh
 
 # The models are far too small for a GPU or for more than two threads, and nothing is fetched from a hub.
 export CUDA_VISIBLE_DEVICES="" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
@@ -28,7 +29,7 @@ stage() {
   local name="$1" begin=$SECONDS
   shift
   printf '\n== %s\n$ %s\n' "$name" "$*"
-  "$@" || return $?
+  forward "$@" || return $?
   echo "$name $((SECONDS - begin))" >> "$OUT/seconds.txt"
 }
 

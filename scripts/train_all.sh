@@ -6,6 +6,8 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 RUNS="${RUNS:-$here/../runs}"
+# shellcheck source=scripts/forward.sh
+source "$here/forward.sh"
 
 # An empty value would stand for a data set: unset leaves the stage its own.
 stage() {
@@ -13,7 +15,8 @@ stage() {
   shift 3
   echo "== $script"
   if [ -n "$data" ]; then export DATA="$data"; else unset DATA; fi
-  OUTPUT="$output" bash "$here/$script" "$@"
+  export OUTPUT="$output"
+  forward bash "$here/$script" "$@"
 }
 
 export SFT_LORA="$RUNS/sft" REWARD_LORA="$RUNS/reward" MERGED="$RUNS/merged"

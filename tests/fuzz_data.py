@@ -1,6 +1,7 @@
 """Damage small data files of every format at random and load them: rows in order, or one sentence on what is wrong.
 
     python tests/fuzz_data.py --files 1000 --seed 0      a line for each failure, and a summary
+    python tests/fuzz_data.py --scripts                  by the three scripts' command lines, with --inspect_data True
     python tests/fuzz_data.py --seed 0 --only 17         one file again, with its traceback
 
 A file depends on the seed and its number alone.
@@ -27,6 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pyarrow
 import pyarrow.parquet
+from adapters import random_adapter
+from commands import run_here
+from soak import make_base
 
 from rlhf.data import DataArguments, Funnel, load_splits
 
@@ -317,22 +321,60 @@ def write_case(folder: Path, draw: random.Random) -> tuple[DataArguments, str, i
     return DataArguments(dataset_name=str(source), **flags), kind, None if None in counts else sum(counts)
 
 
-def check(seed: int, number: int) -> str:
-    """Write, load and judge one case. Returns: "rows", or the kind of refusal. Raises: whatever is wrong."""
+def check(seed: int, number: int, bases: dict[str, list[str]] | None = None) -> str:
+    """Write, load and judge one case. Returns: "rows", or the kind of refusal. Raises: whatever is wrong.
+
+    Args:
+        bases: flags of each script that name a base and what else has to be there: the case then goes through the
+            command line of the script that reads its kind. None: through the loader alone.
+    """
     draw = random.Random(f"{seed} {number}")
     with tempfile.TemporaryDirectory() as name:
         args, kind, count = write_case(Path(name), draw)
-        bad_rows = Path(name) / "run" / "bad_rows.jsonl"
-        try:
-            train, evaluation, funnel = load_splits(args, kind, seed=0, bad_rows_file=bad_rows)
-        except (ValueError, OSError) as error:
-            return _kind_of_refusal(str(error), name)
-        _check_rows(train, evaluation, kind, name)
-        _check_funnel(funnel, len(train) + len(evaluation), args.bad_rows, bad_rows)
-        # The rest of an array after brackets beyond reason is given up, and its one row says so.
-        if count is not None and "nothing after it can be read" not in " ".join(funnel.bad_rows):
-            assert funnel.read == count, f"{funnel.read} rows read, {count} written"
+        return _by_script(args, kind, name, bases) if bases else _by_loader(args, kind, name, count)
+
+
+def _by_loader(args: DataArguments, kind: str, folder: str, count: int | None) -> str:
+    bad_rows = Path(folder) / "run" / "bad_rows.jsonl"
+    try:
+        train, evaluation, funnel = load_splits(args, kind, seed=0, bad_rows_file=bad_rows)
+    except (ValueError, OSError) as error:
+        return _kind_of_refusal(str(error), folder)
+    _check_rows(train, evaluation, kind, folder)
+    _check_funnel(funnel, len(train) + len(evaluation), args.bad_rows, bad_rows)
+    # The rest of an array after brackets beyond reason is given up, and its one row says so.
+    if count is not None and "nothing after it can be read" not in " ".join(funnel.bad_rows):
+        assert funnel.read == count, f"{funnel.read} rows read, {count} written"
     return "rows"
+
+
+SCRIPTS = {"sft": "sft_training", "preference": "reward_modeling", "prompt": "rl_training"}
+
+
+def _by_script(args: DataArguments, kind: str, folder: str, bases: dict[str, list[str]]) -> str:
+    script, output = SCRIPTS[kind], Path(folder) / "run"
+    named = ("dataset_name", "eval_dataset_name", "eval_size", "bad_rows", "prompt_field")
+    flags = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    flags |= {"inspect_data": True, "output_dir": output, "bf16": False}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    code, printed, said = run_here(script, *bases[script], *words)
+    assert not output.exists(), "a look at the data made an output directory"
+    assert "\x1b" not in printed, "what is printed steers the terminal"
+    if code == 0:
+        assert re.search(r"^kept +[1-9]", printed, re.MULTILINE) and not said, f"{printed[-300:]!r} {said!r}"
+        return "rows"
+    assert code == 1 and said.startswith(f"{script}.py: error: ") and said.endswith("\n"), (
+        f"exit code {code}: {said!r}"
+    )
+    return _kind_of_refusal(said.removeprefix(f"{script}.py: error: ").removesuffix("\n"), folder)
+
+
+def make_bases(base: str, folder: Path) -> dict[str, list[str]]:
+    """Flags of each script that name `base`, and for PPO adapters of it, which are written into `folder`."""
+    ppo = ["--sft_model_lora_path", random_adapter(base, folder / "sft"), "--reward_model_lora_path"]
+    ppo.append(random_adapter(base, folder / "reward", "reward", seed=1))
+    flags = {script: ["--model_name", base] for script in SCRIPTS.values()}
+    return flags | {"rl_training": ["--base_model_name", base, *ppo]}
 
 
 def _check_rows(train: list[dict], evaluation: list[dict], kind: str, folder: str) -> None:
@@ -368,6 +410,7 @@ REFUSALS = {
     "Parquet": r"no readable Parquet file",
     "column names": r"csv:\d+: (not CSV|byte 0x)|column name .* stands twice",
     "too few to split": r"cannot give \d+ evaluation rows",
+    "all too long": r"fits into --max_prompt_length|leaves no (row|pair) to train on",
     "all overlap": r"every training prompt is in the evaluation rows",
 }
 
@@ -380,12 +423,12 @@ def _kind_of_refusal(message: str, folder: str) -> str:
 
 
 # ---- many files ----
-def run(seed: int, numbers: range) -> tuple[Counter, list[str]]:
-    """Check many cases. Returns: how often each outcome came, and a line for each failure."""
+def run(seed: int, numbers: range, bases: dict[str, list[str]] | None = None) -> tuple[Counter, list[str]]:
+    """Check many cases (see `check`). Returns: how often each outcome came, and a line for each failure."""
     outcomes, failures = Counter(), []
     for number in numbers:
         try:
-            outcomes[check(seed, number)] += 1
+            outcomes[check(seed, number, bases)] += 1
         # Whatever it is, it is what this looks for; a killed run must still stop.
         except Exception as error:
             failures.append(f"--seed {seed} --only {number}: {type(error).__name__}: {str(error)[:300]!r}")
@@ -396,17 +439,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=1000, help="how many")
     parser.add_argument("--seed", type=int, default=0, help="which ones")
+    parser.add_argument("--scripts", action="store_true", help="by the scripts' command lines, not the loader alone")
     parser.add_argument("--only", type=int, help="the number of one file, to see its traceback")
     args = parser.parse_args()
-    if args.only is not None:
-        try:
-            print(check(args.seed, args.only))
-        except Exception:
-            traceback.print_exc()
-            return 1
-        return 0
-    start = time.perf_counter()
-    outcomes, failures = run(args.seed, range(args.files))
+    with tempfile.TemporaryDirectory() as name:
+        bases = make_bases(make_base(Path(name) / "base"), Path(name)) if args.scripts else None
+        if args.only is not None:
+            try:
+                print(check(args.seed, args.only, bases))
+            except Exception:
+                traceback.print_exc()
+                return 1
+            return 0
+        start = time.perf_counter()
+        outcomes, failures = run(args.seed, range(args.files), bases)
     print(*failures, sep="\n", end="\n" if failures else "")
     counted = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
     print(

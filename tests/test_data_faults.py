@@ -682,7 +682,7 @@ def command(bases, tmp_path, monkeypatch, capsys):
 
     def run(script, *flags):
         module, code = importlib.import_module(script), 0
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *bases[script], *flags, "--inspect_data", "True"])
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *bases[script], "--inspect_data", "True", *flags])
         try:
             launch.run_script(module.main, module.parse_args)
         except SystemExit as end:
@@ -730,6 +730,21 @@ def test_a_script_shows_what_it_dropped_and_steers_no_terminal(script, command, 
     assert "\x1b" not in printed
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_rows_are_put_aside_only_where_a_run_has_its_claim(script, command, tmp_path):
+    kind, path, out = SCRIPTS[script], tmp_path / "a.jsonl", tmp_path / "run"
+    path.write_bytes(lines_of(kind, b'{"prompt": null}'))
+    flags = ("--dataset_name", str(path), "--bad_rows", "skip", "--output_dir", str(out))
+    assert command(script, *flags)[0] == 0
+    assert not out.exists()
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    code, _, error = command(script, *flags, "--inspect_data", "False")
+    assert code == 1
+    assert f"--output_dir {out} is not empty (notes.txt, ...)" in error
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "notes.txt"]
+
+
 @pytest.mark.slow
 def test_a_real_command_ends_without_a_traceback(bases, tmp_path):
     path = tmp_path / "a.jsonl"
@@ -748,6 +763,14 @@ def test_a_real_command_ends_without_a_traceback(bases, tmp_path):
 
 
 # ---- anything at all ----
+def test_a_hundred_damaged_files_by_the_scripts_command_lines_end_in_rows_or_in_one_sentence(bases):
+    outcomes, failures = fuzz_data.run(1, range(100), bases)
+    assert failures == []
+    assert outcomes["rows"] > 20
+    assert len(outcomes) >= 5
+    assert not [name for name in outcomes if name.startswith("other")]
+
+
 def test_three_hundred_damaged_files_end_in_rows_or_in_one_sentence():
     outcomes, failures = fuzz_data.run(0, range(300))
     assert failures == []

@@ -52,7 +52,7 @@ def first(zygote, stages, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize("share", [0.2, 0.97])
+@pytest.mark.parametrize("share", [0.2, 0.9])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_that_the_disk_has_no_room_for_costs_nothing_that_was_there(
     zygote, stages, whole, first, disk, tmp_path, name, share
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_costs_nothing_that_was_there
     assert abs(int(needed.replace(",", "")) - checkpoint) < 0.2 * checkpoint
     assert f"the disk of {disk / 'out'} is full" in zygote.complaint()
     kept = numbered(disk / "out", stages[name].prefix)
-    assert len(kept) == 1 and defect(kept[0]) is None
+    assert kept and not any(map(defect, kept))
     assert leftovers(disk) == []
     assert not (disk / "out" / "adapter_model.safetensors").exists()
     mount(disk, "remount,size=16m")

@@ -1,18 +1,16 @@
 """Files of others: adapters and bases that do not belong here, damage, and pickles that would run code."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import random_adapter
+from commands import run_here
 from conftest import INITIALIZER_RANGE, TINY, save_random_model
 from forked import PROMPTS
 
-from rlhf import launch
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -78,23 +76,6 @@ def good(tiny_base, tmp_path_factory):
     }
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """A script run in this process as its command line runs it: exit code, and what it said of errors."""
-    monkeypatch.setattr(launch, "listen", lambda: None)
-
-    def run(script, *words):
-        module, code = importlib.import_module(script), 0
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
-        try:
-            launch.run_script(module.main, module.parse_args)
-        except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
-
-    return run
-
-
 def use(good, role: str, adapter: str, output: Path) -> list[str]:
     """A command line that uses `adapter` in a role, all else being right."""
     ppo = {"sft_model_lora_path": good["sft"], "reward_model_lora_path": good["reward"]}
@@ -118,9 +99,9 @@ REWARD_ROLES = ("--reward_model_lora_path", "--judge_lora_path")
 ROLES = SFT_ROLES + REWARD_ROLES
 
 
-def one_sentence(found: tuple[int, str]) -> str:
+def one_sentence(found: tuple[int, str, str]) -> str:
     """The sentence of a refused command. Raises: AssertionError for another exit code, or more than a sentence."""
-    code, said = found
+    code, _, said = found
     lines = [line for line in said.splitlines() if ": error: " in line]
     assert code == 1 and len(lines) == 1 and "Traceback" not in said, (code, said)
     return lines[0]
@@ -129,43 +110,43 @@ def one_sentence(found: tuple[int, str]) -> str:
 # ---- adapters know their base ----
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("difference", ["base num_hidden_layers", "base hidden_size", "base weights", "tokenizer"])
-def test_an_adapter_of_another_base_is_refused_by_name(command, good, others, tmp_path, role, difference):
+def test_an_adapter_of_another_base_is_refused_by_name(good, others, tmp_path, role, difference):
     if (role, difference) == ("--lora_path", "tokenizer"):
         pytest.skip("merging writes the base's own tokenizer, whatever the adapter's was")
     adapter = others[difference]["reward" if role in REWARD_ROLES else "sft"]
-    said = one_sentence(command(*use(good, role, adapter, tmp_path / "out")))
+    said = one_sentence(run_here(*use(good, role, adapter, tmp_path / "out")))
     assert f"{role} {adapter} was trained with another {difference}" in said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("difference", ["base num_hidden_layers", "base hidden_size"])
-def test_without_its_run_json_the_shapes_of_an_adapter_still_tell(command, good, others, tmp_path, role, difference):
+def test_without_its_run_json_the_shapes_of_an_adapter_still_tell(good, others, tmp_path, role, difference):
     adapter = tmp_path / "adapter"
     shutil.copytree(others[difference]["reward" if role in REWARD_ROLES else "sft"], adapter)
     (adapter / "run.json").unlink()
     with pytest.warns(UserWarning, match=r"has no run\.json"):
-        said = one_sentence(command(*use(good, role, str(adapter), tmp_path / "out")))
+        said = one_sentence(run_here(*use(good, role, str(adapter), tmp_path / "out")))
     assert str(adapter) in said
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_an_adapter_of_another_stage_is_refused(command, good, tmp_path, role):
+def test_an_adapter_of_another_stage_is_refused(good, tmp_path, role):
     if role == "--lora_path":
         pytest.skip("an adapter of any stage can be merged")
     adapter = good["sft" if role in REWARD_ROLES else "reward"]
-    assert "is of stage" in one_sentence(command(*use(good, role, adapter, tmp_path / "out")))
+    assert "is of stage" in one_sentence(run_here(*use(good, role, adapter, tmp_path / "out")))
 
 
 @pytest.mark.parametrize("role", REWARD_ROLES)
-def test_a_reward_adapter_without_its_head_is_refused(command, good, tmp_path, role):
+def test_a_reward_adapter_without_its_head_is_refused(good, tmp_path, role):
     from safetensors.torch import load_file, save_file
 
     adapter = shutil.copytree(good["reward"], tmp_path / "reward")
     file = adapter / "adapter_model.safetensors"
     save_file({name: t for name, t in load_file(file).items() if "score" not in name}, file)
-    assert "score head" in one_sentence(command(*use(good, role, str(adapter), tmp_path / "out")))
+    assert "score head" in one_sentence(run_here(*use(good, role, str(adapter), tmp_path / "out")))
 
 
 # ---- damaged and hostile files ----
@@ -188,21 +169,21 @@ ADAPTER_DAMAGE = {
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("damage", ADAPTER_DAMAGE)
-def test_a_damaged_adapter_is_named_in_one_sentence(command, good, tmp_path, role, damage):
+def test_a_damaged_adapter_is_named_in_one_sentence(good, tmp_path, role, damage):
     adapter = shutil.copytree(good["reward" if role in REWARD_ROLES else "sft"], tmp_path / "adapter")
     ADAPTER_DAMAGE[damage](adapter)
-    said = one_sentence(command(*use(good, role, str(adapter), tmp_path / "out")))
+    said = one_sentence(run_here(*use(good, role, str(adapter), tmp_path / "out")))
     assert str(adapter) in said
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
-def test_a_pickle_as_an_adapter_is_refused_and_not_run(command, good, tmp_path, role, name):
+def test_a_pickle_as_an_adapter_is_refused_and_not_run(good, tmp_path, role, name):
     adapter = shutil.copytree(good["reward" if role in REWARD_ROLES else "sft"], tmp_path / "adapter")
     (adapter / "adapter_model.safetensors").unlink()
     torch.save(Bomb(), adapter / name)
-    said = one_sentence(command(*use(good, role, str(adapter), tmp_path / "out")))
+    said = one_sentence(run_here(*use(good, role, str(adapter), tmp_path / "out")))
     assert f"{adapter / name} " in said
     assert name.endswith("safetensors") or "no code of it was run" in said
 
@@ -225,9 +206,9 @@ BASE_DAMAGE = {
 
 @pytest.mark.parametrize("role", ["--sft_model_lora_path", "--previous_lora_weights", "--lora_path", "--adapters x:"])
 @pytest.mark.parametrize("damage", BASE_DAMAGE)
-def test_a_damaged_base_is_named_in_one_sentence(command, good, tmp_path, role, damage):
+def test_a_damaged_base_is_named_in_one_sentence(good, tmp_path, role, damage):
     base = shutil.copytree(good["base"], tmp_path / "base")
     BASE_DAMAGE[damage](base)
-    said = one_sentence(command(*use(good | {"base": str(base)}, role, good["sft"], tmp_path / "out")))
+    said = one_sentence(run_here(*use(good | {"base": str(base)}, role, good["sft"], tmp_path / "out")))
     assert str(base) in said
     assert not (tmp_path / "out").exists()

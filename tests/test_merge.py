@@ -1,5 +1,6 @@
 """merge_lora.py: what it writes equals base + adapter, stock transformers reads it, and bad input is refused."""
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -342,6 +343,20 @@ def test_nothing_is_left_when_the_result_is_not_equal(tiny_base, sft, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))
+def test_what_a_killed_merge_left_is_swept_and_one_at_work_is_left_alone(tiny_base, sft, tmp_path):
+    left, other = tmp_path / ".merged.abcd1234", tmp_path / ".merged.notes"
+    for folder in (left, other):
+        folder.mkdir()
+    (left / ".lock").touch()
+    with (left / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another run"):
+            merge(tiny_base, sft, tmp_path / "merged")
+    assert left.is_dir() and not (tmp_path / "merged").exists()
+    merge(tiny_base, sft, tmp_path / "merged")
+    assert not left.exists() and other.is_dir()
+
+
 def test_parity_refuses_the_wrong_model_and_nan(tiny_base, sft, dtype):
     ids = probe_ids()
     base, adapted = (

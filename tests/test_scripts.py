@@ -2,12 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
+
+from rlhf.checkpoint import newest_complete
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [
@@ -90,3 +93,62 @@ def test_the_pipeline_stops_at_the_stage_that_fails_and_goes_on_there_when_given
     assert "is finished" in said
     assert (folder / "all" / "sft" / "run.json").stat().st_mtime_ns == before
     assert (folder / "all" / "ppo" / "run.json").is_file()
+
+
+def stopped(environment, command: list[str], sign: str, signum: int, group: bool) -> tuple[int, str]:
+    """Exit code and output of a script that gets a signal at the first line that starts with `sign`.
+
+    Args:
+        group: whether the whole process group gets it, as from a Ctrl-C, or the script alone, as from `kill`.
+    """
+    process = subprocess.Popen(
+        ["bash", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        start_new_session=True, cwd=ROOT,
+        # A shell can trap no signal that it was started without, as everything behind a "&" is.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if line.startswith(sign):
+            (os.killpg if group else os.kill)(process.pid, signum)
+            break
+    said.append(process.communicate(timeout=60)[0])
+    return process.returncode, "".join(said)
+
+
+@pytest.mark.parametrize(
+    ("signum", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["kill of the script", "Ctrl-C"]
+)
+def test_an_interrupted_pipeline_ends_in_order_and_goes_on_where_it_stopped(world, tmp_path, signum, group):
+    folder, environment = world
+    sizes = " ".join([*SIZES[2:], "--lr_scheduler_type constant --logging_steps 1 --max_steps"])
+    environment = environment | {
+        "RUNS": str(tmp_path), "SFT_DATA": str(folder / "sft.jsonl"), "SFT_FLAGS": f"{sizes} 100000",
+        "RM_DATA": str(folder / "missing.jsonl"),
+    }  # fmt: skip
+    command = [str(ROOT / "scripts" / "train_all.sh")]
+    code, said = stopped(environment, command, "step 3/", signum, group)
+    assert code == 128 + signum, said
+    assert f"stopped by {signal.Signals(signum).name}; saved in" in said
+    assert "== train_rm.sh" not in said and "Traceback" not in said
+    saved = newest_complete(tmp_path / "sft", "checkpoint-")
+    assert saved is not None and not (tmp_path / "sft" / "adapter_model.safetensors").exists()
+    steps = int(saved.name.removeprefix("checkpoint-")) + 1
+    again = subprocess.run(
+        ["bash", *command], env=environment | {"SFT_FLAGS": f"{sizes} {steps}"}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert f"going on from {saved}" in again.stdout, again.stdout + again.stderr
+    assert (tmp_path / "sft" / "run.json").is_file()
+    # The next stage's turn has come.
+    assert again.returncode == 1 and "missing.jsonl" in again.stderr
+
+
+def test_an_interrupted_demo_starts_no_further_stage(tmp_path):
+    command = ["scripts/run_demo.sh", "--smoke", "True", "--output_dir", str(tmp_path)]
+    code, said = stopped(
+        os.environ | {"OMP_NUM_THREADS": "1"}, command, "$ python -m demo.build", signal.SIGTERM, False
+    )
+    assert code == 128 + signal.SIGTERM, said
+    assert "== sft" not in said

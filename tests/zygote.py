@@ -1,11 +1,11 @@
 """A process that has imported everything and forks a child for each run: a second a case in place of ten.
 
 Jobs come as JSON lines on stdin: {"script", "argv", "log"} and, for a planted blow, "signum" with "target"
-("module:name"), "when" ("before", "after", "later" by "delay" seconds, or "full" for a disk without room), "call"
-(which call of it) and "caller" (only when called from this function); a "delay" without a target counts from the
-child's start. "environment" sets variables; "ranks" starts that many processes of one gloo group, the blow falling on
-"rank" (0) alone. Each answer is the exit status as a shell gives it (128 + signal), of the first process that failed;
-a process that stops itself (SIGSTOP) is answered likewise, and left as it is.
+("module:name"), "when" ("before", "after", "twice" with a pause, "later" by "delay" seconds, or "full" for a disk
+without room), "call" (which call of it) and "caller" (only when called from this function); a "delay" without a target
+counts from the child's start. "environment" sets variables; "ranks" starts that many processes of one gloo group, the
+blow falling on "rank" (0) alone. Each answer is the exit status as a shell gives it (128 + signal), of the first
+process that failed; a process that stops itself (SIGSTOP) is answered likewise, and left as it is.
 """
 
 import errno
@@ -47,6 +47,11 @@ def plant(job: dict) -> None:
         due = here and seen.calls == job.get("call", 1)
         if due and job["when"] == "before":
             os.kill(os.getpid(), job["signum"])
+        if due and job["when"] == "twice":
+            os.kill(os.getpid(), job["signum"])
+            time.sleep(1.2)
+            os.kill(os.getpid(), job["signum"])
+            time.sleep(60)
         if due and job["when"] == "later":
             blow_later(job)
         if due and job["when"] == "full":
