@@ -70,9 +70,9 @@ def complete_or_gone(folder: Path, least: int = 0):
 
 
 def size_of_another(folder: Path) -> int:
-    """Bytes of the largest checkpoint beside `folder` under the same name but for the number; 0 without one."""
-    prefix = folder.name.rstrip("0123456789")
-    return max((size_of(other) for other in numbered(folder.parent, prefix) if other != folder), default=0)
+    """Bytes of the largest checkpoint beside `folder`; 0 without one."""
+    others = [manifest.parent for manifest in folder.parent.glob(f"*/{MANIFEST}") if manifest.parent != folder]
+    return max(map(size_of, others), default=0)
 
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:

@@ -342,7 +342,6 @@ def test_nothing_is_left_when_the_result_is_not_equal(tiny_base, sft, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_what_a_killed_merge_left_is_swept_and_one_at_work_is_left_alone(tiny_base, sft, tmp_path):
     left, other = tmp_path / ".merged.abcd1234", tmp_path / ".merged.notes"
     for folder in (left, other):
@@ -357,6 +356,7 @@ def test_what_a_killed_merge_left_is_swept_and_one_at_work_is_left_alone(tiny_ba
     assert not left.exists() and other.is_dir()
 
 
+@pytest.mark.parametrize("dtype", list(BOUNDS))
 def test_parity_refuses_the_wrong_model_and_nan(tiny_base, sft, dtype):
     ids = probe_ids()
     base, adapted = (
