@@ -1,0 +1,54 @@
+"""This project's PPO: rl_training.train_step on what rl_training.make_loop makes, without the checks before the start.
+
+One base, on it the SFT adapter twice (policy, reference) and the reward adapter; log-probabilities and values are kept
+from sampling. rollout: sampling. score: rewards, reference log-probabilities, advantages. update: the epochs. total:
+all of a step as rl_training.train has it, the copy to fall back on included, metrics.jsonl and its like left out.
+"""
+
+import time
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+import rl_training
+from benchmarks.peers.worker import Movement, read_workload, report
+from rlhf.data import load_tokenizer
+from rlhf.launch import quieten
+from rlhf.state import moment
+
+
+def arguments(workload: dict, folder) -> rl_training.ScriptArguments:
+    """The workload as a command line."""
+    flags = {
+        "base_model_name": folder / "base", "sft_model_lora_path": folder / "sft",
+        "reward_model_lora_path": folder / "reward", "output_dir": folder / "out",
+        "batch_size": workload["batch_size"], "mini_batch_size": workload["mini_batch_size"],
+        "gradient_accumulation_steps": workload["accumulation"], "ppo_epochs": workload["ppo_epochs"],
+        "learning_rate": workload["learning_rate"], "output_max_length": workload["max_new_tokens"],
+        "init_kl_coef": workload["kl_coef"],
+        "steps": workload["steps"] * workload["batch_size"], "suppress_empty": False, "reward_transform": "raw",
+    }  # fmt: skip
+    return rl_training.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+
+
+def main() -> None:
+    """Run the steps, report."""
+    workload, folder = read_workload()
+    quieten()
+    args = arguments(workload, folder)
+    rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
+    loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
+    movement, steps = Movement(loop.roles.adapter("policy").values()), []
+    for step in range(workload["steps"]):
+        start = time.perf_counter()
+        kept = moment(loop)
+        metrics, _ = rl_training.train_step(loop, step)
+        found = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
+        steps.append(found | {"total": time.perf_counter() - start, "tokens": metrics["len/mean"] * args.batch_size})
+        del kept
+    report(steps, {"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the contenders share. It must run in the environment of each: torch and the standard library, nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+
+
+def read_workload() -> tuple[dict, Path]:
+    """Settings and folder of the workload that the command line names; torch gets its threads and its seed."""
+    folder = Path(sys.argv[1])
+    workload = json.loads((folder / "workload.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(workload["threads"])
+    torch.manual_seed(workload["seed"])
+    return workload, folder
+
+
+def peak_gb() -> float:
+    """Most memory this process has had at once, as the system counts it, in GB.
+
+    Linux: ru_maxrss would begin with the size of the process that started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Movement:
+    """How far training has moved parameters: 0 would mean that a contender does not train."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.before = [p.detach().clone() for p in self.parameters]
+
+    def largest(self) -> float:
+        """The largest change of any element since the start."""
+        pairs = zip(self.parameters, self.before, strict=True)
+        return max((p.detach() - old).abs().max().item() for p, old in pairs)
+
+
+def report(steps: list[dict], versions: dict, moved: float) -> None:
+    """Print the one line that benchmarks/ppo_step.py reads.
+
+    Args:
+        steps: for each step seconds of rollout, score, update and total, and the response tokens it sampled.
+    """
+    print(json.dumps({"steps": steps, "versions": versions, "moved": moved, "peak_gb": peak_gb()}), flush=True)

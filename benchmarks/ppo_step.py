@@ -1,0 +1,188 @@
+"""PPO against classic TRL 0.7.11 and TRL 1.12.0: the same workload, each in a process and an environment of its own.
+
+    python benchmarks/ppo_step.py --peers all | tee benchmarks/ppo_step.log
+
+Workload: 33-million-parameter Llama with random weights (benchmarks/model.py), fp32, LoRA r=8 on the attention
+projections, a reward model, the SFT model as reference; steps of 16 prompts (16 to 96 tokens, 44 in the mean), 4 PPO
+epochs, micro-batches of 4, one optimizer step an epoch. "even": no answer ends before 64 tokens. "variable": EOS has a
+chance of 1/32 at every token, 128 tokens at most, so 31 in the mean. The first step of each run is left out.
+
+Memory is the peak of the whole process. "of the machine" compares the update's useful arithmetic with what this
+machine's matrix products reach at the layers' own shapes: the weight matrices over real tokens (of the prompt too; the
+output layer over response tokens), forward and gradients of the activations; attention scores, LoRA, norms and padding
+are not counted.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Started as a file and not with -m, Python would look for the project's modules beside this one.
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from benchmarks.model import config  # noqa: E402
+from benchmarks.ppo_workload import SETTINGS, WORKLOADS, write_workload  # noqa: E402
+from rlhf.arguments import flag, parse  # noqa: E402
+from rlhf.launch import quieten  # noqa: E402
+
+PEERS = {"trl07": "classic TRL 0.7.11", "trl112": "TRL 1.12.0"}
+PHASES = ("rollout", "score", "update", "total")
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of benchmarks/ppo_step.py."""
+
+    peers: str = flag("all", help="whom to compare with", choices=["all", "none", *PEERS])
+    workload: str = flag("both", help="answers of one length, of very different length, or both",
+                         choices=["both", *WORKLOADS])  # fmt: skip
+    steps: int = flag(6, help="PPO steps of one run; the first is left out")
+    repeats: int = flag(1, help="runs of each contender, in turn")
+    threads: int = flag(0, help="of torch; 0: as many as there are cores")
+
+    def __post_init__(self):
+        if self.steps < 2:
+            raise ValueError(f"--steps {self.steps} must be at least 2: the first is left out")
+
+
+# ---- running ----
+def run_contender(name: str, folder: Path) -> dict:
+    """One run of benchmarks/peers/<name>.py, and what it reports. Raises: RuntimeError with the end of its errors."""
+    python = sys.executable if name == "ours" else ROOT / "benchmarks/.peers" / name / "bin/python"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+    found = subprocess.run(
+        [python, "-m", f"benchmarks.peers.{name}", str(folder)], cwd=ROOT, env=environment, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    if found.returncode:
+        raise RuntimeError(f"{name} ended with exit code {found.returncode}:\n{found.stderr[-3000:]}")
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, dict[str, list[dict]], float]:
+    """The workload, all runs of each contender, and the machine's matrix rate beside our runs (GFLOP/s)."""
+    runs, rates = {contender: [] for contender in contenders}, []
+    with tempfile.TemporaryDirectory() as folder:
+        workload = write_workload(Path(folder), name, args.steps, torch.get_num_threads())
+        for _ in range(args.repeats):
+            for contender in contenders:
+                rates += [matrix_rate()] if contender == "ours" else []
+                runs[contender].append(run_contender(contender, Path(folder)))
+                rates += [matrix_rate()] if contender == "ours" else []
+    return workload, runs, statistics.median(rates)
+
+
+# ---- arithmetic ----
+def layer_shapes(rows: int, response_rows: int) -> list[tuple[int, int, int, int]]:
+    """(count, rows, inner, columns) of the products with weight matrices in one forward pass of a micro-batch."""
+    llama = config()
+    hidden, middle = llama.hidden_size, llama.intermediate_size
+    layers = llama.num_hidden_layers
+    return [
+        (4 * layers, rows, hidden, hidden),
+        (2 * layers, rows, hidden, middle),
+        (layers, rows, middle, hidden),
+        (1, response_rows, hidden, llama.vocab_size),
+    ]
+
+
+def flops(shapes: list[tuple[int, int, int, int]]) -> int:
+    """Of those products."""
+    return sum(2 * count * rows * inner * columns for count, rows, inner, columns in shapes)
+
+
+def matrix_rate(seconds: float = 0.5) -> float:
+    """GFLOP/s of this machine at the shapes of a micro-batch (4 rows of 44 + 64 tokens), weighted by their FLOPs.
+
+    As a layer computes them: x W^T forward, g W for the gradient of its input.
+    """
+    shapes = layer_shapes(4 * 108, 4 * 64)
+    needed = 0.0
+    for count, rows, inner, columns in shapes:
+        x, weight, gradient = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+        torch.nn.functional.linear(x, weight)
+        start, times = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            torch.nn.functional.linear(x, weight)
+            gradient @ weight
+            times += 1
+        needed += count * (time.perf_counter() - start) / times
+    return 2 * flops(shapes) / needed / 1e9
+
+
+def update_rate(workload: dict, steps: list[dict]) -> float:
+    """GFLOP/s of useful arithmetic in the update, median over steps."""
+    queries = sum(len(ids) for ids in workload["prompts"])
+    passes = 2 * SETTINGS["ppo_epochs"]
+    return statistics.median(
+        passes * flops(layer_shapes(queries + step["tokens"], step["tokens"])) / step["update"] / 1e9 for step in steps
+    )
+
+
+# ---- the table ----
+def machine() -> str:
+    """Cores, kind of processor, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}"
+    )
+
+
+def table(workload: dict, runs: dict[str, list[dict]], rate: float) -> str:
+    """Medians of all runs' steps but the first, and how many times ours is better."""
+    batch, lines = workload["batch_size"], []
+    lines.append(f"{'':<20}" + "".join(f"{phase:>9}" for phase in PHASES) + f"{'samples/s':>11}{'tokens':>8}{'GB':>7}"
+                 + f"{'ours: speed':>13}{'memory':>8}")  # fmt: skip
+    steps = {name: [step for run in found for step in run["steps"][1:]] for name, found in runs.items()}
+    peak = {name: statistics.median(run["peak_gb"] for run in found) for name, found in runs.items()}
+    total = {name: statistics.median(step["total"] for step in found) for name, found in steps.items()}
+    for name, found in steps.items():
+        seconds = [statistics.median(step[phase] for step in found) for phase in PHASES]
+        length = statistics.mean(step["tokens"] for step in found) / batch
+        lines.append(
+            f"{PEERS.get(name, name):<20}" + "".join(f"{value:>9.2f}" for value in seconds)
+            + f"{batch / total[name]:>11.2f}{length:>8.1f}{peak[name]:>7.2f}"
+            + f"{total[name] / total['ours']:>11.2f} x{peak['ours'] / peak[name]:>6.2f} x"
+        )  # fmt: skip
+    reached = update_rate(workload, steps["ours"])
+    lines.append(f"update: {reached:.0f} GFLOP/s, {reached / rate:.0%} of the machine's {rate:.0f} GFLOP/s")
+    for name, found in runs.items():
+        versions = ", ".join(f"{package} {version}" for package, version in found[0]["versions"].items())
+        lines.append(
+            f"{PEERS.get(name, name)}: {versions}; largest change of a trained weight {found[0]['moved']:.1e}"
+        )
+    return "\n".join(lines)
+
+
+def main(args: Arguments) -> None:
+    """Peers' environments where needed, then each workload's runs and its table."""
+    quieten()
+    torch.set_num_threads(args.threads or os.cpu_count())
+    peers = {"all": list(PEERS), "none": []}.get(args.peers, [args.peers])
+    if peers:
+        subprocess.run(["bash", str(ROOT / "benchmarks/setup_peers.sh")], check=True)
+    print(machine(), flush=True)
+    for name in WORKLOADS if args.workload == "both" else [args.workload]:
+        workload, runs, rate = measure(args, name, ["ours", *peers])
+        print(
+            f"\n{name}: seconds a step, medians of {args.repeats} x {args.steps - 1} steps of "
+            f"{workload['batch_size']} answers of at most {workload['max_new_tokens']} tokens"
+        )
+        print(table(workload, runs, rate), flush=True)
+
+
+if __name__ == "__main__":
+    main(parse(Arguments, None, __doc__))

@@ -1,0 +1,102 @@
+"""The workload of benchmarks/ppo_step.py on disk: models, adapters and prompts that all contenders read."""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+
+from benchmarks.model import BOS, EOS, PAD, VOCABULARY, causal_model, tokenizer
+from rlhf.artefacts import base_fingerprint, save_adapter, write_run
+from rlhf.encoding import DEFAULT_TEMPLATE
+
+PROMPTS = 16
+# Longest answer, and the chance of EOS at each token: 0 makes every answer that long, 1/32 makes 31 tokens the mean.
+WORKLOADS = {"even": (64, 0.0), "variable": (128, 1 / 32)}
+SETTINGS = {
+    "batch_size": PROMPTS, "mini_batch_size": 4, "accumulation": 4, "ppo_epochs": 4, "learning_rate": 1.41e-5,
+    "kl_coef": 0.05, "seed": 0, "pad": PAD, "eos": EOS, "lora_rank": 8, "lora_alpha": 32,
+    "lora_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}  # fmt: skip
+
+
+@dataclass
+class Adapter:
+    """Stands where run.json keeps the flags of the stage that trained an adapter."""
+
+    seed: int = 0
+
+
+def prompts() -> list[list[int]]:
+    """Random tokens, 16 to 96 a prompt, 44 in the mean; the same ones at every step."""
+    rng = random.Random(0)
+    lengths = [round(16 + 80 * (number / (PROMPTS - 1)) ** 2) for number in range(PROMPTS)]
+    rng.shuffle(lengths)
+    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+@torch.no_grad()
+def set_chance_of_eos(model: LlamaForCausalLM, chance: float) -> None:
+    """Give the random weights an EOS probability that hardly depends on the text.
+
+    Element 0 of the residual stream becomes a constant (all embeddings hold it, no layer writes to it), which only the
+    EOS row of the output layer reads: a bias in the weights, so that all contenders sample under it without a setting.
+    Pad and BOS, which some contenders would mistake for padding, get none of the probability.
+    """
+    model.model.embed_tokens.weight[:, 0] = 2.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0
+        layer.mlp.down_proj.weight[0] = 0
+    ids = torch.randint(3, VOCABULARY, (8, 96), generator=torch.Generator().manual_seed(0))
+    hidden = model.model(ids).last_hidden_state[:, 16:]
+    head = model.lm_head.weight
+    head[:, 0] = 0
+    others = (hidden @ head[EOS + 1 :].T).logsumexp(-1).mean()
+    wanted = others + math.log(chance / (1 - chance)) if chance else -50.0
+    constant = hidden[..., 0].mean()
+    head[EOS] = 0
+    head[EOS, 0] = wanted / constant
+    head[[PAD, BOS], 0] = -50.0 / constant
+
+
+def add_adapter(model, folder: Path, stage: str, base: dict):
+    """Store an adapter of `stage` with small random weights, as after a little training; returns the merged model."""
+    task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
+    lora = LoraConfig(
+        r=SETTINGS["lora_rank"], lora_alpha=SETTINGS["lora_alpha"], target_modules=SETTINGS["lora_modules"], **task
+    )
+    model = get_peft_model(model, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-3)
+    save_adapter(model, folder)
+    write_run(folder, stage=stage, args=Adapter(), base=base, tokenizer=tokenizer(), template=DEFAULT_TEMPLATE)
+    return model.merge_and_unload()
+
+
+def write_workload(folder: Path, name: str, steps: int, threads: int) -> dict:
+    """Write everything into `folder`; returns what workload.json holds.
+
+    base/, sft/ and reward/ are what this project's stages leave. sft_merged/ (policy and reference of the peers) and
+    reward_merged/ (their reward model, a sequence classification model) are the same functions in one piece.
+    """
+    torch.manual_seed(SETTINGS["seed"])
+    max_new_tokens, chance = WORKLOADS[name]
+    model = causal_model()
+    set_chance_of_eos(model, chance)
+    model.save_pretrained(folder / "base")
+    for place in ("base", "sft_merged", "reward_merged"):
+        tokenizer().save_pretrained(folder / place)
+    base = base_fingerprint(str(folder / "base"))
+    add_adapter(model, folder / "sft", "sft", base).save_pretrained(folder / "sft_merged")
+    scorer = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
+    add_adapter(scorer, folder / "reward", "reward", base).save_pretrained(folder / "reward_merged")
+    workload = SETTINGS | {
+        "steps": steps, "threads": threads, "max_new_tokens": max_new_tokens, "prompts": prompts()
+    }  # fmt: skip
+    (folder / "workload.json").write_text(json.dumps(workload), encoding="utf-8")
+    return workload
