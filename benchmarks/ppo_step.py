@@ -15,7 +15,6 @@ are not counted.
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from benchmarks.common import machine  # noqa: E402
 from benchmarks.model import config  # noqa: E402
 from benchmarks.ppo_workload import SETTINGS, WORKLOADS, write_workload  # noqa: E402
 from rlhf.arguments import flag, parse  # noqa: E402
@@ -130,17 +130,6 @@ def update_rate(workload: dict, steps: list[dict]) -> float:
 
 
 # ---- the table ----
-def machine() -> str:
-    """Cores, kind of processor, versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-        f"Python {platform.python_version()}"
-    )
-
-
 def table(workload: dict, runs: dict[str, list[dict]], rate: float) -> str:
     """Medians of all runs' steps but the first, and how many times ours is better."""
     batch, lines = workload["batch_size"], []

@@ -7,23 +7,23 @@ query 60, chosen 95, rejected 87 tokens). Runs take turns, the median of --repea
     python -m benchmarks.reward_step --repeats 3 | tee benchmarks/reward_step.log
 """
 
+import math
 import os
-import platform
 import random
 import statistics
-import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 import transformers
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback, TrainingArguments, trainer_pt_utils
+import trl
+from datasets import Dataset, disable_progress_bars
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
 from trl import RewardConfig
 from trl import RewardTrainer as TrlRewardTrainer
 
 import reward_modeling
+from benchmarks.common import TRAINING, Clock, group_by_length, lora, machine, random_ids, take_turns
 from benchmarks.model import EOS, PAD, VOCABULARY, score_model, tokenizer
 from rlhf.arguments import flag, parse
 from rlhf.batches import LengthGroupedSampler, PairCollator
@@ -50,7 +50,7 @@ def draw_rows(count: int, seed: int = 0) -> list[dict]:
     rng, rows = random.Random(seed), []
 
     def ids(logarithm: float) -> list[int]:
-        return [rng.randrange(3, VOCABULARY) for _ in range(max(1, round(2.718281828**logarithm)))]
+        return random_ids(rng, round(math.exp(logarithm)), VOCABULARY)
 
     while len(rows) < count:
         a, b = rng.gauss(0, 1), rng.gauss(0, 1)
@@ -65,47 +65,25 @@ def draw_rows(count: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-class Clock(TrainerCallback):
-    """When training began and each step ended."""
-
-    def __init__(self):
-        self.ticks = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.begin = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.ticks.append(time.perf_counter())
-
-
-def trainer_of(name: str, rows: list[dict], folder: str):
-    """A trainer of one contender on a fresh model, and its clock."""
-    lora = LoraConfig(
-        task_type="SEQ_CLS", r=8, lora_alpha=32, lora_dropout=0.0,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    )  # fmt: skip
-    settings = {
-        "output_dir": folder, "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-4,
-        "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1000, "use_cpu": True,
-        "seed": 0, "log_level": "error", "bf16": False,
-    }  # fmt: skip
-    clock, model = Clock(), score_model()
+def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> Trainer:
+    """A trainer of one contender on a fresh model."""
+    settings = {"output_dir": folder, "per_device_train_batch_size": BATCH, **TRAINING}
+    model = score_model()
     if name.startswith("TRL"):
         joined = [{side: row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in rows]
         trainer = TrlRewardTrainer(
             model, RewardConfig(max_length=MAX_LENGTH, gradient_checkpointing=False, **settings),
-            train_dataset=Dataset.from_list(joined), processing_class=tokenizer(), peft_config=lora, callbacks=[clock],
+            train_dataset=Dataset.from_list(joined), processing_class=tokenizer(), peft_config=lora("SEQ_CLS"),
+            callbacks=[clock],
         )  # fmt: skip
         if "grouping" in name:
-            # Its own flag finds no lengths: the trainer has dropped the column by then.
-            lengths = [reward_modeling.pair_length(row) for row in rows]
-            trainer._get_train_sampler = lambda *args: trainer_pt_utils.LengthGroupedSampler(BATCH, lengths=lengths)
-        return trainer, clock
+            group_by_length(trainer, BATCH, [reward_modeling.pair_length(row) for row in rows])
+        return trainer
     shared = "shared" in name
     reward_modeling.score_by_mask(model)
     lengths = [(reward_modeling.shared_length if shared else reward_modeling.pair_length)(row) for row in rows]
-    trainer = reward_modeling.RewardTrainer(
-        get_peft_model(model, lora),
+    return reward_modeling.RewardTrainer(
+        get_peft_model(model, lora("SEQ_CLS")),
         TrainingArguments(remove_unused_columns=False, **settings),
         sampler=LengthGroupedSampler(lengths, BATCH, 0),
         loss_options={},
@@ -114,34 +92,18 @@ def trainer_of(name: str, rows: list[dict], folder: str):
         data_collator=(SharedPromptCollator if shared else PairCollator)(PAD),
         callbacks=[clock],
     )
-    return trainer, clock
-
-
-def seconds_a_pair(name: str, rows: list[dict]) -> float:
-    """Mean over the pairs; every contender has the same ones, each once."""
-    with tempfile.TemporaryDirectory() as folder:
-        # The first step allocates: one of its own, on another trainer, so that the clock sees every pair once.
-        trainer_of(name, rows[:BATCH], folder)[0].train()
-        trainer, clock = trainer_of(name, rows, folder)
-        trainer.train()
-        return (clock.ticks[-1] - clock.begin) / len(rows)
 
 
 def main(args: Arguments) -> None:
     """Take turns, print the table."""
     quieten()
+    disable_progress_bars()
     torch.set_num_threads(args.threads or os.cpu_count())
     rows = draw_rows(args.pairs)
     tokens = sum(2 * len(row["query_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-    found = {name: [] for name in CONTENDERS}
-    for _ in range(args.repeats):
-        for name in CONTENDERS:
-            found[name].append(seconds_a_pair(name, rows))
-    print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, {args.pairs} pairs of "
-        f"{tokens / len(rows):.0f} real tokens (both rows), median of {args.repeats}"
-    )
+    found = take_turns(trainer_of, CONTENDERS, rows, BATCH, args.repeats)
+    print(f"{machine()}, transformers {transformers.__version__}, trl {trl.__version__}")
+    print(f"{args.pairs} pairs of {tokens / len(rows):.0f} real tokens (both rows), median of {args.repeats}")
     slowest = statistics.median(found["TRL"])
     print(f"{'':<24}{'pairs/s':>10}{'real tokens/s':>16}{'times TRL':>12}")
     for name, values in found.items():
