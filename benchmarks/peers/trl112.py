@@ -14,8 +14,9 @@ import time
 import torch
 import transformers
 import trl
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -81,6 +82,16 @@ def settings(workload: dict, folder) -> PPOConfig:
     )  # fmt: skip
 
 
+def same_prompts(trainer: PPOTrainer, rows: Dataset, workload: dict) -> DataLoader:
+    """The same prompts at every step, one batch more than there are steps.
+
+    At the last batch of a loader accelerate accumulates no gradients: there every micro-batch is an optimizer step.
+    """
+    repeated = concatenate_datasets([rows] * (workload["steps"] + 1))
+    loader = DataLoader(repeated, batch_size=workload["batch_size"], collate_fn=trainer.data_collator)
+    return trainer.accelerator.prepare(loader)
+
+
 def main() -> None:
     """Run the steps, report."""
     workload, folder = read_workload()
@@ -100,6 +111,7 @@ def main() -> None:
         settings(workload, folder), tokenizer, policy, None, reward, rows, value, eval_dataset=rows, peft_config=lora,
         callbacks=[clock],
     )  # fmt: skip
+    trainer.dataloader = same_prompts(trainer, rows, workload)
     movement = Movement(p for p in trainer.policy_model.parameters() if p.requires_grad)
     trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
