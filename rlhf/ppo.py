@@ -184,20 +184,43 @@ def masked_entropy(logits: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(token_entropy(logits), mask)
 
 
+# Rows of logits that are in float32 at a time, whatever their dtype.
+ROWS_AT_ONCE = 256
+
+
+class _SelectiveLogprobs(torch.autograd.Function):
+    """Log-probabilities of chosen ids; backward makes the softmax anew in place of keeping it.
+
+    d logprob / d logits = onehot(id) - softmax(logits)
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, ids)
+        parts = zip(logits.split(ROWS_AT_ONCE), ids.split(ROWS_AT_ONCE), strict=True)
+        return torch.cat([part.float().log_softmax(-1).gather(-1, own[:, None])[:, 0] for part, own in parts])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        logits, ids = ctx.saved_tensors
+        out = torch.empty_like(logits)
+        pieces = (tensor.split(ROWS_AT_ONCE) for tensor in (logits, ids[:, None], grad[:, None], out))
+        for part, own, weight, target in zip(*pieces, strict=True):
+            probs = part.float().softmax(-1)
+            target.copy_(probs.mul_(-weight).scatter_add_(-1, own, weight))
+        return out, None
+
+
 def selective_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each id, in float32, row by row: no second [B, T, V] copy is held.
+    """Log-probability of each id, in float32; no second tensor of the logits' size is held until backward.
 
         logprob = logits[id] - logsumexp(logits)
 
     Args:
-        logits: [B, T, V] any float dtype. ids: [B, T] long.
-    Returns: [B, T] float32, nats; differentiable.
+        logits: [..., V] any float dtype. ids: [...] long.
+    Returns: [...] float32, nats; differentiable once.
     """
-    rows = [
-        row.float().gather(-1, row_ids[:, None]).squeeze(-1) - row.float().logsumexp(-1)
-        for row, row_ids in zip(logits, ids, strict=True)
-    ]
-    return torch.stack(rows)
+    return _SelectiveLogprobs.apply(logits.flatten(0, -2), ids.flatten()).view_as(ids)
 
 
 def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:

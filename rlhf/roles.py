@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.disk import load_tensors
-from rlhf.scoring import accepts, position_ids, score
+from rlhf.lora import fuse_lora
+from rlhf.scoring import score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 # Where a PPO directory keeps the adapter of a critic that has its own (--value_lora).
@@ -116,36 +117,29 @@ def backbone_of(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def forward(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, *, columns: Tensor, cache=None):
-    """Logits and the hidden states they were made from, at some columns only: [B, L, V] is never built.
+def forward(model: PreTrainedModel, pick, input_ids: Tensor, **inputs) -> tuple[Tensor, Tensor]:
+    """Logits and the hidden states they were made from, at chosen places only: [B, L, V] is never built.
 
-    The hidden states are caught where they enter the output layer, so models that scale or cap logits stay right.
+    The places are chosen where hidden states enter the output layer, so models that scale or cap logits stay right,
+    and any architecture will do.
 
     Args:
-        model: a causal language model (adapters inside are whatever is active).
-        input_ids: [B, L], with a cache the new tokens only. attention_mask: [B, whole length].
-        columns: [K] long, columns of `input_ids` to keep. cache: a transformers Cache, grown in place.
-    Returns: logits [B, K, V] and hidden [B, K, H], both in the model's dtype.
+        model: a causal language model (adapters inside are whatever is active). pick: index into [B, L].
+        input_ids: [B, L]. inputs: more arguments of the model (mask, positions, cache).
+    Returns: logits [*, V] and hidden [*, H], `*` the shape of [B, L][pick], both in the model's dtype.
     """
-    caught = {}
-    output_layer = model.get_output_embeddings()
-    extra = {"logits_to_keep": columns} if accepts(type(model), "logits_to_keep") else {}
-    if accepts(type(model), "position_ids"):
-        extra["position_ids"] = position_ids(attention_mask)[:, -input_ids.shape[1] :]
-    hook = output_layer.register_forward_pre_hook(lambda module, inputs: caught.update(hidden=inputs[0]))
+    caught = []
+
+    def choose(module, args):
+        caught.append(args[0][pick])
+        return tuple(caught)
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
-        logits = model(
-            input_ids=input_ids,
-            attention_mask=attention_mask.long(),
-            past_key_values=cache,
-            use_cache=cache is not None,
-            **extra,
-        ).logits
+        logits = model(input_ids=input_ids, **inputs).logits
     finally:
         hook.remove()
-    if "logits_to_keep" in extra:
-        return logits, caught["hidden"]
-    return logits[:, columns], caught["hidden"][:, columns]
+    return logits, caught[0]
 
 
 class Roles:
@@ -162,6 +156,7 @@ class Roles:
         """`value_head` is None where advantages need no critic."""
         self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
         self.model = model.get_base_model()
+        fuse_lora(self.model)
         self.separate_reference = reference
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.roles import Roles, backbone_of, forward
-from rlhf.scoring import hidden_states
+from rlhf.scoring import accepts, compact, hidden_states, position_ids
 from rlhf.signals import received
 
 
@@ -27,17 +28,21 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
 
-    def process(self, logits: Tensor, first: int = 0) -> Tensor:
-        """Temperature and forbidden EOS, in place, on logits [B, T, V] of the response tokens first, first + 1, ...
+    @property
+    def without_eos(self) -> int:
+        """Response tokens, from the first one on, that cannot be EOS."""
+        return max(self.min_new_tokens, int(self.suppress_empty))
+
+    def process(self, logits: Tensor, t: Tensor) -> Tensor:
+        """Temperature and forbidden EOS, in place, on logits [N, V] of the response tokens at places t [N].
 
         Used at sampling and at every later scoring, so that ratio and KL compare like with like. In place is safe for
         autograd (no backward of an output layer reads its output) and spares a copy of the largest tensor there is.
         """
         if self.temperature != 1.0:
             logits.div_(self.temperature)
-        without_eos = max(self.min_new_tokens, int(self.suppress_empty)) - first
-        if without_eos > 0:
-            logits[:, :without_eos, self.eos_token_id] = -torch.inf
+        if self.without_eos:
+            logits[:, self.eos_token_id].masked_fill_(t < self.without_eos, -torch.inf)
         return logits
 
 
@@ -70,11 +75,15 @@ class Rollout:
         """[B, L] bool."""
         return torch.cat([self.query_mask, self.mask], 1)
 
-    @property
-    def columns(self) -> Tensor:
-        """[T] long: the columns of `input_ids` whose logits predict the response tokens."""
-        first = self.query_ids.shape[1] - 1
-        return torch.arange(first, first + self.response_ids.shape[1], device=self.mask.device)
+    def compact(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Each query and its response side by side, padded on the right only, and where the predictions stand.
+
+        Returns: ids [B, W]; row and column, [N] long each, whose logits predict the N real response tokens, in the
+            order of `response_ids[mask]`.
+        """
+        ids, _ = compact(self.input_ids, self.attention_mask)
+        row, t = self.mask.nonzero(as_tuple=True)
+        return ids, (row, self.query_mask.sum(1)[row] - 1 + t)
 
     def rows(self, index: Tensor) -> "Rollout":
         """The chosen rows, with the padding columns that none of them needs cut off."""
@@ -128,19 +137,18 @@ def generate(
         values=torch.zeros(rows, total, device=device),
         entropy=torch.zeros(rows, total, device=device),
     )
-    cache = DynamicCache(config=model.config)
+    cache = roomy_cache(model, query_ids.shape[1] + total)
     alive = torch.arange(rows, device=device)
     tokens, attention_mask = query_ids, out.query_mask
     for t in range(total):
-        last = torch.tensor([tokens.shape[1] - 1], device=device)
-        logits, hidden = forward(model, tokens, attention_mask, columns=last, cache=cache)
-        logits = sampling.process(logits.float(), first=t)
-        chosen = _choose(logits[:, -1], sampling, generator)
+        logits, hidden = _last(model, tokens, attention_mask, cache)
+        logits = sampling.process(logits.float(), torch.full_like(alive, t))
+        chosen = _choose(logits, sampling, generator)
         out.response_ids[alive, t] = chosen
         out.mask[alive, t] = True
-        out.logprobs[alive, t] = selective_logprobs(logits, chosen[:, None]).squeeze(1)
-        out.entropy[alive, t] = token_entropy(logits[:, -1])
-        out.values[alive, t] = values_of(hidden[:, -1])
+        out.logprobs[alive, t] = selective_logprobs(logits, chosen)
+        out.entropy[alive, t] = token_entropy(logits)
+        out.values[alive, t] = values_of(hidden)
         going = (chosen != sampling.eos_token_id).nonzero().squeeze(1)
         # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
         if len(going) == 0 or t == total - 1 or received():
@@ -151,6 +159,49 @@ def generate(
         tokens = chosen[:, None]
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], 1)
     return out.rows(torch.arange(rows, device=device))
+
+
+def _last(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
+    """Logits [B, V] and hidden [B, H] after the new tokens [B, L] of rows padded on the left."""
+    inputs = {"attention_mask": attention_mask.long(), "past_key_values": cache, "use_cache": True}
+    if accepts(type(model), "position_ids"):
+        inputs["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
+    return forward(model, (slice(None), -1), tokens, **inputs)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for all tokens from the start: a new one is written, and the old ones are not copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, new, dim] behind those there are; returns all of them, as views."""
+        start = self.get_seq_length()
+        if not start:
+            self.lazy_initialization(key_states, value_states)
+            self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+        end = start + key_states.shape[2]
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = states
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows (in rising order), in the same memory."""
+        end = self.get_seq_length()
+        for store in self.stores:
+            store[: len(indices), :, :end] = store[indices, :, :end]
+        self.stores = [store[: len(indices)] for store in self.stores]
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+
+
+def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
+    """A cache of `room` tokens a row for this model; layers that only keep a window grow as they always do."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -193,15 +244,24 @@ def _pad(tensor: Tensor, width: int, value: int, left: bool) -> Tensor:
 def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the responses under `model` and the same processors as at sampling, and the hidden states.
 
-    Returns: [B, T] float32, nats (anything on padding; gradients flow), and hidden [B, T, H], one before each token.
+    Returns: [B, T] float32, nats (0 on padding; gradients flow), and hidden [N, H], one before each real token.
     """
-    logits, hidden = forward(model, rollout.input_ids, rollout.attention_mask, columns=rollout.columns)
-    return selective_logprobs(sampling.process(logits), rollout.response_ids), hidden
+    ids, pick = rollout.compact()
+    logits, hidden = forward(model, pick, ids, use_cache=False)
+    t = rollout.mask.nonzero(as_tuple=True)[1]
+    found = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
+    return spread(found, rollout.mask), hidden
+
+
+def spread(found: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] like `mask` with the N values of `found` at its True entries, in order, and 0 elsewhere."""
+    return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
 
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
-    """[B, T, H]: the hidden state before each response token, without any logits; gradients flow."""
-    return hidden_states(backbone_of(model), rollout.input_ids, rollout.attention_mask)[:, rollout.columns]
+    """[N, H]: the hidden state before each real response token, without any logits; gradients flow."""
+    ids, pick = rollout.compact()
+    return hidden_states(backbone_of(model), ids)[pick]
 
 
 @torch.no_grad()
@@ -211,8 +271,7 @@ def score_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
     with roles.use("value") as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
-            found = roles.values(response_hidden(model, part))
-            values[rows, : part.mask.shape[1]] = torch.where(part.mask, found, 0)
+            values[rows, : part.mask.shape[1]] = spread(roles.values(response_hidden(model, part)), part.mask)
     return values
 
 
@@ -230,8 +289,8 @@ def score_logprobs(
             part = rollout.rows(rows)
             width = part.mask.shape[1]
             found, hidden = response_logprobs(model, part, sampling)
-            logprobs[rows, :width] = torch.where(part.mask, found, 0)
-            values[rows, :width] = torch.where(part.mask, roles.values(hidden), 0)
+            logprobs[rows, :width] = found
+            values[rows, :width] = spread(roles.values(hidden), part.mask)
     return logprobs, values
 
 

@@ -18,11 +18,23 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def hidden_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B, L, H]: last hidden states of a decoder without a head, positions counted over real tokens."""
-    extra = {"position_ids": position_ids(attention_mask)} if accepts(type(backbone), "position_ids") else {}
-    found = backbone(input_ids=input_ids, attention_mask=attention_mask.long(), use_cache=False, **extra)
-    return found.last_hidden_state
+def compact(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of each row moved together at the left, so that no mask is needed under causal attention.
+
+    No token looks at what stands after it, so padding on the right changes nothing; positions count real tokens, and
+    attention without a mask has the fastest kernels.
+
+    Returns: ids [B, W], W the longest row, and lengths [B] long.
+    """
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    order = (~real).byte().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order[:, : int(lengths.max())]), lengths
+
+
+def hidden_states(backbone: nn.Module, ids: Tensor) -> Tensor:
+    """[B, W, H]: last hidden states of a decoder without a head, of rows that are padded on the right only."""
+    return backbone(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -32,14 +44,13 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
     that misses an EOS which doubles as padding, and with it the difference between an empty and an unfinished answer.
 
     Args:
-        backbone: decoder without a head, returning `last_hidden_state`. head: [hidden] -> [1].
+        backbone: causal decoder without a head, returning `last_hidden_state`. head: [hidden] -> [1].
         input_ids, attention_mask: [B, L], padding on either side; at least one real token a row.
     Returns: [B] float32.
     """
-    hidden = hidden_states(backbone, input_ids, attention_mask)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    last = (columns * attention_mask.long()).argmax(-1)
-    return apply_head(head, hidden[torch.arange(len(last), device=last.device), last])
+    ids, lengths = compact(input_ids, attention_mask)
+    hidden = hidden_states(backbone, ids)
+    return apply_head(head, hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
 
 def apply_head(head: nn.Module, pooled: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rlhf.memory import named_when_too_large
 from rlhf.ppo import policy_loss, value_loss
 from rlhf.roles import Roles
-from rlhf.rollout import Rollout, Sampling, response_hidden, response_logprobs
+from rlhf.rollout import Rollout, Sampling, response_hidden, response_logprobs, spread
 from rlhf.signals import Interrupted, received
 
 # A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
@@ -121,7 +121,7 @@ class Learner:
 
     def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
         """The value loss of one mini-batch as a sum over its tokens, and its statistics."""
-        values = self.roles.values(hidden)
+        values = spread(self.roles.values(hidden), part.mask)
         loss, stats = value_loss(values, part.values, part.returns, part.mask, self.args.cliprange_value, n_tokens=1)
         return {**stats, "loss/value": loss}
 

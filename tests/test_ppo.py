@@ -180,6 +180,18 @@ def test_selective_logprobs_equal_a_log_softmax_gathered_in_float32(dtype):
     torch.testing.assert_close(ppo.selective_logprobs(logits, ids), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_of_selective_logprobs_are_those_of_a_gathered_log_softmax(dtype, monkeypatch):
+    monkeypatch.setattr(ppo, "ROWS_AT_ONCE", 4)
+    ids, weights = torch.randint(V, (2, 5)), torch.randn(2, 5)
+    logits = torch.randn(2, 5, V, dtype=dtype)
+    logits[0, 0, (ids[0, 0] + 1) % V] = -torch.inf
+    found, expected = (logits.clone().requires_grad_() for _ in range(2))
+    (ppo.selective_logprobs(found, ids) * weights).sum().backward()
+    (expected.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0] * weights).sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad, atol=1e-6, rtol=0)
+
+
 def test_selective_logprobs_of_allowed_tokens_ignore_suppressed_ones():
     logits = torch.zeros(1, 1, 4)
     logits[..., 3] = -torch.inf

@@ -3,11 +3,22 @@
 import pytest
 import torch
 from adapters import random_adapter
+from transformers import DynamicCache
 
 from rlhf.artefacts import read_adapter
 from rlhf.data import collate_prompts, encode, load_tokenizer
 from rlhf.roles import load_base, load_roles
-from rlhf.rollout import Rollout, Sampling, by_length, generate, join, response_logprobs, score_logprobs
+from rlhf.rollout import (
+    Rollout,
+    RoomyLayer,
+    Sampling,
+    by_length,
+    generate,
+    join,
+    response_logprobs,
+    roomy_cache,
+    score_logprobs,
+)
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = ", "The cat likes"]
@@ -122,12 +133,14 @@ def test_logprobs_values_and_scores_do_not_depend_on_padding_or_batch(roles, tok
     nothing = torch.zeros_like(extra, dtype=torch.bool)
     wide.query_ids, wide.query_mask = torch.cat([extra, wide.query_ids], 1), torch.cat([nothing, wide.query_mask], 1)
     together = response_logprobs(roles.model, wide, settings)
+    hidden_of_rows = together[1].split(wide.lengths().tolist())
     scores = roles.scores(wide.input_ids, wide.attention_mask)
     for row in range(len(PROMPTS)):
         alone = rollout.rows(torch.tensor([row]))
         width = alone.mask.shape[1]
-        for one, all_rows in zip(response_logprobs(roles.model, alone, settings), together, strict=True):
-            torch.testing.assert_close(one[0], all_rows[row, :width], **TOLERANCE)
+        logprobs, hidden = response_logprobs(roles.model, alone, settings)
+        torch.testing.assert_close(logprobs[0], together[0][row, :width], **TOLERANCE)
+        torch.testing.assert_close(hidden, hidden_of_rows[row], **TOLERANCE)
         assert roles.scores(alone.input_ids, alone.attention_mask).item() == pytest.approx(
             scores[row].item(), abs=1e-5
         )
@@ -150,6 +163,32 @@ def test_rows_cut_only_padding_that_none_of_them_needs(roles, tokenizer):
             assert part.response_ids[i][part.mask[i]].tolist() == rollout.response_ids[row][rollout.mask[row]].tolist()
         assert part.query_mask[:, 0].any()
         assert part.mask[:, -1].any()
+
+
+def test_a_compact_batch_holds_each_query_and_response_side_by_side_and_picks_what_predicts_them(roles, tokenizer):
+    rollout, settings = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
+    ids, (row, column) = rollout.compact()
+    assert ids[row, column + 1].tolist() == rollout.response_ids[rollout.mask].tolist()
+    for number, whole in enumerate(rollout.input_ids):
+        real = whole[rollout.attention_mask[number]].tolist()
+        assert ids[number].tolist() == real + [settings.pad_token_id] * (ids.shape[1] - len(real))
+    assert ids.shape[1] == rollout.attention_mask.sum(1).max()
+
+
+@torch.no_grad()
+def test_a_roomy_cache_holds_what_a_growing_one_does_also_after_rows_have_left(roles, tokenizer):
+    ids, mask = queries(tokenizer)
+    caches = [roomy_cache(roles.model, ids.shape[1] + 3), DynamicCache(config=roles.model.config)]
+    assert any(isinstance(layer, RoomyLayer) for layer in caches[0].layers)
+    for cache in caches:
+        roles.model(input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor([1, 3]))
+        longer = torch.cat([mask[[1, 3]], mask.new_ones(2, 1)], 1).long()
+        roles.model(input_ids=ids[[0, 2], -1:], attention_mask=longer, past_key_values=cache, use_cache=True)
+    for roomy, growing in zip(*(cache.layers for cache in caches), strict=True):
+        assert roomy.get_seq_length() == growing.get_seq_length() == ids.shape[1] + 1
+        torch.testing.assert_close(roomy.keys, growing.keys, **TOLERANCE)
+        torch.testing.assert_close(roomy.values, growing.values, **TOLERANCE)
 
 
 def test_joined_parts_hold_the_same_rows(roles, tokenizer):

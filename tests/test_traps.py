@@ -16,7 +16,7 @@ from rlhf.artefacts import ADAPTER_FILE, read_adapter
 from rlhf.check import MERGED_WARNS, check_run
 from rlhf.data import load_tokenizer
 from rlhf.roles import VALUE_HEAD_FILE, add_lora, backbone_of, forward, load_base, load_roles, lora_targets
-from rlhf.rollout import Rollout, Sampling, generate, response_logprobs, score_logprobs
+from rlhf.rollout import Rollout, Sampling, generate, response_hidden, response_logprobs, score_logprobs, spread
 from rlhf.scoring import score
 from rlhf.update import update
 
@@ -127,7 +127,7 @@ def test_scoring_by_other_roles_between_forward_and_backward_changes_no_gradient
         logprobs, hidden = response_logprobs(roles.model, rollout, SAMPLING)
         if checkpointing:
             torch.testing.assert_close(judgements(roles, rollout), expected, **TOLERANCE)
-        ((logprobs + roles.values(hidden)) * rollout.mask).mean().backward()
+        ((logprobs + spread(roles.values(hidden), rollout.mask)) * rollout.mask).mean().backward()
         return {name: p.grad for name, p in roles.trainable().items()}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -375,12 +375,13 @@ def test_logits_logprobs_and_values_equal_those_of_the_separately_loaded_policy_
     for role in ("policy", "reference", "policy"):
         logprobs, values = score_logprobs(roles, role, rollout, SAMPLING, 3)
         with roles.use(role) as model:
-            logits, _ = forward(model, rollout.input_ids, rollout.attention_mask, columns=rollout.columns)
+            ids, pick = rollout.compact()
+            logits = forward(model, pick, ids)[0].split(rollout.lengths().tolist())
         for row, ids in enumerate(real_rows(rollout)):
             n = int(rollout.mask[row].sum())
             out = plain[role](input_ids=ids, output_hidden_states=True)
             expected = out.logits[0, -n - 1 : -1]
-            torch.testing.assert_close(logits[row, :n], expected, **TOLERANCE)
+            torch.testing.assert_close(logits[row], expected, **TOLERANCE)
             expected = expected.log_softmax(-1).gather(-1, ids[0, -n:, None])[:, 0]
             torch.testing.assert_close(logprobs[row, :n], expected, **TOLERANCE)
             if role == "policy":
@@ -396,8 +397,7 @@ def test_values_of_a_critic_with_an_adapter_equal_those_of_the_separately_loaded
     roles = load(base, adapters, critic="adapter")
     rollout = drawn(roles)
     with roles.use("value") as model:
-        _, hidden = forward(model, rollout.input_ids, rollout.attention_mask, columns=rollout.columns)
-        values = roles.values(hidden)
+        values = spread(roles.values(response_hidden(model, rollout)), rollout.mask)
     plain = alone(base, f"{adapters['policy']}/value_adapter")
     head = load_file(f"{adapters['policy']}/{VALUE_HEAD_FILE}")
     for row, ids in enumerate(real_rows(rollout)):
