@@ -49,7 +49,7 @@ from rlhf.memory import named_when_too_large
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
-from rlhf.scoring import score
+from rlhf.scoring import forked_rng, score
 from rlhf.shared_prompt import SharedPromptCollator, score_pairs
 from rlhf.trainer import (
     StageLog,
@@ -57,7 +57,6 @@ from rlhf.trainer import (
     bad_rows_file,
     end,
     final_evaluation,
-    forked_rng,
     open_log,
     resume_point,
     save_checkpoint,

@@ -47,13 +47,13 @@ from rlhf.report import MetricsLog, read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import load_base, lora_targets, pick_dtype
 from rlhf.rollout import Sampling, generate
+from rlhf.scoring import forked_rng
 from rlhf.trainer import (
     StageLog,
     announce_batches,
     bad_rows_file,
     end,
     final_evaluation,
-    forked_rng,
     open_log,
     resume_point,
     save_checkpoint,

@@ -14,8 +14,7 @@ from torch import nn
 
 from rlhf.batches import pad
 from rlhf.degenerate import GATE_KINDS, KINDS, degenerate
-from rlhf.scoring import score
-from rlhf.trainer import forked_rng
+from rlhf.scoring import forked_rng, score
 
 ScoreRows = Callable[[list[list[int]]], Sequence[float]]
 

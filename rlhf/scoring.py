@@ -58,3 +58,9 @@ def apply_head(head: nn.Module, pooled: Tensor) -> Tensor:
     # Under autocast a score would be rounded to three digits: close answers would tie.
     with torch.autocast(pooled.device.type, enabled=False):
         return head(pooled.to(next(head.parameters()).dtype)).squeeze(-1).float()
+
+
+def forked_rng():
+    """Context in which random numbers may be drawn without changing what training draws afterwards."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices=devices)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -106,12 +105,6 @@ def writing_checkpoint(trainer):
     least = 3 * sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
     with complete_or_gone(folder, least):
         yield
-
-
-def forked_rng():
-    """Context in which random numbers may be drawn without changing what training draws afterwards."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    return torch.random.fork_rng(devices=devices)
 
 
 class StageLog(TrainerCallback):
