@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.disk import load_tensors
-from rlhf.lora import fuse_lora
+from rlhf.linear import fuse_linears
 from rlhf.scoring import score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -156,7 +156,7 @@ class Roles:
         """`value_head` is None where advantages need no critic."""
         self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
         self.model = model.get_base_model()
-        fuse_lora(self.model)
+        fuse_linears(self.model)
         self.separate_reference = reference
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")

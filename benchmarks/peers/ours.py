@@ -27,6 +27,8 @@ def arguments(workload: dict, folder) -> rl_training.ScriptArguments:
         "gradient_accumulation_steps": workload["accumulation"], "ppo_epochs": workload["ppo_epochs"],
         "learning_rate": workload["learning_rate"], "output_max_length": workload["max_new_tokens"],
         "init_kl_coef": workload["kl_coef"],
+        # Passes without gradient stay within the caches of a CPU.
+        "forward_batch_size": 8,
         "steps": workload["steps"] * workload["batch_size"], "suppress_empty": False, "reward_transform": "raw",
     }  # fmt: skip
     return rl_training.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])

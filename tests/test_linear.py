@@ -1,11 +1,12 @@
-"""The fused LoRA layer against peft's own forward and backward, and what it leaves to peft."""
+"""Our linear layers against PyTorch's and peft's own, forward and backward, and what they leave to them."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rlhf.lora import FusedForward, fuse_lora
+from rlhf import linear
+from rlhf.linear import AdaptedForward, FrozenForward, fuse_linears
 
 KINDS = {"plain": {}, "rank-stabilised": {"use_rslora": True}, "DoRA": {"use_dora": True}, "bias": {"lora_bias": True}}
 
@@ -23,8 +24,8 @@ def layers(dtype=torch.float32, bias=True, **settings):
             if "lora_" in name:
                 nn.init.normal_(parameter)
         models.append(model)
-    fuse_lora(models[1])
-    assert isinstance(models[1].base_model.model[0].forward, FusedForward)
+    fuse_linears(models[1])
+    assert isinstance(models[1].base_model.model[0].forward, AdaptedForward)
     return models
 
 
@@ -87,3 +88,36 @@ def test_an_adapter_for_inference_gets_no_gradient_and_hands_one_on():
     fused.base_model.set_adapter("other", inference_mode=True)
     _, grad, grads = run(fused, torch.randn(3, 6))
     assert grad.abs().sum() > 0 and not any("other" in name for name in grads)
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "default"])
+def onednn(request, monkeypatch):
+    if request.param and not linear.ONEDNN:
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(linear, "ONEDNN", request.param)
+    monkeypatch.setattr(linear, "ONEDNN_FROM", 0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_both_ways_to_a_product_give_the_same_numbers_as_pytorchs_layers(onednn, bias):
+    usual, fused = layers(bias=bias)
+    x = torch.randn(2, 3, 6)
+    torch.testing.assert_close(run(fused, x), run(usual, x))
+    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    added = torch.randn(5) if bias else None
+    expected = torch.nn.functional.linear(x, weight, added)
+    torch.testing.assert_close(linear.product(x, weight, added), expected)
+    torch.testing.assert_close(linear.product(expected, weight.T), expected @ weight)
+
+
+def test_a_frozen_layer_hands_gradients_on_and_one_in_training_keeps_its_own():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    model[0].requires_grad_(False)
+    plain = [layer.forward for layer in model]
+    x = torch.randn(3, 6, requires_grad=True)
+    expected = torch.autograd.grad(plain[1](plain[0](x)).square().sum(), [x, model[1].weight])
+    for layer in model:
+        layer.forward = FrozenForward(layer)
+    found = torch.autograd.grad(model(x).square().sum(), [x, model[1].weight])
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two)
