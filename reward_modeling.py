@@ -49,8 +49,8 @@ from rlhf.memory import named_when_too_large
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
-from rlhf.scoring import forked_rng, score
-from rlhf.shared_prompt import SharedPromptCollator, score_pairs
+from rlhf.scoring import forked_rng, score_in_parts
+from rlhf.shared_prompt import SharedPromptCollator, check_shareable, score_pairs
 from rlhf.trainer import (
     StageLog,
     announce_batches,
@@ -197,7 +197,7 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
 
 
 def score_by_mask(model) -> None:
-    """Let the model's `forward` be the score function of PPO, whatever its own would pool by.
+    """Let the model's `forward` be the score function of PPO, whatever its own would pool by, on right-padded rows.
 
     It has to be the `forward`: DistributedDataParallel only reduces the gradients of what goes through it.
     """
@@ -207,7 +207,9 @@ def score_by_mask(model) -> None:
             return SequenceClassifierOutput(
                 logits=score_pairs(backbone_of(model), model.score, {"input_ids": input_ids, **batch})
             )
-        return SequenceClassifierOutput(logits=score(backbone_of(model), model.score, input_ids, attention_mask))
+        return SequenceClassifierOutput(
+            logits=score_in_parts(backbone_of(model), model.score, input_ids, attention_mask)
+        )
 
     model.forward = forward
 
@@ -258,7 +260,7 @@ def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 # ---- training ----
 class RewardTrainer(Trainer):
-    """transformers' Trainer with the pairwise loss; chosen and rejected answers share one forward."""
+    """transformers' Trainer with the pairwise loss; chosen and rejected answers go through one forward."""
 
     # The loss is a mean over the batch, so the Trainer has to divide it by the accumulated batches.
     loss_is_scaled_for_ga = False
@@ -382,6 +384,8 @@ def main(args: ScriptArguments) -> None:
     sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
     log = StageLog(file, args, sampler)
     trainer = build_trainer(args, model, about, rows, eval_rows, log)
+    if args.share_prompt:
+        check_shareable(backbone_of(model.get_base_model()), max(rows, key=shared_length), tokenizer.pad_token_id)
     train(trainer, resume_from, log)
     if eval_rows:
         final_evaluation(trainer)

@@ -18,7 +18,7 @@ from rlhf.artefacts import load_run
 from rlhf.degenerate import GATE_KINDS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.3"]}
+VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.5"]}
 # What a hardened reward model has to win against, as shares of prompts; the clean accuracy it may lose, in the mean.
 GATE_WINS, OTHER_WINS, LOSS = 0.98, 0.90, 0.01
 OTHERS = ("cut", "other_answer")
@@ -51,7 +51,8 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
             "--lora_dropout", "0", "--max_length", "128", "--per_device_train_batch_size", "16",
             "--per_device_eval_batch_size", "64", "--learning_rate", "2e-3", "--eval_steps", "0", "--save_steps", "0",
             "--dataset_name", str(folder / "pairs.jsonl"), "--eval_dataset_name", str(folder / "pairs_eval.jsonl"),
-            "--output_dir", str(folder / name), "--resume_from_checkpoint", "True", "--logging_steps", "100", *flags,
+            "--output_dir", str(folder / name), "--resume_from_checkpoint", "True", "--logging_steps", "100",
+            "--audit_prompts", "400", *flags,
         )  # fmt: skip
     return {name: load_run(folder / name)["metrics"] for name in VERSIONS}
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rlhf.batches import pad
-from rlhf.degenerate import GATE_KINDS, KINDS, degenerate
+from rlhf.degenerate import GATE_KINDS, KINDS, degenerate, same_question
 from rlhf.scoring import forked_rng, score
 
 ScoreRows = Callable[[list[list[int]]], Sequence[float]]
@@ -136,7 +136,9 @@ def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[
     numbers = list(first.values())[:prompts]
     attacks = []
     for place, number in enumerate(numbers):
-        pair, other = pairs[number], pairs[numbers[place - 1]]["chosen"]
+        pair = pairs[number]
+        before = (pairs[n] for n in (*reversed(numbers[:place]), *reversed(numbers[place + 1 :])))
+        other = next((row["chosen"] for row in before if not same_question(row, pair)), "")
         for kind in KINDS:
             rng = random.Random(f"{seed} {kind} {number}")
             made = degenerate(kind, pair, other, tokenizer, template, rng)

@@ -17,6 +17,8 @@ Made = str | list[int] | None
 # Tokens from which on one of them alone is no answer: of "42" or "是的。" a token may well be.
 ENOUGH_TOKENS = 4
 MIN_REPEATS = 3
+# Share of the shorter answer's pairs of letters from which on another answer may be as good, for all one can see.
+ALIKE = 0.6
 # By language: short words that dodge any question, and closings that go with any answer.
 SHORT = {"zh": ("嗯。", "哦。", "好的。", "是的。", "不知道。"), "en": ("OK.", "Yes.", "No.", "Hm.", "Sure.")}
 CLOSINGS = {
@@ -36,6 +38,27 @@ def sentences(text: str) -> list[str]:
     # A full stop ends a sentence only before white space: "3.14" stays whole.
     parts = re.split(r"(?<=[。！？!?\n])|(?<=\.)(?=\s)", text)
     return [part.strip() for part in parts if re.search(r"\w", part)]
+
+
+def letters(text: str) -> str:
+    """A text without its marks and white space, in lower case."""
+    return "".join(re.findall(r"\w", text.lower()))
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two texts have the same letters, or most of their pairs of neighbouring letters in common.
+
+    Data is full of such answers: "yes" and "Yes.", one apology after the other.
+    """
+    texts = letters(one), letters(other)
+    pairs = [{text[place : place + 2] for place in range(len(text) - 1)} for text in texts]
+    fewer = min(map(len, pairs))
+    return texts[0] == texts[1] or (fewer > 0 and len(pairs[0] & pairs[1]) >= ALIKE * fewer)
+
+
+def same_question(row: dict, other: dict) -> bool:
+    """Whether two rows are of one dialogue or have one prompt but for its marks: what answers one may answer both."""
+    return row.get("opening") == other.get("opening", "") or letters(row["prompt"]) == letters(other["prompt"])
 
 
 def _join(parts: list[str]) -> str:
@@ -96,7 +119,8 @@ def copied_prompt(pair: dict, other: str, rng: random.Random) -> Made:
 
 
 def other_answer(pair: dict, other: str, rng: random.Random) -> Made:
-    return other
+    """None for one so much like the good answer that it may be as good."""
+    return None if alike(other, pair["chosen"]) else other
 
 
 def random_characters(pair: dict, other: str, rng: random.Random) -> Made:

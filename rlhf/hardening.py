@@ -3,11 +3,11 @@
 import random
 from itertools import cycle
 
-from rlhf.degenerate import HARDENING_KINDS, degenerate
+from rlhf.degenerate import HARDENING_KINDS, degenerate, same_question
 from rlhf.funnel import Funnel
 
 # These are not seen by their looks alone: they take more examples than the others.
-MORE_OF = ("other_answer",) * 3 + ("repeated_sentence", "repeated_token")
+MORE_OF = ("other_answer",) * 5 + ("repeated_sentence", "repeated_token")
 # Tries for each wanted pair: some kinds cannot be made of some answers.
 TRIES = 20
 
@@ -48,10 +48,9 @@ def degenerate_pairs(
             break
         row, kind = rows[number], kinds[attempt % len(kinds)]
         other = rng.choice(rows)
-        if other["prompt"] == row["prompt"]:
-            # Another answer to this prompt may be a good one.
-            continue
-        answer = degenerate(kind, row, other["chosen"], tokenizer, template, rng)
+        # An answer to the same question may be a good one here, too.
+        elsewhere = "" if same_question(row, other) else other["chosen"]
+        answer = degenerate(kind, row, elsewhere, tokenizer, template, rng)
         if answer is not None and len(row["query_ids"]) + len(answer) <= max_length:
             funnel.made[f"chosen against {kind}"] += 1
             made.append({name: value for name, value in row.items() if name != "margin"} | {"rejected_ids": answer})

@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.scoring import apply_head
+from rlhf.batches import PairCollator
+from rlhf.scoring import accepts, apply_head, last_states
 
 QUERY, CHOSEN, REJECTED = 1, 2, 3
+# Relative difference of hidden states above bfloat16's rounding, and below what another attention makes of them.
+MAX_DIFFERENCE = 0.1
 
 
 class SharedPromptCollator:
@@ -59,10 +62,12 @@ def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def score_pairs(backbone: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """[2P] float32 scores, those of the chosen answers first: the head on the last token of each answer.
+    """[2P] float32 scores of a batch of `SharedPromptCollator`, those of the chosen answers first."""
+    return apply_head(head, pair_states(backbone, batch))
 
-    An empty answer ends with the query's last token. Args: batch: of `SharedPromptCollator`.
-    """
+
+def pair_states(backbone: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """[2P, H]: the hidden state of the last token of each answer; an empty one ends with the query's last token."""
     segments = batch["segments"]
     hidden = backbone(
         input_ids=batch["input_ids"],
@@ -76,4 +81,36 @@ def score_pairs(backbone: nn.Module, head: nn.Module, batch: dict[str, Tensor]) 
     for kind in (CHOSEN, REJECTED):
         own, query = (columns * (segments == part) for part in (kind, QUERY))
         last.append(torch.where((segments == kind).any(1), own.argmax(1), query.argmax(1)))
-    return apply_head(head, torch.cat([hidden[rows, column] for column in last]))
+    return torch.cat([hidden[rows, column] for column in last])
+
+
+def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
+    """See that a model takes a pair in one sequence for what it is, on its own states of one row (the longest).
+
+    ALiBi counts columns, not positions; a sliding window would have to skip the other answer; flash attention takes no
+    mask but a causal one.
+
+    Raises: ValueError saying what is in the way.
+    """
+    kind, attention = type(backbone).__name__, backbone.config._attn_implementation
+    if not accepts(type(backbone), "position_ids") or getattr(backbone.config, "alibi", False):
+        raise ValueError(f"--share_prompt True: {kind} does not let tokens have a position of their own: leave it out")
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(f"--share_prompt True needs eager or sdpa attention, not {attention}")
+    device, training = next(backbone.parameters()).device, backbone.training
+    pair, sides = (
+        {name: tensor.to(device) for name, tensor in collator(pad_id)([row]).items()}
+        for collator in (SharedPromptCollator, PairCollator)
+    )
+    with torch.no_grad():
+        backbone.eval()
+        shared = pair_states(backbone, pair).float()
+        apart = last_states(backbone, sides["input_ids"], sides["attention_mask"]).float()
+        backbone.train(training)
+    difference = ((shared - apart).norm(dim=1) / apart.norm(dim=1)).max().item()
+    # Not the other way round: a difference that is no number is none to train with.
+    if not difference <= MAX_DIFFERENCE:
+        raise ValueError(
+            f"--share_prompt True: the hidden states of {kind} differ by {difference:.0%} from those of separate rows "
+            "(a sliding window?): leave it out"
+        )

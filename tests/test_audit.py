@@ -16,7 +16,16 @@ from demo.world import answer, split_prompts
 from rlhf.audit import audit, calibration, length_results, make_attacks, row_scorer, share, spearman
 from rlhf.audit_report import read_audit, table, write_audit
 from rlhf.data import load_tokenizer
-from rlhf.degenerate import CLOSINGS, GATE_KINDS, HARDENING_KINDS, KINDS, degenerate, sentences
+from rlhf.degenerate import (
+    CLOSINGS,
+    GATE_KINDS,
+    HARDENING_KINDS,
+    KINDS,
+    alike,
+    degenerate,
+    same_question,
+    sentences,
+)
 from rlhf.encoding import DEFAULT_TEMPLATE, encode, encode_answer, render
 from rlhf.roles import backbone_of, load_base, lora_targets
 from rlhf.scoring import score
@@ -145,6 +154,37 @@ def test_attacks_that_cannot_be_made_are_none(tokenizer):
     assert attack("repeated_sentence", {"prompt": "？", "chosen": "。。。"}, "7", tokenizer) is None
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ("是的", "是的。", True),
+        ("Yes.", "yes", True),
+        ("抱歉，我无法提供个人信息。", "很抱歉，我无法提供这些信息，请咨询律师。", True),
+        ("不客气，随时为您服务！", "不客气，随时为你服务，祝你愉快。", True),
+        ("香蕉的英文是banana。", "法国的首都是巴黎。", False),
+        ("苹果的英文是apple。", "香蕉的英文是banana。", False),
+        ("是", "否", False),
+        ("睡前少看手机，房间要暗一些。", "", False),
+    ],
+)
+def test_answers_are_alike_where_most_of_the_shorter_one_is_in_the_other(one, other, expected):
+    assert alike(one, other) == alike(other, one) == expected
+
+
+def test_another_prompts_answer_that_may_be_as_good_is_no_attack(tokenizer):
+    pair = {"prompt": "谁能借我钱？", "chosen": "抱歉，我无法提供这种服务。"}
+    assert attack("other_answer", pair, "很抱歉，我无法提供这种服务，请问银行。", tokenizer) is None
+    assert attack("other_answer", pair, "法国的首都是巴黎。", tokenizer) is not None
+
+
+def test_one_question_is_one_prompt_but_for_its_marks_or_one_dialogue():
+    row = {"prompt": "什么是彩虹？", "opening": "什么是彩虹？"}
+    assert same_question(row, {"prompt": "什么是彩虹"})
+    assert not same_question(row, {"prompt": "什么是闪电？"})
+    assert same_question(row, {"prompt": "什么是彩虹？\n\n答：光。\n\n问：再说说", "opening": "什么是彩虹？"})
+    assert not same_question({"prompt": "甲"}, {"prompt": "乙"})
+
+
 def test_of_an_answer_so_short_that_a_word_may_do_only_what_is_far_shorter_counts(tokenizer):
     eos = tokenizer.eos_token_id
     pair = {"prompt": "它要什么？", "chosen": "想要苹果", "chosen_ids": [11, 12, 13, eos]}
@@ -160,7 +200,7 @@ def test_an_answer_that_begins_inside_a_token_of_the_query_is_none(tokenizer):
     assert encode_answer(tokenizer, query, inside) is None
     pair = {"prompt": query, "chosen": "。我想要红茶，你呢？"}
     assert attack("other_answer", pair, inside, tokenizer, template="{prompt}") is None
-    assert attack("other_answer", pair, "。红茶", tokenizer, template="{prompt}") is not None
+    assert attack("other_answer", pair, "。苹果", tokenizer, template="{prompt}") is not None
     for kind in KINDS:
         assert attack(kind, {"prompt": query, "chosen": inside}, "。红茶", tokenizer, template="{prompt}") is None
 
@@ -338,6 +378,19 @@ def test_each_prompt_is_attacked_once_and_no_more_of_them_than_asked(audited, go
     assert len(rows[360:]) <= 50 * len(KINDS)
     assert Counter(tuple(row) for row in rows[360:] if tuple(row) in queries).most_common(1)[0][1] == 1
     assert sum(tuple(row) in queries for row in rows[360:]) == 50
+
+
+def test_the_other_answer_comes_from_a_question_of_its_own(pairs, tokenizer):
+    twice = [row | {"prompt": row["prompt"].rstrip("？。") + mark} for row in pairs[:20] for mark in ("", "！", "…")]
+    prompts = {row["chosen"]: row["prompt"].rstrip("！…") for row in twice}
+    attacks = make_attacks(twice, tokenizer, DEFAULT_TEMPLATE, 0, 512, 200)
+    made = [(twice[number], row) for kind, number, row in attacks if kind == "other_answer"]
+    assert len(made) > 40
+    for pair, row in made:
+        answered = tokenizer.decode(row[len(pair["query_ids"]) : -1])
+        assert prompts[answered] != prompts[pair["chosen"]]
+    alone = make_attacks(twice[:3], tokenizer, DEFAULT_TEMPLATE, 0, 512, 200)
+    assert {kind for kind, _, _ in alone} == set(KINDS) - {"other_answer"}
 
 
 def test_attacks_over_the_length_limit_are_left_out_and_a_kind_without_any_is_named(audited, gold, pairs):
@@ -596,4 +649,8 @@ def test_the_table_for_the_log_begins_with_the_verdict_is_plain_aligned_and_narr
     block = list(itertools.takewhile(bool, lines[start:]))
     column = block[0].index("prompts") + len("prompts")
     assert [line.split()[0] for line in block[1:]] == list(KINDS)
-    assert all(line[column - 3 : column] == "200" and line[column] == " " for line in block[1:])
+    # Of some prompts the other answer is too much like the chosen one to be tried.
+    counts = {line.split()[0]: line[column - 3 : column] for line in block[1:]}
+    assert 190 < int(counts.pop("other_answer")) <= 200
+    assert set(counts.values()) == {"200"}
+    assert all(line[column] == " " for line in block[1:])

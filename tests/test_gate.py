@@ -25,9 +25,12 @@ from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.splits import one_half
 
 ROWS = [
-    {"prompt": f"{who}喜欢什么？", "chosen": f"{who}喜欢红茶，也喜欢苹果！", "rejected": f"{who}。", "where": "f:1"}
-    for who in ("我", "你", "小猫", "老师", "医生", "妈妈", "朋友")
-]
+    {"prompt": f"{who}喜欢什么？", "chosen": f"{who}喜欢{what}！", "rejected": f"{who}。", "where": "f:1"}
+    for who, what in (
+        ("我", "红茶，不喜欢跑步"), ("你", "听音乐，也爱唱歌"), ("小猫", "小鱼和牛奶"), ("老师", "读一本好书"),
+        ("医生", "晴天和公园"), ("妈妈", "花朵"), ("朋友", "苹果、香蕉和橙子"),
+    )
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,17 @@ def test_hardening_keeps_the_chosen_side_and_its_query_and_stays_within_the_leng
         assert row["chosen_ids"] == known[tuple(row["query_ids"])]
         assert row["rejected_ids"] != row["chosen_ids"]
         assert len(row["query_ids"]) + len(row["rejected_ids"]) <= longest
+
+
+def test_hardening_takes_no_answer_for_wrong_that_may_be_right(tiny_base):
+    sorry = ("抱歉，我无法回答这个问题。", "很抱歉，我无法回答这个问题！", "抱歉，我无法回答这类问题。")
+    rows = [ROWS[n] | {"prompt": f"{who}几岁？", "chosen": sorry[n]} for n, who in enumerate("我你他")]
+    rows = preference_rows(load_tokenizer(tiny_base), rows, DEFAULT_TEMPLATE, 100, Funnel())
+    assert hardened(tiny_base, rows, kinds=["other_answer"]) == []
+    assert len(hardened(tiny_base, rows, kinds=["cut", "other_answer"])) == 6
+    asked_twice = [row | {"prompt": "几岁" + mark} for row, mark in zip(rows, "？！。", strict=True)]
+    assert hardened(tiny_base, asked_twice, kinds=["other_answer"]) == []
+    assert len(hardened(tiny_base, asked_twice, kinds=["cut"])) == 6
 
 
 def test_the_seed_settles_hardening_and_zero_adds_nothing(tiny_base, encoded):

@@ -1,4 +1,4 @@
-"""Stage 2: the loss and the metrics by hand, one forward, scores that survive a reload, the tutorial's command."""
+"""Stage 2: the loss and the metrics by hand, scores that survive a reload, the tutorial's command."""
 
 import json
 import math
@@ -22,6 +22,7 @@ from rlhf.artefacts import load_run
 from rlhf.data import LengthGroupedSampler, PairCollator, load_tokenizer
 from rlhf.report import read_metrics
 from rlhf.roles import backbone_of, load_roles
+from rlhf.scoring import score_in_parts
 from rlhf.trainer import StageLog
 
 TUTORIAL = """--model_name baichuan-inc/baichuan-7B --lora_target_models W_pack
@@ -110,14 +111,30 @@ def test_a_tie_counts_as_wrong_and_the_metrics_are_the_plain_ones():
     assert (found["chosen_mean"], found["rejected_mean"]) == (1.5, 1.25)
 
 
-def test_the_training_loss_is_the_plain_one_from_a_single_forward(tiny_base, pairs, tmp_path):
+@pytest.mark.parametrize(("pairs_a_batch", "parts"), [(1, 1), (3, 1), (4, 2), (9, 4), (20, 4)])
+def test_the_training_loss_is_the_plain_one_from_rows_of_like_length(tiny_base, pairs, tmp_path, pairs_a_batch, parts):
     trainer, _, rows, _ = make_trainer(tiny_base, pairs, tmp_path)
-    expected = sum(math.log(1 + math.exp(-margin)) for margin in plain_margins(trainer.model, rows[:8])) / 8
-    calls = []
-    backbone_of(trainer.model.get_base_model()).register_forward_hook(lambda *_: calls.append(1))
-    loss = trainer.compute_loss(trainer.model.train(), trainer.data_collator(rows[:8]))
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    assert len(calls) == 1
+    rows = rows[:pairs_a_batch]
+    margins = plain_margins(trainer.model, rows)
+    shapes = []
+    backbone = backbone_of(trainer.model.get_base_model())
+    backbone.register_forward_pre_hook(lambda _, __, of: shapes.append(of["input_ids"].shape), with_kwargs=True)
+    batch = trainer.data_collator(rows)
+    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / len(rows), abs=1e-5)
+    assert sum(count for count, _ in shapes) == 2 * len(rows)
+    assert len(shapes) == parts
+    assert [length for _, length in shapes] == sorted(length for _, length in shapes)
+    assert shapes[-1][1] == batch["input_ids"].shape[1]
+
+
+def test_scores_in_parts_are_those_of_the_rows_in_their_order(tiny_base, pairs, tmp_path):
+    trainer, _, rows, _ = make_trainer(tiny_base, pairs, tmp_path)
+    inner, batch = trainer.model.get_base_model().eval(), trainer.data_collator(rows[:20])
+    with torch.no_grad():
+        found = score_in_parts(backbone_of(inner), inner.score, **batch)
+    sides = [row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows[:20]]
+    assert found.tolist() == pytest.approx([plain_score(trainer.model, ids) for ids in sides], abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from stages import words, write_pairs
+from transformers import BloomConfig, BloomModel, FalconConfig, FalconModel, MistralConfig, MistralModel
 
 import reward_modeling
 from rlhf.batches import PairCollator
 from rlhf.roles import backbone_of, load_base
 from rlhf.scoring import score
-from rlhf.shared_prompt import SharedPromptCollator, block_mask, score_pairs
+from rlhf.shared_prompt import SharedPromptCollator, block_mask, check_shareable, score_pairs
 
 ROWS = [
     {"query_ids": [5, 6, 7, 8], "chosen_ids": [9, 10, 2], "rejected_ids": [11, 12, 13, 14, 2]},
@@ -67,3 +68,56 @@ def test_training_is_the_same_but_for_rounding(tiny_base, tmp_path, checkpointin
         torch.testing.assert_close(outputs[1][name], tensor, atol=1e-5, rtol=0)
     untrained = reward_modeling.build_model(reward_modeling.parse_args(words(flags)), tiny_base)
     assert not torch.allclose(untrained.get_base_model().score.weight, outputs[0]["base_model.model.score.weight"])
+
+
+# ---- models it does not suit ----
+def small_model(kind, config, **settings):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return kind(config(**sizes | settings))
+
+
+def small_mistral(window):
+    return small_model(
+        MistralModel, MistralConfig, num_key_value_heads=2, intermediate_size=64, sliding_window=window,
+        initializer_range=0.3,
+    )  # fmt: skip
+
+
+def test_a_model_without_positions_of_its_own_is_refused_by_name():
+    for kind, config in ((BloomModel, BloomConfig), (FalconModel, FalconConfig)):
+        model = small_model(kind, config, **({"alibi": True} if kind is FalconModel else {}))
+        with pytest.raises(ValueError, match=f"{kind.__name__} does not let tokens have a position"):
+            check_shareable(model, ROWS[0], 0)
+
+
+def test_a_sliding_window_is_refused_where_a_pair_is_longer_and_else_does_no_harm():
+    long = {"query_ids": [5, 6], "chosen_ids": list(range(7, 27)) + [2], "rejected_ids": list(range(27, 40)) + [2]}
+    with pytest.raises(ValueError, match=r"hidden states of MistralModel differ by \d+% .*sliding window"):
+        check_shareable(small_mistral(8), long, 0)
+    for window in (64, None):
+        check_shareable(small_mistral(window), long, 0)
+
+
+def test_attention_that_takes_no_mask_and_states_that_are_no_numbers_are_refused():
+    model = small_mistral(None).train()
+    check_shareable(model, ROWS[0], 0)
+    assert model.training
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match="differ by nan"):
+        check_shareable(model, ROWS[0], 0)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="eager or sdpa attention, not flash_attention_2"):
+        check_shareable(model, ROWS[0], 0)
+
+
+def test_the_check_comes_before_training(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.shared_prompt.MAX_DIFFERENCE", -1.0)
+    flags = {
+        "model_name": tiny_base, "dataset_name": write_pairs(tmp_path / "pairs.jsonl"), "output_dir": tmp_path / "out",
+        "share_prompt": True, "max_steps": 1,
+    }  # fmt: skip
+    monkeypatch.setattr(reward_modeling, "train", lambda *_: pytest.fail("training began"))
+    with pytest.raises(ValueError, match="--share_prompt True: the hidden states"):
+        reward_modeling.main(reward_modeling.parse_args(words(flags)))
