@@ -110,7 +110,7 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     )
     # ---- training ----
     share_prompt: bool = flag(
-        False, help="compute the prompt of a pair once: one sequence, each answer blind to the other", group="training"
+        False, help="one sequence a pair, its prompt computed once: pays where prompts are long", group="training"
     )
     per_device_train_batch_size: int = flag(4, help="pairs of a forward pass on each device", group="training")
     learning_rate: float = flag(2e-5, help="peak learning rate", group="training")

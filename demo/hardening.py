@@ -70,7 +70,7 @@ def table(found: list[dict[str, dict]]) -> tuple[str, list[str]]:
     broken = [
         f"{kind} wins too often"
         for kind, least in [(k, GATE_WINS) for k in GATE_KINDS] + [(k, OTHER_WINS) for k in OTHERS]
-        if any(m["hardened"].get(f"audit/{kind}", 1.0) < least for m in found)
+        if any(m["hardened"][f"audit/{kind}"] < least for m in found)
     ]
     broken += [f"clean accuracy falls by {loss:.3f}"] * (loss > LOSS)
     broken += ["a careless model passes on empty answers"] * any(m["careless"]["audit/empty"] >= 0.9 for m in found)

@@ -12,10 +12,13 @@ import pytest
 from demo.evaluate import wilson, win_rate
 from demo.facts import KINDS
 from demo.gold import content_correct, gold_score, repeats
+from demo.hardening import GATE_WINS, LOSS, table
 from demo.pairs import careless_pairs
 from demo.preferences import DEGENERATE, NOISE, draw_pairs
 from demo.story import kept
 from demo.world import answer, split_prompts
+from rlhf.degenerate import GATE_KINDS
+from rlhf.degenerate import KINDS as ATTACKS
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, HELD = split_prompts(0)
@@ -98,6 +101,29 @@ def test_wilson_interval_and_win_rate_by_hand():
     assert win_rate([1.0, 0.5, 0.2, 0.9], [0.0, 0.5, 0.7, 0.1]) == pytest.approx(2.5 / 4)
     low, high = wilson(0.8, 100)
     assert (low, high) == (pytest.approx(0.7112, abs=1e-3), pytest.approx(0.8666, abs=1e-3))
+
+
+# ---- hardening ----
+def measured(careless_empty=0.7, accuracy=0.95, **shares):
+    """Metrics of both versions of one seed; `shares` are those of the hardened one that are not 0.99."""
+    careless = {f"audit/{kind}": 0.7 for kind in ATTACKS} | {"audit/empty": careless_empty, "eval_accuracy": 0.95}
+    hardened = {f"audit/{kind}": shares.get(kind, 0.99) for kind in ATTACKS} | {"eval_accuracy": accuracy}
+    return {"careless": careless, "hardened": hardened}
+
+
+def test_hardening_keeps_its_promises_on_every_seed_or_names_the_broken_ones():
+    assert table([measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)])[1] == []
+    for kind in (*GATE_KINDS, "cut", "other_answer"):
+        assert table([measured(), measured(**{kind: 0.89})])[1] == [f"{kind} wins too often"]
+    assert table([measured(), measured(doubled=0.1, thanks=0.1)])[1] == []
+    assert table([measured(careless_empty=0.9)])[1] == ["a careless model passes on empty answers"]
+
+
+def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
+    words, broken = table([measured(accuracy=0.95 - 3 * LOSS), measured(accuracy=0.95 + 2 * LOSS)])
+    assert broken == []
+    assert words.splitlines()[-1] == "clean accuracy falls by +0.0050 in the mean"
+    assert table([measured(accuracy=0.93)])[1] == ["clean accuracy falls by 0.020"]
 
 
 # ---- the other stories ----

@@ -306,7 +306,7 @@ def test_the_gate_kinds_are_those_that_no_good_answer_can_be():
 
 # ---- real data ----
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"share_prompt": True, "degenerate_frac": 0.2, "split_half": 0}], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"share_prompt": True, "degenerate_frac": 0.2, "split_half": 1}], ids=str)
 def test_real_preferences_of_several_turns_train_a_reward_model_and_are_audited(shared_data, tmp_path, capsys, flags):
     base = tmp_path / "base"
     tokenizer = BaichuanTokenizer(vocab_file=str(shared_data / "baichuan_64k.model"), model_max_length=4096)
@@ -314,10 +314,13 @@ def test_real_preferences_of_several_turns_train_a_reward_model_and_are_audited(
     config = BaichuanConfig(vocab_size=len(tokenizer), max_position_embeddings=2048, **TINY)
     save_random_model(BaichuanForCausalLM, config, base)
     data, out = shared_data / "dpo_zh_demo.json", tmp_path / "out"
-    reward_modeling.main(reward_arguments(base, data, out, max_length=1024, audit_prompts=30, **flags))
+    args = reward_arguments(base, data, out, max_length=1024, audit_prompts=30, **flags)
+    assert any(row["prompt"] != row["opening"] for row in reward_modeling.load_data(args, tokenizer)[0])
+    reward_modeling.main(args)
     said = capsys.readouterr().out
     assert "preference rows from conversations + chosen + rejected" in said
     assert "audit of the reward model" in said
-    run = load_run(out)
-    assert run["data"]["funnel"]["kept"] > 100
+    funnel = load_run(out)["data"]["funnel"]
+    assert funnel["kept"] > 100
+    assert funnel["dropped"]["longer than 1024 tokens"] > 0
     assert set(read_audit(out)["attacks"]) == set(KINDS)
