@@ -101,6 +101,9 @@ def resume(loop: Loop, folder: Path) -> int:
     state = load_state(folder, loop.optimizer)
     _put_back(loop, state)
     loop.good = load_good(folder, loop.accelerator.device)
+    if loop.accelerator.is_main_process and loop.args.resume_from_checkpoint == "True":
+        # What a run killed between its last checkpoint and the rotation left over.
+        rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
     return state["step"]
 
 

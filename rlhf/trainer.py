@@ -67,6 +67,9 @@ def resume_point(args, about: dict) -> str | None:
     refuse_changes(found, args, about, world()[1])
     # The Trainer's own words on a damaged file name none.
     read_adapter(found)
+    if world()[0] == 0 and args.resume_from_checkpoint == "True":
+        # What a run killed between its last checkpoint and the rotation left over.
+        rotate(args.output_dir, CHECKPOINT_PREFIX, args.save_total_limit)
     say(f"going on from {found}")
     return str(found)
 

@@ -64,6 +64,7 @@ PPO_BLOWS = {
     "after the manifest": {"target": "rlhf.checkpoint:write_manifest", "when": "after", "call": 3},
     "after the rename": {"target": "rlhf.state:rotate", "when": "before", "call": 4},
     "during rotation": {"target": "shutil:rmtree", "when": "before", "caller": "rotate"},
+    "before the last rotation": {"target": "rlhf.state:rotate", "when": "before", "call": 6},
     "in the update": {"target": "rlhf.update:policy_loss", "when": "before", "call": 9},
 }
 TRAINER_BLOWS = {
@@ -79,6 +80,7 @@ TRAINER_BLOWS = {
     "before the manifest": {"target": "rlhf.trainer:write_manifest", "when": "before", "call": 2},
     "after the manifest": {"target": "rlhf.trainer:write_manifest", "when": "after", "call": 2},
     "during rotation": {"target": "shutil:rmtree", "when": "before", "caller": "rotate"},
+    "before the last rotation": {"target": "rlhf.trainer:rotate", "when": "before", "call": 5},
 }  # fmt: skip
 KILLS = [("ppo", point) for point in PPO_BLOWS] + [(s, point) for s in ("sft", "reward") for point in TRAINER_BLOWS]
 
