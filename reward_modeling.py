@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rlhf.plan_run import plan_trainer
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -31,6 +32,7 @@ from rlhf.artefacts import (
     write_run,
 )
 from rlhf.audit_run import audit_adapter, audit_model
+from rlhf.batches import blank_pair
 from rlhf.data import (
     DataArguments,
     LengthGroupedSampler,
@@ -221,6 +223,8 @@ def pairwise_loss(
     margin: torch.Tensor | float = 0.0,
     label_smoothing: float = 0.0,
     center_rewards_coefficient: float = 0.0,
+    mask: torch.Tensor | None = None,
+    n_pairs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean over pairs of how unlikely the preference is, and of how far a pair's scores are from 0.
 
@@ -230,12 +234,16 @@ def pairwise_loss(
     Args:
         chosen, rejected: [P] float32 scores. margin: [P], what d has to reach before the loss is small.
         label_smoothing: e, the share of pairs that are the wrong way round. center_rewards_coefficient: c.
+        mask: [P] bool, True on real pairs; without it all are. n_pairs: replaces their number as denominator.
     Source: Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155, equation 1; margin: Touvron et al. 2023,
         arXiv:2307.09288, equation 2; centring: Eisenstein et al. 2023, arXiv:2312.09244.
     """
     d = chosen - rejected - margin
     loss = -(1 - label_smoothing) * logsigmoid(d) - label_smoothing * logsigmoid(-d)
-    return (loss + center_rewards_coefficient * (chosen + rejected).square()).mean()
+    loss = loss + center_rewards_coefficient * (chosen + rejected).square()
+    if mask is not None:
+        loss = loss[mask]
+    return loss.sum() / (len(loss) if n_pairs is None else n_pairs)
 
 
 def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -262,8 +270,8 @@ def pair_metrics(prediction: EvalPrediction) -> dict[str, float]:
 class RewardTrainer(Trainer):
     """transformers' Trainer with the pairwise loss; chosen and rejected answers go through one forward."""
 
-    # The loss is a mean over the batch, so the Trainer has to divide it by the accumulated batches.
-    loss_is_scaled_for_ga = False
+    # The loss is divided by the pairs of all accumulated batches on all processes, so not once more by the Trainer.
+    loss_is_scaled_for_ga = True
 
     def __init__(self, *args, sampler: LengthGroupedSampler, loss_options: dict[str, float], about: dict, **kwargs):
         self.sampler, self.loss_options, self.about = sampler, loss_options, about
@@ -271,10 +279,19 @@ class RewardTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # Either collator's batch gives the scores of the P chosen answers first, then those of the P rejected ones.
-        margin = inputs.pop("margin", 0.0)
+        margin, mask = inputs.pop("margin", 0.0), inputs.pop("mask", None)
         chosen, rejected = model(**inputs).logits.chunk(2)
-        loss = pairwise_loss(chosen, rejected, margin, **self.loss_options)
+        loss = pairwise_loss(chosen, rejected, margin, **self.loss_options, mask=mask, n_pairs=num_items_in_batch)
+        if num_items_in_batch is not None:
+            # DistributedDataParallel averages the gradients over the processes, whose sums these are.
+            loss = loss * self.accelerator.num_processes
         return (loss, torch.stack([chosen, rejected], dim=1)) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """[] long: real pairs of an optimizer step, over all its accumulated batches and all processes."""
+        pairs = sum(len(batch["input_ids"]) // (1 if "segments" in batch else 2) for batch in batch_samples)
+        blank = sum(int((~batch["mask"]).sum()) for batch in batch_samples if "mask" in batch)
+        return self.accelerator.gather(torch.tensor(pairs - blank, device=device)).sum()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Scores [P, 2] of each pair; `pair_metrics` makes the loss of them, so that no pair counts twice."""
@@ -326,7 +343,7 @@ def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], e
         sampler=log.sampler,
         about=about,
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
-        train_dataset=rows,
+        train_dataset=rows + [blank_pair(tokenizer.eos_token_id)] * bool(log.sampler.blanks),
         eval_dataset=eval_rows or None,
         data_collator=(SharedPromptCollator if args.share_prompt else PairCollator)(tokenizer.pad_token_id),
         processing_class=tokenizer,
@@ -358,6 +375,9 @@ def last_metrics(args: ScriptArguments) -> dict[str, float]:
 
 def main(args: ScriptArguments) -> None:
     """Data, model, training, evaluation, adapter with its score head, audit."""
+    if args.plan:
+        print(plan_trainer(args, "reward_modeling.py", sides=2))
+        return
     if not (args.inspect_data or args.audit_only) and finished_run(args, "reward"):
         say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
         return
@@ -381,7 +401,10 @@ def main(args: ScriptArguments) -> None:
     model = build_model(args, model_dir)
     file = open_log(args, resume_from)
     lengths = [shared_length(row) if args.share_prompt else pair_length(row) for row in rows]
-    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
+    processes = world()[1]
+    sampler = LengthGroupedSampler(
+        lengths, args.per_device_train_batch_size * processes, args.seed, filled=processes > 1
+    )
     log = StageLog(file, args, sampler)
     trainer = build_trainer(args, model, about, rows, eval_rows, log)
     if args.share_prompt:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from rlhf.plan_run import plan_trainer
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -27,6 +28,7 @@ from rlhf.artefacts import (
     save_adapter,
     write_run,
 )
+from rlhf.batches import blank_answer
 from rlhf.data import (
     SFT_DATASET,
     DataArguments,
@@ -216,6 +218,7 @@ def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], e
     put a loss on the query as well. Rows are short enough already, so it cuts nothing (`max_length=None`).
     """
     disable_progress_bars()
+    blank = blank_answer(about["tokenizer"].eos_token_id)
     config = training_arguments(
         args, SFTConfig, bool(eval_rows), completion_only_loss=True, max_length=None, packing=False
     )
@@ -224,7 +227,7 @@ def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], e
         config,
         sampler=log.sampler,
         about=about,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(rows + [blank] * bool(log.sampler.blanks)),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=about["tokenizer"],
         compute_metrics=token_mean,
@@ -277,6 +280,9 @@ def before_and_after(args: ScriptArguments) -> dict[str, float]:
 
 def main(args: ScriptArguments) -> None:
     """Data, model, evaluation and samples, training, evaluation and samples again, adapter."""
+    if args.plan:
+        print(plan_trainer(args, "sft_training.py", sides=1))
+        return
     if not args.inspect_data and finished_run(args, "sft"):
         say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
         return
@@ -306,7 +312,10 @@ def main(args: ScriptArguments) -> None:
     model = build_model(args, model_dir)
     file = open_log(args, resume_from)
     lengths = [len(row["input_ids"]) for row in rows]
-    sampler = LengthGroupedSampler(lengths, args.per_device_train_batch_size * world()[1], args.seed)
+    processes = world()[1]
+    sampler = LengthGroupedSampler(
+        lengths, args.per_device_train_batch_size * processes, args.seed, filled=processes > 1
+    )
     log = StageLog(file, args, sampler, extra=("mean_token_accuracy", "entropy"))
     trainer = build_trainer(args, model, about, rows, eval_rows, log)
     if resume_from is None:

@@ -33,8 +33,8 @@ def collate_prompts(query_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str
 class PairCollator:
     """P rows of `preference_rows` as one batch of 2P sequences: the chosen ones first, then the rejected ones.
 
-    Returns {"input_ids": [2P, L] long, "attention_mask": [2P, L] bool}, padded on the right, and "margin" [P] float32
-    where the rows have one (0 for those that have none).
+    Returns {"input_ids": [2P, L] long, "attention_mask": [2P, L] bool}, padded on the right; "margin" [P] float32
+    where the rows have one (0 for those that have none); "mask" [P] bool where a row is blank, True on the real pairs.
     """
 
     def __init__(self, pad_id: int):
@@ -43,9 +43,27 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         sides = [row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
         batch = pad(sides, self.pad_id, side="right")
-        if any("margin" in row for row in rows):
-            batch["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])
-        return batch
+        return batch | pair_columns(rows)
+
+
+def pair_columns(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+    """What a loss has to know of each pair beside its tokens: "margin" and "mask", where there is anything to say."""
+    columns = {}
+    if any("margin" in row for row in rows):
+        columns["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])
+    if any("blank" in row for row in rows):
+        columns["mask"] = torch.tensor(["blank" not in row for row in rows])
+    return columns
+
+
+def blank_answer(token_id: int) -> dict:
+    """A row of `sft_rows` that no loss counts; two tokens, as one alone would leave nothing to predict."""
+    return {"input_ids": [token_id, token_id], "completion_mask": [0, 0]}
+
+
+def blank_pair(token_id: int) -> dict:
+    """A row of `preference_rows` that no loss counts."""
+    return {"query_ids": [token_id], "chosen_ids": [token_id], "rejected_ids": [token_id], "blank": True}
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -58,19 +76,22 @@ class LengthGroupedSampler(Sampler[int]):
     Args:
         lengths: tokens of each row.
         group_size: rows of one batch over all processes.
+        filled: whether the last group is made whole with row number len(lengths), a blank one that the dataset then
+            has at its end. Every process needs a batch of its own, and would otherwise be given earlier rows again.
     """
 
     # Rows are sorted by length inside pools of this many groups: large enough to save padding, small enough to mix.
     POOL = 50
 
-    def __init__(self, lengths: Sequence[int], group_size: int, seed: int):
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, filled: bool = False):
         self.lengths, self.group_size, self.seed, self.epoch = list(lengths), group_size, seed, 0
+        self.blanks = -len(self.lengths) % group_size if filled else 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths) + self.blanks
 
     def __iter__(self) -> Iterator[int]:
         shuffler = random.Random(f"{self.seed} {self.epoch}")
@@ -87,7 +108,8 @@ class LengthGroupedSampler(Sampler[int]):
         # The longest group comes first: if memory is short, that shows in the first step and not after an hour.
         longest = max(range(len(groups)), key=lambda number: self._longest(groups[number]), default=0)
         groups[:1], groups[longest : longest + 1] = groups[longest : longest + 1], groups[:1]
-        return iter([row for group in groups + rest for row in group])
+        blank = [len(self.lengths)] * self.blanks
+        return iter([row for group in groups + rest for row in group] + blank)
 
     def _longest(self, group: list[int]) -> int:
         return max(self.lengths[row] for row in group)

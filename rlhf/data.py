@@ -247,7 +247,8 @@ class _Reader:
                 f"malformed rows: {'; '.join(self.funnel.bad_rows[:5])}{more}: "
                 "mend them, or leave them out with --bad_rows skip"
             )
-        if self.malformed and self.bad_rows_file:
+        # All processes read the rows; one of them writes.
+        if self.malformed and self.bad_rows_file and os.environ.get("RANK", "0") == "0":
             _write_rows(Path(self.bad_rows_file), self.malformed)
 
 

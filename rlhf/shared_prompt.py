@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.batches import PairCollator
+from rlhf.batches import PairCollator, pair_columns
 from rlhf.scoring import accepts, apply_head, last_states
 
 QUERY, CHOSEN, REJECTED = 1, 2, 3
@@ -22,8 +22,8 @@ MAX_DIFFERENCE = 0.1
 class SharedPromptCollator:
     """P rows of `preference_rows` as P sequences.
 
-    Returns {"input_ids", "attention_mask" (True on real tokens), "position_ids", "segments"} [P, L] and "margin" [P]
-    float32 where the rows have one; `segments` is QUERY, CHOSEN or REJECTED, and 0 on the padding at the right.
+    Returns {"input_ids", "attention_mask" (True on real tokens), "position_ids", "segments"} [P, L], and "margin" and
+    "mask" as PairCollator does; `segments` is QUERY, CHOSEN or REJECTED, and 0 on the padding at the right.
     """
 
     def __init__(self, pad_id: int):
@@ -43,9 +43,7 @@ class SharedPromptCollator:
             kinds = torch.tensor([QUERY, CHOSEN, REJECTED])
             batch["segments"][number, : len(ids)] = kinds.repeat_interleave(sizes)
         batch["attention_mask"] = batch["segments"] > 0
-        if any("margin" in row for row in rows):
-            batch["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])
-        return batch
+        return batch | pair_columns(rows)
 
 
 def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

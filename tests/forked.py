@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -132,3 +133,15 @@ def ends_the_same(zygote, stages, whole, name, out):
     assert all(found[file] == content for file, content in whole[name].items()), "other bytes"
     assert not [path for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
     assert len(numbered(out, stages[name].prefix)) <= 2
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def group(processes: int) -> dict:
+    """What `Zygote.run` needs to start that many processes of one run."""
+    return {"ranks": processes, "port": free_port()}

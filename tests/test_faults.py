@@ -4,7 +4,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from forked import INT, KILL, ROOT, STOP, TERM, TIMES, ends_the_same, result
+from forked import INT, KILL, ROOT, STOP, TERM, TIMES, ends_the_same, group, result
 
 import rl_training
 from rlhf.checkpoint import MANIFEST, defect, newest_complete, numbered, read_manifest, write_manifest
@@ -243,7 +242,7 @@ def test_a_finished_run_given_again_touches_no_file_and_loads_no_model(zygote, s
 # ---- two processes ----
 @pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
 def test_two_processes_one_of_them_killed_end_with_the_bytes_of_two_undisturbed_ones(zygote, stages, tmp_path, name):
-    two = {"ranks": 2, "port": free_port()}
+    two = group(2)
     assert zygote.run(stages[name], tmp_path / "whole", **two) == 0, zygote.said()[-3000:]
     step, call = ("rlhf.update:policy_loss", 10) if name == "ppo" else ("torch.optim:AdamW.step", 4)
     out, blow = tmp_path / "out", {"signum": KILL, "rank": 1, "target": step, "when": "before", "call": call}
@@ -272,13 +271,6 @@ def test_the_launcher_of_a_worker_that_was_killed_says_so_and_hands_on_its_exit_
     assert "exitcode: -9" in said
     assert newest_complete(tmp_path / "out") is not None
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return held.getsockname()[1]
 
 
 # ---- one writer ----

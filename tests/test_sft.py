@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -269,22 +267,6 @@ def test_gradient_checkpointing_trains_the_same(tiny_base, answers, tmp_path):
     for name, tensor in found[0].items():
         torch.testing.assert_close(found[1][name], tensor, atol=1e-6, rtol=0)
     assert any(tensor.abs().max() > 0 for name, tensor in found[1].items() if "lora_B" in name)
-
-
-@pytest.mark.slow
-def test_two_processes_train_the_same_as_one(tiny_base, answers, tmp_path):
-    common = {"max_steps": 4, "lora_dropout": 0, "gradient_accumulation_steps": 1, "eval_steps": 2}
-    one = run(tiny_base, answers, tmp_path / "one", **common, per_device_train_batch_size=8)
-    flags = common | {"model_name": tiny_base, "dataset_name": answers, "output_dir": tmp_path / "two", "nproc": 2,
-                      "per_device_train_batch_size": 4, "learning_rate": 1e-3, "save_steps": 0,
-                      "num_train_epochs": 2, "sample_max_new_tokens": 0}  # fmt: skip
-    subprocess.run([sys.executable, sft_training.__file__, *words(flags)], check=True, timeout=300)
-    two = tmp_path / "two"
-    for name, tensor in adapter(one).items():
-        torch.testing.assert_close(adapter(two)[name], tensor, atol=1e-5, rtol=0)
-    for ours, theirs in zip(read_metrics(one), read_metrics(two), strict=True):
-        for name in ours.keys() & {"loss", "eval_loss", "grad_norm"}:
-            assert theirs[name] == pytest.approx(ours[name], abs=1e-4), (name, ours["step"])
 
 
 # ---- refusals ----

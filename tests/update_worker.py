@@ -1,9 +1,7 @@
-"""One process of a distributed update: takes its share of a stored rollout, updates, and rank 0 saves the parameters.
-
-torchrun --nproc-per-node 2 tests/update_worker.py inputs.pt output.pt
-"""
+"""One process of a distributed update: takes its share of a stored rollout, updates; rank 0 saves the parameters."""
 
 import sys
+from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +16,14 @@ def random_mini_batches(rollout, size, accumulation, generator):
     return list(torch.randperm(len(rollout.mask), generator=generator).split(size))
 
 
-def main(inputs: str, output: str) -> None:
+def parse_args() -> SimpleNamespace:
+    """The two files of the command line: stored inputs, and where the parameters go."""
+    return SimpleNamespace(inputs=sys.argv[1], output=sys.argv[2])
+
+
+def main(files: SimpleNamespace) -> None:
     """Update on rows rank::world of the rollout stored in `inputs`; the parameters go to `output`."""
-    stored = torch.load(inputs, weights_only=True)
+    stored = torch.load(files.inputs, weights_only=True)
     args = rl_training.parse_args(stored["flags"])
     accelerator = Accelerator(cpu=True)
     share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -34,9 +37,5 @@ def main(inputs: str, output: str) -> None:
     metrics = rlhf.update.update(roles, optimizer, rollout, sampling, args, accelerator, generator)
     if accelerator.is_main_process:
         parameters = {name: p.detach() for name, p in roles.trainable().items()}
-        torch.save({"parameters": parameters, "metrics": metrics}, output)
+        torch.save({"parameters": parameters, "metrics": metrics}, files.output)
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
