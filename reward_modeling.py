@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from rlhf.plan_run import plan_trainer
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -48,6 +47,8 @@ from rlhf.data import (
 from rlhf.hardening import degenerate_pairs, kinds_of
 from rlhf.launch import run_script
 from rlhf.memory import named_when_too_large
+from rlhf.optional import require_optional
+from rlhf.plan_run import plan_trainer
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
@@ -182,7 +183,7 @@ def shared_length(row: dict) -> int:
 def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     """The base with a score head [hidden] -> [1] and an adapter; both are trained, and saved together."""
     set_seed(args.seed)
-    model = load_base(model_dir, pick_dtype(args.bf16), head="score")
+    model = load_base(model_dir, pick_dtype(args.bf16), head="score", four_bit=args.load_in_4bit)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear layer called score: this architecture cannot be used")
     model.score.float()
@@ -378,6 +379,7 @@ def main(args: ScriptArguments) -> None:
     if args.plan:
         print(plan_trainer(args, "reward_modeling.py", sides=2))
         return
+    require_optional(args)
     if not (args.inspect_data or args.audit_only) and finished_run(args, "reward"):
         say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
         return
@@ -405,7 +407,7 @@ def main(args: ScriptArguments) -> None:
     sampler = LengthGroupedSampler(
         lengths, args.per_device_train_batch_size * processes, args.seed, filled=processes > 1
     )
-    log = StageLog(file, args, sampler)
+    log = StageLog(file, args, sampler, sequences=2)
     trainer = build_trainer(args, model, about, rows, eval_rows, log)
     if args.share_prompt:
         check_shareable(backbone_of(model.get_base_model()), max(rows, key=shared_length), tokenizer.pad_token_id)

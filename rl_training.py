@@ -39,16 +39,20 @@ from rlhf.evaluation import best_in_words, evaluate, is_best, measure_sft_scores
 from rlhf.experience import (
     Loop,
     next_prompts,
+    recomputes,
     record_logprobs,
     sample_responses,
     score_responses,
     set_advantages,
     transform_scores,
 )
+from rlhf.flops import work_of
 from rlhf.gate import quick_gate, read_gate, stored_audit
 from rlhf.guard import CollapseGuard
 from rlhf.launch import run_script
-from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings
+from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings, utilisation
+from rlhf.optional import require_optional
+from rlhf.plan_run import plan_ppo
 from rlhf.ppo_flags import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.report import Eta, MetricsLog
 from rlhf.resume import finished_run, refuse_changes
@@ -151,6 +155,15 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
         "lr": loop.optimizer.param_groups[0]["lr"],
     }
     metrics |= timings(loop.accelerator, rollout, clock)
+    metrics |= utilisation(
+        loop.accelerator,
+        rollout,
+        work_of(loop.roles.model, loop.roles.model.config),
+        metrics["time/step"],
+        passes=2 + recomputes(loop) + loop.roles.value_adapter,
+        epochs=moved["epochs"],
+        checkpointing=args.gradient_checkpointing,
+    )
     loop.kl_controller.update(metrics["kl/mean"], args.batch_size * loop.processes)
     return metrics, samples
 
@@ -223,6 +236,7 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
         policy_dir=start,
         judge_dir=args.judge_lora_path,
         critic=critic,
+        four_bit=args.load_in_4bit,
     )
     if args.gradient_checkpointing:
         roles.enable_checkpointing()
@@ -350,6 +364,10 @@ def closing_words(loop: Loop) -> str:
 
 def main(args: ScriptArguments) -> None:
     """Check, load, train, save."""
+    if args.plan:
+        print(plan_ppo(args, "rl_training.py"))
+        return
+    require_optional(args)
     if not args.inspect_data and finished_run(args, "ppo"):
         print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
         return

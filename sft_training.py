@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from rlhf.plan_run import plan_trainer
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -45,6 +44,8 @@ from rlhf.data import (
 )
 from rlhf.launch import run_script
 from rlhf.memory import named_when_too_large
+from rlhf.optional import require_optional
+from rlhf.plan_run import plan_trainer
 from rlhf.report import MetricsLog, read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import load_base, lora_targets, pick_dtype
@@ -129,7 +130,7 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
 def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     """The base with a new adapter, or with --previous_lora_weights to be trained further."""
     set_seed(args.seed)
-    model = load_base(model_dir, pick_dtype(args.bf16))
+    model = load_base(model_dir, pick_dtype(args.bf16), four_bit=args.load_in_4bit)
     if args.previous_lora_weights:
         return continue_adapter(model, args.previous_lora_weights)
     config = LoraConfig(
@@ -283,6 +284,7 @@ def main(args: ScriptArguments) -> None:
     if args.plan:
         print(plan_trainer(args, "sft_training.py", sides=1))
         return
+    require_optional(args)
     if not args.inspect_data and finished_run(args, "sft"):
         say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
         return

@@ -112,6 +112,11 @@ class CommonArguments:
     tokenizer_name: str | None = flag(None, help="tokenizer directory or hub id, if not the base's", group="artefacts")
     # ---- machine ----
     bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
+    load_in_4bit: bool = flag(
+        False,
+        help="hold the base's matrices in 4 bits (NF4); needs bitsandbytes",
+        group="machine",
+    )
     gradient_checkpointing: bool = flag(False, help="recompute activations in backward: less memory", group="machine")
     nproc: int = flag(0, help="processes to start; 0 means one for each visible GPU, one on a CPU", group="machine")
     local_rank: int = flag(
@@ -126,6 +131,9 @@ class CommonArguments:
         choices=["stop", "skip"],
     )
     inspect_data: bool = flag(False, help="print the data funnel and three rendered rows, then exit")
+    plan: bool = flag(
+        False, help="print parameters, memory, steps and the cards that fit, from the configuration alone, then exit"
+    )
 
     def __post_init__(self):
         if self.resume_from_checkpoint in ("False", "false", "None", ""):

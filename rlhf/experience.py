@@ -117,11 +117,17 @@ def score_responses(loop: Loop, rollout: Rollout, role: str = "reward") -> Tenso
     return scores
 
 
+def recomputes(loop: Loop) -> bool:
+    """Whether the policy's log-probabilities are computed again before the update, not kept from sampling."""
+    asked = loop.args.old_logprobs
+    return asked == "recomputed" or (asked == "auto" and loop.roles.model.dtype != torch.float32)
+
+
 @torch.no_grad()
 def record_logprobs(loop: Loop, rollout: Rollout) -> None:
     """Fill in the reference's log-probabilities, a separate critic's values and, where asked, the policy's anew."""
     args, roles = loop.args, loop.roles
-    if args.old_logprobs == "recomputed" or (args.old_logprobs == "auto" and roles.model.dtype != torch.float32):
+    if recomputes(loop):
         logprobs, values = score_logprobs(roles, "policy", rollout, loop.sampling, args.mini_batch_size)
         rollout.logprobs, rollout.values = logprobs, values
     if roles.value_adapter:

@@ -48,7 +48,8 @@ def run_script(main, parse_args) -> None:
     quieten()
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
     processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
-    if processes > 1 and not getattr(args, "inspect_data", False):
+    looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
+    if processes > 1 and not looks_only:
         sys.exit(_start_workers(processes))
     if hasattr(args, "resume_from_checkpoint"):
         listen()

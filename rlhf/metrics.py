@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from rlhf.flops import Work, mfu, ppo_flops, this_card
+from rlhf.flops import in_words as mfu_in_words
 from rlhf.ppo import masked_moments, moments_of
 from rlhf.rollout import Rollout
 
@@ -87,14 +89,28 @@ def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> d
     }
 
 
+def utilisation(accelerator: Accelerator, rollout: Rollout, work: Work, seconds: float, **passes) -> dict[str, float]:
+    """{"mfu": share of all cards' peak that a step's real tokens account for}, or {} where the peak is not known.
+
+    Args:
+        work: of the policy. seconds: of the step. passes: as `ppo_flops` takes them.
+    """
+    flops = ppo_flops(work, rollout.query_mask.sum(1).tolist(), rollout.lengths().tolist(), **passes)
+    total = accelerator.reduce(torch.tensor(flops / 1e12, device=rollout.mask.device), "sum").item()
+    share = mfu(total * 1e12, seconds, this_card(), accelerator.num_processes)
+    return {} if share is None else {"mfu": share}
+
+
 def step_line(metrics: dict, total: int, eta: str) -> str:
     """A step in one line."""
+    speed = f", {mfu_in_words(metrics['mfu'])}" if "mfu" in metrics else ""
     return (
         f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
         f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
         f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
         f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
-        f"update {metrics['time/update']:.1f}) | ETA {eta}"
+        f"update {metrics['time/update']:.1f}) | {metrics['tokens/s']:,.0f} tokens/s, "
+        f"{metrics['samples/s']:.2f} samples/s{speed} | ETA {eta}"
     )
 
 

@@ -10,7 +10,7 @@ from rlhf.checkpoint import read_manifest
 # How a run is carried out and looked at, not what comes out of it: these may differ.
 MACHINE_FLAGS = {
     "output_dir",
-    "resume_from_checkpoint", "overwrite_output_dir", "allow_changes", "nproc", "local_rank", "log_with",
+    "resume_from_checkpoint", "overwrite_output_dir", "allow_changes", "plan", "nproc", "local_rank", "log_with",
     "logging_steps", "sample_freq", "save_freq", "save_steps", "save_total_limit", "check", "reward_gate", "audit",
     "audit_prompts", "sample_max_new_tokens", "per_device_eval_batch_size", "eval_steps", "eval_first_step",
 }  # fmt: skip

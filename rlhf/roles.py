@@ -1,6 +1,7 @@
 """One base model and the roles that share it: policy, reference, reward model and value head."""
 
 import copy
+import os
 import re
 import warnings
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts import read_adapter, save_adapter
@@ -35,21 +36,45 @@ def pick_dtype(bf16: bool) -> torch.dtype:
     return torch.float16
 
 
-def load_base(model_dir: str, dtype: torch.dtype, head: str = "causal", device=None) -> PreTrainedModel:
+def load_base(
+    model_dir: str, dtype: torch.dtype, head: str = "causal", device=None, four_bit: bool = False
+) -> PreTrainedModel:
     """The base with a language model head ("causal") or a one-number score head ("score"), in an explicit dtype.
 
-    transformers obeys the checkpoint's own dtype (often float16) unless told otherwise.
+    transformers obeys the checkpoint's own dtype (often float16) unless told otherwise. In 4 bits are the matrices of
+    the layers alone; heads, embeddings and norms stay as they are, and nothing is cast to float32 for training.
     """
     auto, extra = {
         "causal": (AutoModelForCausalLM, {}),
         "score": (AutoModelForSequenceClassification, {"num_labels": 1}),
     }[head]
+    if four_bit:
+        extra |= _in_four_bits(dtype, device)
+        device = None
     model, loaded = auto.from_pretrained(model_dir, dtype=dtype, output_loading_info=True, **extra)
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
     if missing:
         raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
     model.config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On a CPU bitsandbytes repacks a matrix at its first use in eval(); from then on it passes no gradient.
+            module.support_avx512bf16_for_cpu = False
     return model if device is None else model.to(device)
+
+
+def _in_four_bits(dtype: torch.dtype, device) -> dict:
+    """Arguments of `from_pretrained` for NF4 with double quantisation, on `device` or this process's own."""
+    if device is None:
+        device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", "score"],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def lora_targets(model: nn.Module, spec: str | None) -> list[str]:
@@ -236,6 +261,7 @@ def load_roles(
     policy_dir=None,
     judge_dir=None,
     critic: str | None = "head",
+    four_bit: bool = False,
 ) -> Roles:
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
@@ -245,9 +271,11 @@ def load_roles(
         judge_dir: a second reward adapter, for a judge that PPO does not train against.
         critic: "head" on the policy's hidden states, "adapter" for one with an adapter of its own (which starts as
             the reward model, as in Ouyang et al. 2022, arXiv:2203.02155), or None.
+        four_bit: hold the base in 4 bits (and a merged reference as well).
     Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
     """
-    model, _ = add_lora(load_base(base_dir, dtype, device=device), policy_dir or sft_dir, "policy", trainable=True)
+    base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
+    model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
     if merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
     score_heads = {}
@@ -260,7 +288,7 @@ def load_roles(
     value_head = None if critic is None else _value_head(score_heads["reward"].in_features, policy_dir).to(device)
     reference = None
     if merged_sft_dir is not None:
-        reference = load_base(merged_sft_dir, dtype, device=device).eval().requires_grad_(False)
+        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit).eval().requires_grad_(False)
     roles = Roles(model, value_head, score_heads, reference)
     disable_dropout(roles.model)
     return roles

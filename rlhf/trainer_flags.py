@@ -37,7 +37,9 @@ class TrainerFlags:
     eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
     save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts")
     logging_steps: int = flag(10, help="steps between printed lines (metrics.jsonl has every step)")
-    deepspeed: str | None = flag(None, help="DeepSpeed configuration, handed to the Trainer as it is", group="machine")
+    deepspeed: str | None = flag(
+        None, help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed", group="machine"
+    )
 
     def __post_init__(self):
         if self.optim == "adamw_hf":
@@ -78,7 +80,7 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
         "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed", "seed",
     )  # fmt: skip
-    return config_class(
+    config = config_class(
         **{name: getattr(args, name) for name in same_name},
         warmup_steps=args.warmup_ratio,
         bf16=dtype == torch.bfloat16,
@@ -103,3 +105,6 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
         dataloader_pin_memory=torch.cuda.is_available(),
         **extra,
     )
+    # One process trains on one card: with --nproc 1 on a machine of several the Trainer would use DataParallel.
+    config._n_gpu = min(1, config.n_gpu)
+    return config

@@ -115,7 +115,7 @@ def whole(zygote, stages, tmp_path_factory):
     return found
 
 
-TIMES = ("time/", "tokens/s", "samples/s", "mem/")
+TIMES = ("time/", "tokens/s", "samples/s", "mfu", "mem/")
 
 
 def result(folder: Path) -> dict:

@@ -243,7 +243,7 @@ def test_the_run_says_what_it_did_and_learnt(trained):
     assert run_file["metrics"]["eval_accuracy"] == 1.0 and run_file["metrics"]["eval_margin"] > 0
     steps = [record for record in metrics if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 9))
-    assert {"loss", "lr", "grad_norm", "tokens/s", "time/step"} <= steps[0].keys()
+    assert {"loss", "lr", "grad_norm", "tokens/s", "samples/s", "time/step"} <= steps[0].keys()
     config = json.loads((trained / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["task_type"] == "SEQ_CLS" and "score" in config["modules_to_save"]
 

@@ -177,7 +177,7 @@ def test_the_run_says_what_it_did(trained):
     assert run_file["metrics"]["eval_loss_after"] < run_file["metrics"]["eval_loss_before"]
     steps = [record for record in metrics if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 9))
-    assert {"loss", "lr", "grad_norm", "tokens/s", "time/step"} <= steps[0].keys()
+    assert {"loss", "lr", "grad_norm", "tokens/s", "samples/s", "time/step"} <= steps[0].keys()
     samples = [json.loads(line) for line in (trained / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sample["step"] for sample in samples] == [0, 0, 0, 8, 8, 8]
 
@@ -216,7 +216,10 @@ def test_a_resumed_run_ends_with_the_same_bytes(tiny_base, answers, trained, tmp
     run(tiny_base, answers, folder, **again)
     assert adapter_bytes(folder) == adapter_bytes(trained)
     timeless = [
-        [{k: v for k, v in record.items() if k not in ("tokens/s", "time/step")} for record in read_metrics(path)]
+        [
+            {k: v for k, v in record.items() if k not in ("tokens/s", "samples/s", "time/step")}
+            for record in read_metrics(path)
+        ]
         for path in (folder, trained)
     ]
     assert timeless[0] == timeless[1]
