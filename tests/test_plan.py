@@ -150,6 +150,31 @@ def test_utilisation_is_told_where_the_peak_is_known(card, peak):
     assert share == (peak and pytest.approx(1e14 / (peak * 1e12)))
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_every_stage_says_its_utilisation_on_a_card_whose_peak_is_known(
+    tiny_base, tmp_path, monkeypatch, capsys, stage
+):
+    monkeypatch.setattr("rlhf.trainer.this_card", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr("rlhf.metrics.this_card", lambda: "NVIDIA A100-SXM4-80GB")
+    flags, out = {"output_dir": tmp_path / "out"}, tmp_path / "out"
+    if stage == "ppo":
+        flags |= {
+            "base_model_name": tiny_base, "dataset_name": write_pairs(tmp_path / "pairs.jsonl"), "steps": 8,
+            "sft_model_lora_path": random_adapter(tiny_base, tmp_path / "sft"), "batch_size": 8,
+            "reward_model_lora_path": random_adapter(tiny_base, tmp_path / "rm", "reward"), "output_max_length": 8,
+        }  # fmt: skip
+        rl_training.main(rl_training.parse_args(words(flags)))
+    else:
+        flags |= {"model_name": tiny_base, "max_steps": 1, "save_steps": 0}
+        script, write = (sft_training, write_answers) if stage == "sft" else (reward_modeling, write_pairs)
+        flags |= {"dataset_name": write(tmp_path / "rows.jsonl")} | ({} if stage == "sft" else {"audit": False})
+        script.main(script.parse_args(words(flags)))
+    record = next(row for row in read_metrics(out) if "tokens/s" in row)
+    assert 0 < record["mfu"] < 0.01
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1"))
+    assert "MFU 0.0%" in line and "tokens/s" in line and "samples/s" in line and "ETA" in line
+
+
 # ---- the command line ----
 def config_only(folder: Path) -> str:
     """A directory with baichuan-7B's config.json and nothing else."""
