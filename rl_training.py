@@ -271,6 +271,7 @@ def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompt
             suppress_empty=args.suppress_empty,
             top_k=args.top_k,
             top_p=args.top_p,
+            cuda_graphs=args.cuda_graphs,
         ),
         optimizer=make_optimizer(args, roles),
         kl_controller=adaptive if args.adap_kl_ctrl else ppo.FixedKLController(args.init_kl_coef),

@@ -22,6 +22,7 @@ class SamplingFlags:
     max_prompt_length: int = flag(512, help="queries of more tokens are dropped, and counted", group="data")
     output_max_length: int = flag(128, help="response tokens at most", group="sampling")
     batched_gen: bool = flag(True, help="sample the whole batch at once; False: one query at a time", group="sampling")
+    cuda_graphs: bool = flag(True, help="on a GPU, record a decoding step once and replay it", group="sampling")
     temperature: float = flag(1.0, help="divides the logits, of policy and reference alike", group="sampling")
     suppress_empty: bool = flag(True, help="forbid EOS as first token (begin_suppress_tokens)", group="sampling")
     min_new_tokens: int = flag(0, help="forbid EOS before this many tokens", group="sampling")

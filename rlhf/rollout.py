@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
+from rlhf.decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.roles import Roles, backbone_of, forward
-from rlhf.scoring import accepts, compact, hidden_states, position_ids
+from rlhf.scoring import compact, hidden_states
 from rlhf.signals import received
 
 
@@ -27,6 +27,7 @@ class Sampling:
     suppress_empty: bool = True
     top_k: int = 0
     top_p: float = 1.0
+    cuda_graphs: bool = True
 
     @property
     def without_eos(self) -> int:
@@ -137,71 +138,43 @@ def generate(
         values=torch.zeros(rows, total, device=device),
         entropy=torch.zeros(rows, total, device=device),
     )
-    cache = roomy_cache(model, query_ids.shape[1] + total)
-    alive = torch.arange(rows, device=device)
-    tokens, attention_mask = query_ids, out.query_mask
+    decoder = decoder_of(model, query_ids, out.query_mask, total, static=sampling.cuda_graphs)
+    alive, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    logits, hidden = decoder.prefill()
     for t in range(total):
-        logits, hidden = _last(model, tokens, attention_mask, cache)
         logits = sampling.process(logits.float(), torch.full_like(alive, t))
         chosen = _choose(logits, sampling, generator)
         out.response_ids[alive, t] = chosen
-        out.mask[alive, t] = True
+        out.mask[alive, t] = ~ended
         out.logprobs[alive, t] = selective_logprobs(logits, chosen)
         out.entropy[alive, t] = token_entropy(logits)
         out.values[alive, t] = values_of(hidden)
-        going = (chosen != sampling.eos_token_id).nonzero().squeeze(1)
-        # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
-        if len(going) == 0 or t == total - 1 or received():
+        ended = ended | (chosen == sampling.eos_token_id)
+        if t == total - 1:
             break
-        if len(going) < len(alive):
-            alive, chosen, attention_mask = alive[going], chosen[going], attention_mask[going]
-            cache.batch_select_indices(going)
-        tokens = chosen[:, None]
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(alive), 1)], 1)
-    return out.rows(torch.arange(rows, device=device))
+        if (t + 1) % decoder.every == 0:
+            going = (~ended).nonzero().squeeze(1)
+            # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
+            if len(going) == 0 or received():
+                break
+            if len(going) <= decoder.shrink * len(alive) and len(going) < len(alive):
+                alive, chosen, ended = alive[going], chosen[going], ended[going]
+                decoder.keep(going)
+        logits, hidden = decoder.next(chosen)
+    return _without_rest(out, sampling.pad_token_id)
 
 
-def _last(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] and hidden [B, H] after the new tokens [B, L] of rows padded on the left."""
-    inputs = {"attention_mask": attention_mask.long(), "past_key_values": cache, "use_cache": True}
-    if accepts(type(model), "position_ids"):
-        inputs["position_ids"] = position_ids(attention_mask)[:, -tokens.shape[1] :]
-    return forward(model, (slice(None), -1), tokens, **inputs)
+def _without_rest(out: Rollout, pad_token_id: int) -> Rollout:
+    """A rollout without what was sampled beyond the ends of its responses.
 
-
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for all tokens from the start: a new one is written, and the old ones are not copied."""
-
-    def __init__(self, room: int):
-        super().__init__()
-        self.room = room
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B, heads, new, dim] behind those there are; returns all of them, as views."""
-        start = self.get_seq_length()
-        if not start:
-            self.lazy_initialization(key_states, value_states)
-            self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
-        end = start + key_states.shape[2]
-        for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[:, :, start:end] = states
-        self.keys, self.values = (store[:, :, :end] for store in self.stores)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows (in rising order), in the same memory."""
-        end = self.get_seq_length()
-        for store in self.stores:
-            store[: len(indices), :, :end] = store[indices, :, :end]
-        self.stores = [store[: len(indices)] for store in self.stores]
-        self.keys, self.values = (store[:, :, :end] for store in self.stores)
-
-
-def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
-    """A cache of `room` tokens a row for this model; layers that only keep a window grow as they always do."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    Raises: FloatingPointError where the policy's logits were not finite.
+    """
+    if not torch.isfinite(out.logprobs[out.mask]).all():
+        raise FloatingPointError("the policy's logits are not finite: the update before this one broke it")
+    out.response_ids = torch.where(out.mask, out.response_ids, pad_token_id)
+    for name in ("logprobs", "values", "entropy"):
+        setattr(out, name, torch.where(out.mask, getattr(out, name), 0))
+    return out.rows(torch.arange(len(out.mask), device=out.mask.device))
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -217,9 +190,8 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
         ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, ordered)
     probs = logits.softmax(-1)
-    if not torch.isfinite(probs).all():
-        raise FloatingPointError("the policy's logits are not finite: the update before this one broke it")
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    # The draw of torch.multinomial, without its look at the numbers, for which a GPU would have to be waited for.
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
 def join(parts: list[Rollout], pad_token_id: int) -> Rollout:

@@ -1,5 +1,7 @@
 """The decode loop against `generate()`, and log-probabilities, values and scores against padding, batch and role."""
 
+import dataclasses
+
 import pytest
 import torch
 from adapters import random_adapter
@@ -7,16 +9,16 @@ from transformers import DynamicCache
 
 from rlhf.artefacts import read_adapter
 from rlhf.data import collate_prompts, encode, load_tokenizer
+from rlhf.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, fits_static, roomy_cache
 from rlhf.roles import load_base, load_roles
 from rlhf.rollout import (
     Rollout,
-    RoomyLayer,
     Sampling,
+    _choose,
     by_length,
     generate,
     join,
     response_logprobs,
-    roomy_cache,
     score_logprobs,
 )
 
@@ -189,6 +191,62 @@ def test_a_roomy_cache_holds_what_a_growing_one_does_also_after_rows_have_left(r
         assert roomy.get_seq_length() == growing.get_seq_length() == ids.shape[1] + 1
         torch.testing.assert_close(roomy.keys, growing.keys, **TOLERANCE)
         torch.testing.assert_close(roomy.values, growing.values, **TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_static_shapes_sample_what_growing_ones_do(roles, tokenizer, monkeypatch, seed):
+    assert fits_static(roles.model)
+    eos, kept = likely_eos(roles, tokenizer), []
+    # Draws are by place in the batch: rows that ended stay in both, so that the others draw the same.
+    for kind in (GrowingDecoder, StaticDecoder):
+        decoder = type("Slow", (kind,), {"every": 3, "shrink": 0.0})
+        monkeypatch.setattr("rlhf.rollout.decoder_of", lambda *args, made=decoder, **kwargs: made(*args))
+        kept.append(sample(roles, tokenizer, seed=seed, eos_token_id=eos, max_new_tokens=20)[0])
+    growing, static = kept
+    assert static.response_ids.tolist() == growing.response_ids.tolist()
+    for name in ("logprobs", "values", "entropy"):
+        torch.testing.assert_close(getattr(static, name), getattr(growing, name), **TOLERANCE)
+
+
+def test_rows_that_go_on_after_others_have_ended_write_what_they_would_have_written(roles, tokenizer, monkeypatch):
+    free = sample(roles, tokenizer, seed=None, max_new_tokens=12)[0]
+    eos, shrunk = free.response_ids[0, 3].item(), []
+
+    class Eager(StaticDecoder):
+        every, shrink = 1, 1.0
+
+        def keep(self, rows):
+            shrunk.append(len(rows))
+            super().keep(rows)
+
+    expected = sample(roles, tokenizer, seed=None, eos_token_id=eos, max_new_tokens=30)[0]
+    monkeypatch.setattr("rlhf.rollout.decoder_of", lambda *args, **kwargs: Eager(*args))
+    found = sample(roles, tokenizer, seed=None, eos_token_id=eos, max_new_tokens=30)[0]
+    assert shrunk and expected.lengths().unique().numel() > 1
+    assert found.response_ids.tolist() == expected.response_ids.tolist()
+    torch.testing.assert_close(found.logprobs, expected.logprobs, **TOLERANCE)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: only CUDA records and replays a step")
+def test_a_recorded_step_samples_on_a_gpu_what_one_without_recording_does(tiny_base, tokenizer, tmp_path):
+    sft, reward = (random_adapter(tiny_base, tmp_path / stage, stage) for stage in ("sft", "reward"))
+    roles = load_roles(tiny_base, sft, reward, dtype=torch.float32, device="cuda")
+    roles.train(False)
+    ids, mask = (tensor.cuda() for tensor in queries(load_tokenizer(tiny_base)))
+    settings = sampling(load_tokenizer(tiny_base), max_new_tokens=40)
+    found = [
+        generate(roles.model, roles.values, ids, mask, dataclasses.replace(settings, cuda_graphs=graphs))
+        for graphs in (True, False)
+    ]
+    assert found[0].response_ids.tolist() == found[1].response_ids.tolist()
+    torch.testing.assert_close(found[0].logprobs, found[1].logprobs, atol=1e-4, rtol=0)
+
+
+def test_a_draw_is_that_of_multinomial():
+    logits, settings = torch.randn(6, 50), Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=1)
+    for seed in range(20):
+        expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
+        assert _choose(logits, settings, torch.Generator().manual_seed(seed)).tolist() == expected.tolist()
 
 
 def test_joined_parts_hold_the_same_rows(roles, tokenizer):

@@ -1,0 +1,179 @@
+"""Decoding one token a row at a time: a cache written in place on a CPU, static shapes in a CUDA graph on a GPU.
+
+Both decoders have the same few calls: `prefill`, `next`, `keep`; `every` how many tokens a caller lets pass between
+two looks at who has ended (a look waits for a GPU), `shrink` the share of rows still going at which the others are
+worth dropping.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from rlhf.roles import forward
+from rlhf.scoring import accepts, position_ids
+
+# A multiple that attention kernels like, for the room of a static cache.
+ROOM_MULTIPLE = 64
+
+
+def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int, static: bool):
+    """The decoder for this model and device, for queries [B, Q] padded on the left and `total` tokens at most.
+
+    `static` allows the one of static shapes, which only a GPU gains from.
+    """
+    kind = StaticDecoder if static and query_ids.is_cuda and fits_static(model) else GrowingDecoder
+    return kind(model, query_ids, query_mask, total)
+
+
+def fits_static(model: PreTrainedModel) -> bool:
+    """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
+    if not getattr(model, "_can_compile_fullgraph", False) or model.config._attn_implementation != "sdpa":
+        return False
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return False
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return all(type(layer) is StaticLayer for layer in layers)
+
+
+def last(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None):
+    """Logits [B, V] and hidden [B, H] after the new tokens [B, L].
+
+    Args:
+        mask: [B, whole length] of rows padded on the left; or, with positions [B, L], [B, 1, L, room] as attention
+            takes it.
+    """
+    if positions is None:
+        positions, mask = position_ids(mask)[:, -tokens.shape[1] :], mask.long()
+    inputs = {"position_ids": positions} if accepts(type(model), "position_ids") else {}
+    return forward(
+        model, (slice(None), -1), tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
+    )
+
+
+# ---- a cache written in place ----
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for all tokens from the start: a new one is written, and the old ones are not copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, new, dim] behind those there are; returns all of them, as views."""
+        start = self.get_seq_length()
+        if not start:
+            self.lazy_initialization(key_states, value_states)
+            self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+        end = start + key_states.shape[2]
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = states
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows (in rising order), in the same memory."""
+        end = self.get_seq_length()
+        for store in self.stores:
+            store[: len(indices), :, :end] = store[indices, :, :end]
+        self.stores = [store[: len(indices)] for store in self.stores]
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+
+
+def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
+    """A cache of `room` tokens a row for this model; layers that only keep a window grow as they always do."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class GrowingDecoder:
+    """For any model on any device: attention over the tokens so far, rows dropped as soon as they have ended."""
+
+    every, shrink = 1, 1.0
+
+    def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
+        self.model, self.query_ids, self.mask = model, query_ids, query_mask
+        self.cache = roomy_cache(model, query_ids.shape[1] + total)
+
+    def prefill(self) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and hidden [B, H] after the queries."""
+        return last(self.model, self.query_ids, self.mask, self.cache)
+
+    def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same after one more token [B] a row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        return last(self.model, tokens[:, None], self.mask, self.cache)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+# ---- static shapes ----
+class StaticDecoder:
+    """For a GPU: every step has the same shapes and addresses, so that one recorded CUDA graph plays all of them.
+
+    A decoding step of 7B is over a thousand small kernels, which a GPU gets through faster than Python launches them.
+    Rows that have ended go on being computed until half are left; then the rest moves into a cache of its own and is
+    recorded anew.
+    """
+
+    every, shrink = 8, 0.5
+
+    def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
+        self.model, self.query_ids, self.query_mask = model, query_ids, query_mask
+        room = -(-(query_ids.shape[1] + total) // ROOM_MULTIPLE) * ROOM_MULTIPLE
+        self.cache = StaticCache(config=model.config, max_cache_len=room)
+        # Which columns of the cache a row may look at, and the place of its newest token.
+        self.seen = torch.zeros(len(query_ids), room, dtype=torch.bool, device=query_ids.device)
+        self.seen[:, : query_ids.shape[1]] = query_mask
+        self.column = query_ids.shape[1]
+        self.tokens = query_ids[:, -1:].clone()
+        self.positions = query_mask.sum(1, keepdim=True) - 1
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    def prefill(self) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and hidden [B, H] after the queries."""
+        return last(self.model, self.query_ids, self.query_mask, self.cache)
+
+    def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same after one more token [B] a row; the next call overwrites what this one gave."""
+        self.tokens.copy_(tokens[:, None])
+        self.seen[:, self.column] = True
+        self.positions += 1
+        self.column += 1
+        if self.graph is None and self.warm and tokens.is_cuda:
+            self.record()
+        if self.graph is None:
+            # The first step of a shape runs as it is: libraries choose and allocate what a recording must not.
+            self.warm = True
+            return self._step()
+        self.graph.replay()
+        return self.found
+
+    def record(self) -> None:
+        """Record a step; nothing is computed by it."""
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.found = self._step()
+        except RuntimeError as error:
+            warnings.warn(f"this model's decoding cannot be recorded ({error}): it is slower", stacklevel=2)
+            # Not tried again: an instance attribute hides the method.
+            self.graph, self.record = None, lambda: None
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        return last(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, in memory of their own."""
+        self.tokens, self.seen, self.positions = self.tokens[rows], self.seen[rows], self.positions[rows]
+        for layer in self.cache.layers:
+            layer.keys, layer.values, layer.batch_size = layer.keys[rows], layer.values[rows], len(rows)
+        self.graph, self.warm = None, False
