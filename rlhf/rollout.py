@@ -144,11 +144,7 @@ def generate(
     for t in range(total):
         logits = sampling.process(logits.float(), torch.full_like(alive, t))
         chosen = _choose(logits, sampling, generator)
-        out.response_ids[alive, t] = chosen
-        out.mask[alive, t] = ~ended
-        out.logprobs[alive, t] = selective_logprobs(logits, chosen)
-        out.entropy[alive, t] = token_entropy(logits)
-        out.values[alive, t] = values_of(hidden)
+        _write(out, (alive, t), chosen, ~ended, logits, values_of(hidden))
         ended = ended | (chosen == sampling.eos_token_id)
         if t == total - 1:
             break
@@ -162,6 +158,15 @@ def generate(
                 decoder.keep(going)
         logits, hidden = decoder.next(chosen)
     return _without_rest(out, sampling.pad_token_id)
+
+
+def _write(out: Rollout, place: tuple[Tensor, int], chosen: Tensor, real: Tensor, logits: Tensor, values: Tensor):
+    """Put what one step found of the rows still in the batch where it belongs."""
+    out.response_ids[place] = chosen
+    out.mask[place] = real
+    out.logprobs[place] = selective_logprobs(logits, chosen)
+    out.entropy[place] = token_entropy(logits)
+    out.values[place] = values
 
 
 def _without_rest(out: Rollout, pad_token_id: int) -> Rollout:
