@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rlhf.ppo import ROWS_AT_ONCE
+
 GIB = 2**30
 # CUDA context, cuBLAS workspace and what the allocator cannot fill.
 RUNTIME_BYTES = int(0.7 * GIB)
@@ -102,10 +104,10 @@ def activation_bytes(shape: Shape, precision: Precision, tokens: int, checkpoint
 
 
 def logits_bytes(shape: Shape, precision: Precision, positions: int, gradient: bool) -> int:
-    """Logits as the model gives them, in float32 where that is another copy, their log-softmax and, in training, the
-    gradient: size + 4 (half precision only) + 4 + 4 (gradient only) for every entry."""
-    copy = 0 if precision.size == FP32 else FP32
-    return (precision.size + copy + FP32 + (FP32 if gradient else 0)) * positions * shape.vocab
+    """Logits as the model gives them and, in training, their gradient: size * 1 or 2 for every entry; and in float32
+    the logits and the softmax of ROWS_AT_ONCE positions, all that `selective_logprobs` has of them at a time."""
+    at_once = 2 * FP32 * min(ROWS_AT_ONCE, positions)
+    return (precision.size * (1 + gradient) * positions + at_once) * shape.vocab
 
 
 def forward_bytes(shape: Shape, precision: Precision, tokens: int) -> int:

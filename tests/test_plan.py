@@ -46,13 +46,16 @@ def sizes(checkpointing, batch=8):
 def test_ppo_at_7b_needs_what_was_computed_by_hand(bases, checkpointing, gib):
     adapters = dict.fromkeys(("policy", "reference", "reward"), ADAPTER)
     needs = plan.ppo_needs(SEVEN_B, BF16, adapters, ADAPTER + 4097, sizes(checkpointing), bases)
-    assert needs.peak() / GIB == pytest.approx(gib, abs=0.06)
+    # By hand, all logits had a copy, a log-softmax and a gradient in float32: 2 + 3 * 4 bytes an entry.
+    spared = (2 + 3 * 4) * 8 * 256 * 64000 - plan.logits_bytes(SEVEN_B, BF16, 8 * 256, gradient=True)
+    assert needs.peak() / GIB == pytest.approx(gib - spared / GIB, abs=0.06)
     assert needs.fits()[40] == (gib < 37)
 
 
-def test_logits_of_the_responses_alone_are_half_of_all():
-    assert plan.logits_bytes(SEVEN_B, BF16, 8 * 512, gradient=True) / GIB == pytest.approx(3.42, abs=0.01)
-    assert plan.logits_bytes(SEVEN_B, BF16, 8 * 256, gradient=True) / GIB == pytest.approx(1.71, abs=0.01)
+def test_logits_and_their_gradient_stay_in_half_precision_but_for_a_few_rows():
+    few = 2 * 4 * 256 * 64000
+    assert plan.logits_bytes(SEVEN_B, BF16, 8 * 256, gradient=True) == 4 * 8 * 256 * 64000 + few
+    assert plan.logits_bytes(SEVEN_B, BF16, 10, gradient=False) == 2 * 10 * 64000 + 2 * 4 * 10 * 64000
 
 
 def test_four_bits_hold_the_base_in_a_third():
@@ -84,7 +87,7 @@ def saved_bytes(model, checkpointing) -> int:
 
     ids = torch.randint(5, 1999, (4, 128))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits, _ = forward(base, ids, torch.ones_like(ids).bool(), columns=torch.arange(63, 127))
+        logits, _ = forward(base, (slice(None), slice(63, 127)), ids)
         selective_logprobs(logits, ids[:, 64:])
     return sum(size for size, _ in found.values())
 
@@ -96,8 +99,8 @@ def test_the_planned_activations_are_those_that_a_forward_keeps(kind, dtype):
     model.get_base_model().to(dtype)
     shape, precision = shape_of(model.get_base_model()), Precision(torch.finfo(dtype).bits // 8)
     positions = 4 * 64
-    # Backward has not begun: of the logits it is their float32 copy, and in half precision the logits too, that wait.
-    logits = plan.logits_bytes(shape, precision, positions, gradient=False) - 4 * positions * shape.vocab
+    # Backward has not begun: of the logits, they alone wait for it.
+    logits = precision.size * positions * shape.vocab
     planned = plan.activation_bytes(shape, precision, 4 * 128, checkpointing=False) + logits
     assert planned == pytest.approx(saved_bytes(model, checkpointing=False), rel=0.25)
 
@@ -122,7 +125,7 @@ def test_counted_operations_are_those_torch_counts(checkpointing):
     ids = torch.randint(5, 1999, (2, 64))
     work = flops.work_of(model, base.config)
     with FlopCounterMode(display=False) as counted:
-        logits, _ = forward(base, ids, torch.ones_like(ids).bool(), columns=torch.arange(31, 63))
+        logits, _ = forward(base, (slice(None), slice(31, 63)), ids)
         forward_only = counted.get_total_flops()
         logits.sum().backward()
     upper_half = 2 * work.attention * 2 * 64 * 63
@@ -200,7 +203,7 @@ def test_ppo_is_planned_before_anything_exists_but_a_config(tmp_path, capsys):
     rl_training.main(rl_training.parse_args(words(flags)))
     said = capsys.readouterr().out
     assert "7,000,559,616" in said and "4,194,304 (trained)" in said
-    assert "peak of a process: 19.10 GiB, in the update" in said
+    assert "peak of a process: 18.00 GiB, in the update" in said
     assert "24 GB yes" in said
     assert "steps: 13, 104 responses in total" in said
     assert not (tmp_path / "out").exists()
