@@ -1,0 +1,99 @@
+"""What a card could do at best with a step of benchmarks/gpu_7b.py: operations over its peak, bytes over bandwidth.
+
+rlhf/flops.py has the operations and the peaks. Decoding reads the layers, the output layer and the keys and values of
+all rows once for every token of a row, and does so little with them that memory sets the limit.
+"""
+
+from dataclasses import dataclass
+
+from benchmarks.gpu_workload import Rows
+from rlhf.flops import Work, forward_flops, peak_tflops, training_flops
+from rlhf.plan import BYTES_4BIT, Precision
+
+# Of the memory, 1e12 bytes a second, as the makers state it. The first name that the card's own contains counts.
+BANDWIDTH_TB = {
+    "H200": 4.8,
+    "H100 PCIe": 2.0,
+    "H100": 3.35,
+    "H800": 3.35,
+    "H20": 4.0,
+    "A100-SXM4-40GB": 1.555,
+    "A100-PCIE-40GB": 1.555,
+    "A100": 2.04,
+    "A800": 2.04,
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card's name and limits; None where one is not known."""
+
+    name: str
+    flops: float | None
+    bandwidth: float | None
+
+    @classmethod
+    def of(cls, name: str, tflops: float | None, terabytes: float | None) -> "Card":
+        """By its name, unless numbers (1e12 a second) are given."""
+        tflops = tflops or peak_tflops(name)
+        terabytes = terabytes or next((rate for part, rate in BANDWIDTH_TB.items() if part in name), None)
+        return cls(name, tflops and tflops * 1e12, terabytes and terabytes * 1e12)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Operations that count as work, those of them that the card's arithmetic limits, and bytes to be read besides."""
+
+    flops: float
+    computed: float
+    read: float = 0.0
+
+    @classmethod
+    def of(cls, flops: float) -> "Cost":
+        """Of work that arithmetic alone limits."""
+        return cls(flops, flops)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.flops + other.flops, self.computed + other.computed, self.read + other.read)
+
+    def limit(self, card: Card) -> float | None:
+        """Seconds that it takes at best."""
+        if card.flops is None or (self.read and card.bandwidth is None):
+            return None
+        return self.computed / card.flops + (self.read / card.bandwidth if self.read else 0.0)
+
+    def mfu(self, seconds: float, card: Card) -> float | None:
+        """Share of the card's peak."""
+        return None if card.flops is None else self.flops / seconds / card.flops
+
+
+def decoding_bytes(work: Work, precision: Precision, rows: Rows) -> float:
+    """Weights, and keys and values of the tokens so far, for every answer token but the first, which prefill gives.
+
+    sum over t = 1 .. answer - 1 of  weights + rows * (query + t) * 2 * attention * size
+    """
+    body = BYTES_4BIT if precision.four_bit else precision.size
+    steps = rows.answer - 1
+    weights = steps * (body * work.body + precision.size * work.head)
+    seen = sum(rows.query + t for t in range(1, rows.answer))
+    return weights + rows.count * seen * 2 * work.attention * precision.size
+
+
+def ppo_costs(
+    work: Work, precision: Precision, rows: Rows, recomputed: bool, epochs: int, checkpointing: bool
+) -> dict:
+    """Phase -> Cost of one PPO step of answers all equally long.
+
+    Args:
+        recomputed: whether the policy's log-probabilities are computed again before the update.
+    """
+    lengths, answers = [rows.query + rows.answer] * rows.count, rows.count * rows.answer
+    prefill = forward_flops(work, [rows.query] * rows.count, rows.count)
+    sampled = forward_flops(work, lengths, answers)
+    # The reward model has no output layer.
+    scored = (1 + recomputed) * sampled + forward_flops(work, lengths, 0)
+    return {
+        "rollout": Cost(sampled, prefill, decoding_bytes(work, precision, rows)),
+        "score": Cost.of(scored),
+        "update": Cost.of(epochs * training_flops(work, lengths, answers, checkpointing)),
+    }

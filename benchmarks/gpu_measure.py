@@ -1,0 +1,111 @@
+"""How benchmarks/gpu_7b.py measures a step, and the line of its table that comes of it."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainerCallback
+
+from benchmarks.gpu_limits import Card, Cost
+from benchmarks.peers.worker import peak_gb
+
+
+# ---- measuring ----
+class Meter:
+    """Readings of the clock, each when the device has nothing left to do, and the peak of memory up to each."""
+
+    def __init__(self, device: str):
+        self.on_card = device == "cuda"
+        self.times: list[float] = []
+        self.peaks: list[float] = []
+
+    def read(self) -> float:
+        """Seconds, as time.perf_counter has them."""
+        if self.on_card:
+            torch.cuda.synchronize()
+        self.peaks.append(torch.cuda.max_memory_allocated() / 1e9 if self.on_card else peak_gb())
+        if self.on_card:
+            torch.cuda.reset_peak_memory_stats()
+        self.times.append(time.perf_counter())
+        return self.times[-1]
+
+    def spans(self, first: int, last: int, every: int) -> tuple[float, float]:
+        """Median seconds between readings `first` and `last` of each step of `every` readings, and the peak in GB.
+
+        The first step is left out.
+        """
+        starts = range(every, len(self.times) - last, every)
+        seconds = [self.times[start + last] - self.times[start + first] for start in starts]
+        peaks = [peak for start in starts for peak in self.peaks[start + first + 1 : start + last + 1]]
+        return statistics.median(seconds), max(peaks)
+
+
+class Ticks(TrainerCallback):
+    """Reads a meter when training begins and after every step."""
+
+    def __init__(self, meter: Meter):
+        self.meter = meter
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.meter.read()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.meter.read()
+
+
+# ---- the table ----
+@dataclass(frozen=True)
+class Target:
+    """What a row is wanted to reach, in its own unit: at least a rate, or less than so many GB."""
+
+    rate: float | None = None
+    memory: float | None = None
+
+    def words(self) -> str:
+        """As the table has it."""
+        return f">= {self.rate:g} samples/s" if self.rate else f"< {self.memory:g} GB"
+
+    def met(self, row: "Row") -> bool:
+        """Whether the row reaches it."""
+        return row.samples / row.seconds >= self.rate if self.rate else row.peak_gb < self.memory
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: seconds of a step, what it got through in them, its peak memory, what it costs."""
+
+    name: str
+    seconds: float
+    samples: int
+    tokens: int
+    peak_gb: float
+    cost: Cost
+    target: Target | None = None
+
+
+HEAD = ("", "s", "samples/s", "tokens/s", "GB", "MFU", "limit s", "of limit", "target", "met")
+WIDTHS = (36, 9, 10, 10, 7, 7, 9, 9, 16, 5)
+
+
+def line(cells: tuple[str, ...]) -> str:
+    """One line of the table."""
+    numbers = zip(cells[1:], WIDTHS[1:], strict=True)
+    return f"{cells[0]:<{WIDTHS[0]}}{''.join(f'{cell:>{width}}' for cell, width in numbers)}".rstrip()
+
+
+def cells(row: Row, card: Card) -> tuple[str, ...]:
+    """A row in words; "-" for what is not known of this card, nothing where there is no target."""
+    limit, mfu = row.cost.limit(card), row.cost.mfu(row.seconds, card)
+    return (
+        row.name,
+        f"{row.seconds:.3g}",
+        f"{row.samples / row.seconds:.2f}",
+        f"{row.tokens / row.seconds:,.0f}",
+        f"{row.peak_gb:.2f}",
+        "-" if mfu is None else f"{mfu:.1%}",
+        "-" if limit is None else f"{limit:.3g}",
+        "-" if limit is None else f"{limit / row.seconds:.1%}",
+        row.target.words() if row.target else "",
+        ("yes" if row.target.met(row) else "no") if row.target else "",
+    )

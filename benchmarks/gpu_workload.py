@@ -1,0 +1,170 @@
+"""The workload of benchmarks/gpu_7b.py: a Baichuan whose random weights are made on the card, adapters, rows."""
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import reward_modeling
+from benchmarks.common import random_ids
+from benchmarks.model import EOS, PAD
+from rlhf import roles
+from rlhf.arguments import LoraArguments
+from rlhf.artefacts import ADAPTER_FILE
+from rlhf.baichuan import BaichuanConfig
+from rlhf.roles import lora_targets
+
+if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
+    # An older transformers than requirements.txt names has it under its old name.
+    PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows (or pairs) a step takes, and tokens of each: of the query, and of the answer (of either)."""
+
+    count: int
+    query: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes (where they are not baichuan-7B's) and what it is fed.
+
+    mini_batch: rows of one backward of ppo; one of memory takes them all.
+    """
+
+    sft: Rows
+    reward: Rows
+    ppo: Rows
+    mini_batch: int
+    memory: Rows
+    model: dict = field(default_factory=dict)
+
+    def config(self) -> BaichuanConfig:
+        """Of the model."""
+        return BaichuanConfig(**self.model)
+
+
+SHAPES = {
+    "7b": Shape(
+        sft=Rows(4, 128, 384), reward=Rows(10, 100, 200), ppo=Rows(64, 128, 256), mini_batch=16,
+        memory=Rows(8, 256, 256),
+    ),
+    "tiny": Shape(
+        sft=Rows(2, 4, 12), reward=Rows(2, 4, 8), ppo=Rows(4, 6, 8), mini_batch=2, memory=Rows(2, 4, 4),
+        model={"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+               "num_attention_heads": 4},
+    ),
+}  # fmt: skip
+
+
+# ---- model ----
+def random_model(config: BaichuanConfig, head: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """What `load_base` gives, its weights drawn where they stay: no float32 copy, nothing in the host's memory."""
+    auto, changed = {
+        "causal": (AutoModelForCausalLM, {}), "score": (AutoModelForSequenceClassification, {"num_labels": 1})
+    }[head]  # fmt: skip
+    with torch.device(device):
+        model = auto.from_config(BaichuanConfig(**config.to_diff_dict() | changed), dtype=dtype)
+    model.config.use_cache = False
+    return model
+
+
+def to_four_bits(model: PreTrainedModel, device: str) -> None:
+    """The matrices of the layers as `load_base` loads them with four_bit: NF4 with double quantisation."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.model.layers.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is not nn.Linear:
+                continue
+            quantised = Linear4bit(
+                layer.in_features, layer.out_features, bias=False, compute_dtype=model.dtype, quant_type="nf4",
+                device="meta",
+            )  # fmt: skip
+            quantised.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(parent, name, quantised.to(device))
+            # As in `load_base`.
+            quantised.support_avx512bf16_for_cpu = False
+    # What peft goes by.
+    model.is_loaded_in_4bit = True
+
+
+@contextmanager
+def instead_of_a_checkpoint(config: BaichuanConfig, device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the stages get random models where they load a base, whatever its name."""
+
+    def load_base(model_dir, asked, head="causal", four_bit=False, **where):
+        model = random_model(config, head, device, dtype)
+        if four_bit:
+            to_four_bits(model, device)
+        return model
+
+    with ExitStack() as stack:
+        for stage in (roles, reward_modeling):
+            stack.enter_context(patch.object(stage, "load_base", load_base))
+        yield
+
+
+def adapted(model: PreTrainedModel, rank: int, task_type: str = "CAUSAL_LM", dropout: float = 0.0):
+    """`model` with a new adapter on the attention's packed projection."""
+    lora = LoraConfig(
+        task_type=task_type, r=rank, lora_alpha=LoraArguments.lora_alpha, lora_dropout=dropout,
+        target_modules=lora_targets(model, None),
+    )  # fmt: skip
+    return get_peft_model(model, lora)
+
+
+def write_adapter(config: BaichuanConfig, folder: Path, rank: int, score_head: bool) -> None:
+    """An adapter with small random weights as a stage leaves it; of the base its shape alone is needed."""
+    model = adapted(random_model(config, "causal", "meta", torch.float32), rank)
+    model.peft_config["default"].save_pretrained(str(folder))
+    shapes = {
+        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+    if score_head:
+        shapes["base_model.model.score.weight"] = (1, config.hidden_size)
+    save_file({name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()}, folder / ADAPTER_FILE)
+
+
+# ---- rows ----
+class Numbers:
+    """Stands for a tokenizer: random ids are written as numbers."""
+
+    pad_token_id, eos_token_id = PAD, EOS
+
+    def batch_decode(self, rows: list[list[int]], **kwargs) -> list[str]:
+        """Each row's ids in words."""
+        return [" ".join(map(str, row)) for row in rows]
+
+
+def sft_rows(rows: Rows, count: int, vocabulary: int) -> list[dict]:
+    """Encoded rows of that shape with a loss on the answer."""
+    rng, mask = random.Random(0), [0] * rows.query + [1] * rows.answer
+    return [
+        {"input_ids": random_ids(rng, rows.query + rows.answer, vocabulary), "completion_mask": mask}
+        for _ in range(count)
+    ]
+
+
+def pair_rows(rows: Rows, count: int, vocabulary: int) -> list[dict]:
+    """Encoded preference pairs of that shape."""
+    rng = random.Random(0)
+    sizes = {"query_ids": rows.query, "chosen_ids": rows.answer, "rejected_ids": rows.answer}
+    return [{name: random_ids(rng, size, vocabulary) for name, size in sizes.items()} for _ in range(count)]
+
+
+def prompt_rows(rows: Rows, vocabulary: int) -> list[dict]:
+    """The prompts of a PPO step."""
+    rng = random.Random(0)
+    return [{"prompt": "", "query_ids": random_ids(rng, rows.query, vocabulary)} for _ in range(rows.count)]
