@@ -45,7 +45,7 @@ from rlhf.data import (
     subset,
 )
 from rlhf.hardening import degenerate_pairs, kinds_of
-from rlhf.launch import run_script
+from rlhf.launch import run_script, say, world
 from rlhf.memory import named_when_too_large
 from rlhf.optional import require_optional
 from rlhf.plan_run import plan_trainer
@@ -63,9 +63,7 @@ from rlhf.trainer import (
     open_log,
     resume_point,
     save_checkpoint,
-    say,
     train,
-    world,
     writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments

@@ -42,7 +42,7 @@ from rlhf.data import (
     sft_rows,
     subset,
 )
-from rlhf.launch import run_script
+from rlhf.launch import run_script, say, world
 from rlhf.memory import named_when_too_large
 from rlhf.optional import require_optional
 from rlhf.plan_run import plan_trainer
@@ -60,9 +60,7 @@ from rlhf.trainer import (
     open_log,
     resume_point,
     save_checkpoint,
-    say,
     train,
-    world,
     writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments

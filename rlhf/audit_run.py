@@ -6,9 +6,9 @@ from rlhf.artefacts import adapter_hash, check_adapter
 from rlhf.audit import audit, row_scorer
 from rlhf.audit_report import table, write_audit
 from rlhf.funnel import Funnel
+from rlhf.launch import say
 from rlhf.roles import add_lora, backbone_of, load_base, pick_dtype, score_head_of
 from rlhf.splits import subset
-from rlhf.trainer import say
 
 # Held-out pairs that the audit's accuracy and calibration are measured on, at most.
 AUDIT_PAIRS = 2000

@@ -7,7 +7,7 @@ from rlhf.degenerate import HARDENING_KINDS, degenerate, same_question
 from rlhf.funnel import Funnel
 
 # These are not seen by their looks alone: they take more examples than the others.
-MORE_OF = ("other_answer",) * 5 + ("copied_prompt", "repeated_sentence") * 2 + ("repeated_token",)
+MORE_OF = ("other_answer",) * 5 + ("copied_prompt",) * 2 + ("repeated_sentence",) * 4 + ("repeated_token",)
 # Tries for each wanted pair: some kinds cannot be made of some answers.
 TRIES = 20
 

@@ -19,6 +19,17 @@ from rlhf.signals import Interrupted, listen
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
+def world() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher says, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(*lines: str) -> None:
+    """Print on the first process only."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
 def is_launched() -> bool:
     """Whether torchrun, accelerate or the like has started this process already."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES) or any(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.arguments import LoraArguments
 from rlhf.data import load_rows
-from rlhf.launch import is_launched, wanted_processes
+from rlhf.launch import is_launched, wanted_processes, world
 from rlhf.plan import (
     GIB,
     Needs,
@@ -23,7 +23,6 @@ from rlhf.plan import (
     trainer_needs,
 )
 from rlhf.roles import lora_targets
-from rlhf.trainer import world
 
 
 def skeleton(name: str, flag: str) -> nn.Module:

@@ -1,7 +1,6 @@
 """What the two Trainer stages (SFT, reward) share round their training: log, checkpoints to be trusted, processes."""
 
 import gc
-import os
 import pickle
 import shutil
 import time
@@ -17,6 +16,7 @@ from rlhf.artefacts import read_adapter, save_adapter, write_run
 from rlhf.batches import LengthGroupedSampler
 from rlhf.checkpoint import complete_or_gone, defect, read_manifest, rotate, to_resume, write_manifest
 from rlhf.flops import in_words, mfu, this_card, training_flops, work_of
+from rlhf.launch import say, world
 from rlhf.report import Eta, MetricsLog
 from rlhf.resume import refuse_changes
 from rlhf.signals import Interrupted, agreed, stop_if_agreed
@@ -25,17 +25,6 @@ CHECKPOINT_PREFIX = "checkpoint-"
 
 
 # ---- processes ----
-def world() -> tuple[int, int]:
-    """(rank, number of processes) as the launcher says, before any process group exists."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(*lines: str) -> None:
-    """Print on the first process only."""
-    if world()[0] == 0:
-        print(*lines, sep="\n", flush=True)
-
-
 def announce_batches(args, rows: int, unit: str) -> None:
     """Say how many rows an optimizer step sees on all processes together."""
     processes = world()[1]

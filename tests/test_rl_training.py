@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -510,3 +512,9 @@ def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch, flags):
     assert scores[0] < 0.1
     assert max(scores) > 0.95
     assert scores[-1] > 0.95
+
+
+def test_ppo_imports_neither_the_trainer_nor_datasets_which_cost_90_mb():
+    code = "import sys, rl_training; sys.exit(bool({'transformers.trainer', 'datasets'} & set(sys.modules)))"
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
