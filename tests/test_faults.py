@@ -1,5 +1,6 @@
 """Nothing is lost: kill -9 at each write and at random times, signals, a full disk, one writer: the same bytes."""
 
+import fcntl
 import os
 import pickle
 import random
@@ -288,6 +289,9 @@ def test_of_two_runs_in_one_directory_the_second_is_refused_before_a_model_loads
         assert sorted(out.rglob("*")) == before
     finally:
         os.kill(first, KILL)
+    with (out / ".lock").open() as lock:
+        # A killed process takes a moment to let go.
+        fcntl.flock(lock, fcntl.LOCK_EX)
     ends_the_same(zygote, stages, whole, name, out)
 
 
