@@ -39,7 +39,7 @@ def run(*command: str) -> None:
 
 
 def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
-    """Metrics of both reward models of one demo, which are trained unless they are there already."""
+    """run.json of both reward models of one demo, which are trained unless they are there already."""
     seed = str(load_run(demo_dir / "sft")["arguments"]["seed"])
     if not (folder / "pairs.jsonl").is_file():
         where = ["--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed]
@@ -54,7 +54,7 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
             "--output_dir", str(folder / name), "--resume_from_checkpoint", "True", "--logging_steps", "100",
             "--audit_prompts", "400", *flags,
         )  # fmt: skip
-    return {name: load_run(folder / name)["metrics"] for name in VERSIONS}
+    return {name: load_run(folder / name) for name in VERSIONS}
 
 
 def table(found: list[dict[str, dict]]) -> tuple[str, list[str]]:
@@ -81,8 +81,11 @@ def main(args: Arguments) -> int:
     """Print the table; 1 where a promise is broken."""
     demos = [Path(folder).resolve() for folder in args.demo_dirs]
     found = [train(demo, Path(args.output_dir).resolve() / f"seed_{n}") for n, demo in enumerate(demos)]
-    words, broken = table(found)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n{words}")
+    words, broken = table([{name: record["metrics"] for name, record in records.items()} for records in found])
+    commits = {(record["git_commit"] or "unknown")[:7] for records in found for record in records.values()}
+    print(f"trained by commit {', '.join(sorted(commits))}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(words)
     print("\n".join(broken) if broken else "all promises kept")
     return min(len(broken), 1)
 
