@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf.roles import forward
-from rlhf.scoring import accepts, position_ids
+from rlhf.scoring import accepts, parts_by_length, position_ids
 
 # A multiple that attention kernels like, for the room of a static cache.
 ROOM_MULTIPLE = 64
@@ -66,13 +66,29 @@ class RoomyLayer(DynamicLayer):
         """Write keys and values [B, heads, new, dim] behind those there are; returns all of them, as views."""
         start = self.get_seq_length()
         if not start:
-            self.lazy_initialization(key_states, value_states)
-            self.stores = [x.new_empty(*x.shape[:2], self.room, x.shape[3]) for x in (key_states, value_states)]
+            self.make_room(key_states, value_states, len(key_states))
         end = start + key_states.shape[2]
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             store[:, :, start:end] = states
+        return self.show(end)
+
+    def make_room(self, key_states: Tensor, value_states: Tensor, rows: int) -> None:
+        """Memory for that many rows of keys and values like these."""
+        self.lazy_initialization(key_states, value_states)
+        self.stores = [x.new_zeros(rows, x.shape[1], self.room, x.shape[3]) for x in (key_states, value_states)]
+
+    def show(self, end: int) -> tuple[Tensor, Tensor]:
+        """All keys and values before column `end`, as views; those are what the layer holds from now on."""
         self.keys, self.values = (store[:, :, :end] for store in self.stores)
         return self.keys, self.values
+
+    def place(self, rows: Tensor, of: int, end: int, part: DynamicLayer) -> None:
+        """Put what another cache layer holds into these rows (of so many), its last column before column `end`."""
+        if not self.is_initialized:
+            self.make_room(part.keys, part.values, of)
+        for store, states in zip(self.stores, (part.keys, part.values), strict=True):
+            store[rows, :, end - states.shape[2] : end] = states
+        self.show(end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows (in rising order), in the same memory."""
@@ -80,7 +96,7 @@ class RoomyLayer(DynamicLayer):
         for store in self.stores:
             store[: len(indices), :, :end] = store[indices, :, :end]
         self.stores = [store[: len(indices)] for store in self.stores]
-        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        self.show(end)
 
 
 def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
@@ -100,8 +116,19 @@ class GrowingDecoder:
         self.cache = roomy_cache(model, query_ids.shape[1] + total)
 
     def prefill(self) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] and hidden [B, H] after the queries."""
-        return last(self.model, self.query_ids, self.mask, self.cache)
+        """Logits [B, V] and hidden [B, H] after the queries, the short ones apart from the long ones."""
+        parts = parts_by_length(self.mask.sum(1))
+        if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
+            return last(self.model, self.query_ids, self.mask, self.cache)
+        found, (total, end) = [], self.mask.shape
+        for rows in parts:
+            width = int(self.mask[rows].sum(1).max())
+            cache = DynamicCache(config=self.model.config)
+            found.append(last(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
+            for layer, part in zip(self.cache.layers, cache.layers, strict=True):
+                layer.place(rows, total, end, part)
+        order = torch.cat(parts).argsort()
+        return tuple(torch.cat(results)[order] for results in zip(*found, strict=True))
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The same after one more token [B] a row."""

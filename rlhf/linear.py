@@ -52,11 +52,12 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
         x, weight, a, b, down = ctx.saved_tensors
-        up = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
+        # In the order that MKL is fast at: eight columns took three times as long as eight rows.
+        up = linear(grad, b.T.to(grad.dtype).contiguous()).mul_(ctx.scaling)
         grad_x = product(grad, weight.T).addmm_(up, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[3]:
             return grad_x, None, None, None, None, None
-        grad_b = (grad.T @ down).mul_(ctx.scaling)
+        grad_b = (down.T @ grad).mul_(ctx.scaling).T
         return grad_x, None, None, (up.T @ x).to(a.dtype), grad_b.to(b.dtype), None
 
 

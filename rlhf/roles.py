@@ -4,7 +4,7 @@ import copy
 import os
 import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto 
 from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.disk import load_tensors
 from rlhf.linear import fuse_linears
-from rlhf.scoring import score
+from rlhf.scoring import feed_forward_at, score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 # Where a PPO directory keeps the adapter of a critic that has its own (--value_lora).
@@ -161,7 +161,8 @@ def forward(model: PreTrainedModel, pick, input_ids: Tensor, **inputs) -> tuple[
 
     hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
-        logits = model(input_ids=input_ids, **inputs).logits
+        with feed_forward_at(backbone_of(model), pick) if input_ids.shape[1] > 1 else nullcontext():
+            logits = model(input_ids=input_ids, **inputs).logits
     finally:
         hook.remove()
     return logits, caught[0]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.roles import Roles, backbone_of, forward
-from rlhf.scoring import compact, hidden_states
+from rlhf.scoring import compact, states_at
 from rlhf.signals import received
 
 
@@ -238,7 +238,7 @@ def spread(found: Tensor, mask: Tensor) -> Tensor:
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """[N, H]: the hidden state before each real response token, without any logits; gradients flow."""
     ids, pick = rollout.compact()
-    return hidden_states(backbone_of(model), ids)[pick]
+    return states_at(backbone_of(model), ids, pick)
 
 
 @torch.no_grad()
