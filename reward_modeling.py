@@ -52,6 +52,7 @@ from rlhf.plan_run import plan_trainer
 from rlhf.report import read_metrics
 from rlhf.resume import finished_run
 from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
+from rlhf.rows import take_rows_side_by_side
 from rlhf.scoring import forked_rng, score_in_parts
 from rlhf.shared_prompt import SharedPromptCollator, check_shareable, score_pairs
 from rlhf.trainer import (
@@ -186,6 +187,8 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
         raise ValueError(f"{type(model).__name__} has no linear layer called score: this architecture cannot be used")
     model.score.float()
     score_by_mask(model)
+    if not args.share_prompt:
+        take_rows_side_by_side(model)
     config = LoraConfig(
         # peft puts the score head among `modules_to_save` for this task type.
         task_type="SEQ_CLS",

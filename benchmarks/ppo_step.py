@@ -5,7 +5,8 @@
 Workload: 33-million-parameter Llama with random weights (benchmarks/model.py), fp32, LoRA r=8 on the attention
 projections, a reward model, the SFT model as reference; steps of 16 prompts (16 to 96 tokens, 44 in the mean), 4 PPO
 epochs, micro-batches of 4, one optimizer step an epoch. "even": no answer ends before 64 tokens. "variable": EOS has a
-chance of 1/32 at every token, 128 tokens at most, so 31 in the mean. The first step of each run is left out.
+chance of 1/16 at every token, 64 tokens at most, so 16 in the mean. "long", not among the usual ones: of 1/64, 256 at
+most, so 63 in the mean. The first step of each run is left out.
 
 Memory is the peak of the whole process. "of the machine" compares the update's useful arithmetic with what this
 machine's matrix products reach at the layers' own shapes: the weight matrices over real tokens (of the prompt too; the
@@ -44,7 +45,7 @@ class Arguments:
     """Flags of benchmarks/ppo_step.py."""
 
     peers: str = flag("all", help="whom to compare with", choices=["all", "none", *PEERS])
-    workload: str = flag("both", help="answers of one length, of very different length, or both",
+    workload: str = flag("both", help="answers of one length (even), of very different length (variable), or both",
                          choices=["both", *WORKLOADS])  # fmt: skip
     steps: int = flag(6, help="PPO steps of one run; the first is left out")
     repeats: int = flag(1, help="runs of each contender, in turn")
@@ -164,7 +165,7 @@ def main(args: Arguments) -> None:
     if peers:
         subprocess.run(["bash", str(ROOT / "benchmarks/setup_peers.sh")], check=True)
     print(machine(), flush=True)
-    for name in WORKLOADS if args.workload == "both" else [args.workload]:
+    for name in ("even", "variable") if args.workload == "both" else [args.workload]:
         workload, runs, rate = measure(args, name, ["ours", *peers])
         print(
             f"\n{name}: seconds a step, medians of {args.repeats} x {args.steps - 1} steps of "

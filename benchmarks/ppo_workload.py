@@ -15,8 +15,9 @@ from rlhf.artefacts import base_fingerprint, save_adapter, write_run
 from rlhf.encoding import DEFAULT_TEMPLATE
 
 PROMPTS = 16
-# Longest answer, and the chance of EOS at each token: 0 makes every answer that long, 1/32 makes 31 tokens the mean.
-WORKLOADS = {"even": (64, 0.0), "variable": (128, 1 / 32)}
+# Longest answer, and the chance of EOS at each token: 0 makes every answer that long, the others a quarter of it in
+# the mean. With the long ones decoding is most of the work, and bound by the reading of weights for everyone.
+WORKLOADS = {"even": (64, 0.0), "variable": (64, 1 / 16), "long": (256, 1 / 64)}
 SETTINGS = {
     "batch_size": PROMPTS, "mini_batch_size": 4, "accumulation": 4, "ppo_epochs": 4, "learning_rate": 1.41e-5,
     "kl_coef": 0.05, "seed": 0, "pad": PAD, "eos": EOS, "lora_rank": 8, "lora_alpha": 32,

@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf.roles import forward
-from rlhf.scoring import accepts, parts_by_length, position_ids
+from rlhf.rows import BY_ROW, accepts, parts_by_length, position_ids
 
 # A multiple that attention kernels like, for the room of a static cache.
 ROOM_MULTIPLE = 64
@@ -30,7 +30,10 @@ def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, to
 
 def fits_static(model: PreTrainedModel) -> bool:
     """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
-    if not getattr(model, "_can_compile_fullgraph", False) or model.config._attn_implementation != "sdpa":
+    if not getattr(model, "_can_compile_fullgraph", False) or model.config._attn_implementation not in (
+        "sdpa",
+        BY_ROW,
+    ):
         return False
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):

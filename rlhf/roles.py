@@ -18,7 +18,8 @@ import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto 
 from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.disk import load_tensors
 from rlhf.linear import fuse_linears
-from rlhf.scoring import feed_forward_at, score
+from rlhf.rows import feed_forward_at, take_rows_side_by_side
+from rlhf.scoring import score
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 # Where a PPO directory keeps the adapter of a critic that has its own (--value_lora).
@@ -184,6 +185,9 @@ class Roles:
         self.model = model.get_base_model()
         fuse_linears(self.model)
         self.separate_reference = reference
+        for each in (self.model, reference):
+            if each is not None:
+                take_rows_side_by_side(each)
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")
 

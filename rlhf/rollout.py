@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.roles import Roles, backbone_of, forward
-from rlhf.scoring import compact, states_at
+from rlhf.rows import lay_out, states_at
 from rlhf.signals import received
 
 
@@ -76,15 +76,13 @@ class Rollout:
         """[B, L] bool."""
         return torch.cat([self.query_mask, self.mask], 1)
 
-    def compact(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Each query and its response side by side, padded on the right only, and where the predictions stand.
+    def predictors(self) -> tuple[Tensor, Tensor]:
+        """Row and place, [N] long each, of the tokens whose logits predict the N of `response_ids[mask]`, in order.
 
-        Returns: ids [B, W]; row and column, [N] long each, whose logits predict the N real response tokens, in the
-            order of `response_ids[mask]`.
+        Places count a row's real tokens from 0.
         """
-        ids, _ = compact(self.input_ids, self.attention_mask)
         row, t = self.mask.nonzero(as_tuple=True)
-        return ids, (row, self.query_mask.sum(1)[row] - 1 + t)
+        return row, self.query_mask.sum(1)[row] - 1 + t
 
     def rows(self, index: Tensor) -> "Rollout":
         """The chosen rows, with the padding columns that none of them needs cut off."""
@@ -223,8 +221,8 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
 
     Returns: [B, T] float32, nats (0 on padding; gradients flow), and hidden [N, H], one before each real token.
     """
-    ids, pick = rollout.compact()
-    logits, hidden = forward(model, pick, ids, use_cache=False)
+    layout = lay_out(backbone_of(model), rollout.input_ids, rollout.attention_mask)
+    logits, hidden = forward(model, layout.at(*rollout.predictors()), **layout.inputs, use_cache=False)
     t = rollout.mask.nonzero(as_tuple=True)[1]
     found = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
     return spread(found, rollout.mask), hidden
@@ -237,8 +235,9 @@ def spread(found: Tensor, mask: Tensor) -> Tensor:
 
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """[N, H]: the hidden state before each real response token, without any logits; gradients flow."""
-    ids, pick = rollout.compact()
-    return states_at(backbone_of(model), ids, pick)
+    backbone = backbone_of(model)
+    layout = lay_out(backbone, rollout.input_ids, rollout.attention_mask)
+    return states_at(backbone, layout, *rollout.predictors())
 
 
 @torch.no_grad()

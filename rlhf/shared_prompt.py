@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.batches import PairCollator, pair_columns
-from rlhf.scoring import accepts, apply_head, last_states
+from rlhf.rows import accepts
+from rlhf.scoring import apply_head, last_states
 
 QUERY, CHOSEN, REJECTED = 1, 2, 3
 # Relative difference of hidden states above bfloat16's rounding, and below what another attention makes of them.

@@ -114,16 +114,20 @@ def test_the_training_loss_is_the_plain_one_from_rows_of_like_length(tiny_base, 
     trainer, _, rows, _ = make_trainer(tiny_base, pairs, tmp_path)
     rows = rows[:pairs_a_batch]
     margins = plain_margins(trainer.model, rows)
-    shapes = []
+    computed, lengths = [], []
     backbone = backbone_of(trainer.model.get_base_model())
-    backbone.register_forward_pre_hook(lambda _, __, of: shapes.append(of["input_ids"].shape), with_kwargs=True)
+    backbone.register_forward_pre_hook(
+        lambda _, __, of: (computed.append(of["input_ids"].numel()), lengths.append(of["row_lengths"])),
+        with_kwargs=True,
+    )
     batch = trainer.data_collator(rows)
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / len(rows), abs=1e-5)
-    assert sum(count for count, _ in shapes) == 2 * len(rows)
-    assert len(shapes) == parts
-    assert [length for _, length in shapes] == sorted(length for _, length in shapes)
-    assert shapes[-1][1] == batch["input_ids"].shape[1]
+    assert len(lengths) == parts
+    together = [length for part in lengths for length in part]
+    # All rows, none of them with padding, the shorter ones first.
+    assert together == sorted(batch["attention_mask"].sum(1).tolist())
+    assert computed == [sum(part) for part in lengths]
 
 
 def test_scores_in_parts_are_those_of_the_rows_in_their_order(tiny_base, pairs, tmp_path):

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from rlhf.artefacts import read_adapter
 from rlhf.data import collate_prompts, encode, load_tokenizer
 from rlhf.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, fits_static, roomy_cache
-from rlhf.roles import load_base, load_roles
+from rlhf.roles import backbone_of, load_base, load_roles
 from rlhf.rollout import (
     Rollout,
     Sampling,
@@ -21,6 +21,7 @@ from rlhf.rollout import (
     response_logprobs,
     score_logprobs,
 )
+from rlhf.rows import BY_ROW, lay_out
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = ", "The cat likes"]
@@ -167,14 +168,25 @@ def test_rows_cut_only_padding_that_none_of_them_needs(roles, tokenizer):
         assert part.mask[:, -1].any()
 
 
-def test_a_compact_batch_holds_each_query_and_response_side_by_side_and_picks_what_predicts_them(roles, tokenizer):
-    rollout, settings = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
-    ids, (row, column) = rollout.compact()
+@pytest.mark.parametrize("attention", [BY_ROW, "sdpa"])
+def test_laid_out_rows_hold_each_query_and_response_side_by_side_and_name_what_predicts_them(
+    roles, tokenizer, monkeypatch, attention
+):
+    rollout, _ = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
+    assert roles.model.config._attn_implementation == BY_ROW
+    monkeypatch.setattr(roles.model.config, "_attn_implementation", attention)
+    layout = lay_out(backbone_of(roles.model), rollout.input_ids, rollout.attention_mask)
+    ids, (row, column) = layout.inputs["input_ids"], layout.at(*rollout.predictors())
     assert ids[row, column + 1].tolist() == rollout.response_ids[rollout.mask].tolist()
-    for number, whole in enumerate(rollout.input_ids):
-        real = whole[rollout.attention_mask[number]].tolist()
-        assert ids[number].tolist() == real + [settings.pad_token_id] * (ids.shape[1] - len(real))
-    assert ids.shape[1] == rollout.attention_mask.sum(1).max()
+    lengths = rollout.attention_mask.sum(1).tolist()
+    if attention == BY_ROW:
+        assert layout.inputs["row_lengths"] == lengths
+        assert ids[0].tolist() == rollout.input_ids[rollout.attention_mask].tolist()
+        assert layout.inputs["position_ids"][0].tolist() == [place for n in lengths for place in range(n)]
+    else:
+        for number, real in enumerate(rollout.input_ids[rollout.attention_mask].split(lengths)):
+            assert ids[number, : len(real)].tolist() == real.tolist()
+        assert ids.shape[1] == max(lengths)
 
 
 @torch.no_grad()

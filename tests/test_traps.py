@@ -17,6 +17,7 @@ from rlhf.check import MERGED_WARNS, check_run
 from rlhf.data import load_tokenizer
 from rlhf.roles import VALUE_HEAD_FILE, add_lora, backbone_of, forward, load_base, load_roles, lora_targets
 from rlhf.rollout import Rollout, Sampling, generate, response_hidden, response_logprobs, score_logprobs, spread
+from rlhf.rows import lay_out
 from rlhf.scoring import score
 from rlhf.update import update
 
@@ -375,8 +376,9 @@ def test_logits_logprobs_and_values_equal_those_of_the_separately_loaded_policy_
     for role in ("policy", "reference", "policy"):
         logprobs, values = score_logprobs(roles, role, rollout, SAMPLING, 3)
         with roles.use(role) as model:
-            ids, pick = rollout.compact()
-            logits = forward(model, pick, ids)[0].split(rollout.lengths().tolist())
+            layout = lay_out(backbone_of(model), rollout.input_ids, rollout.attention_mask)
+            logits = forward(model, layout.at(*rollout.predictors()), **layout.inputs)[0]
+            logits = logits.split(rollout.lengths().tolist())
         for row, ids in enumerate(real_rows(rollout)):
             n = int(rollout.mask[row].sum())
             out = plain[role](input_ids=ids, output_hidden_states=True)

@@ -1,0 +1,202 @@
+"""Rows of different length side by side in one sequence, so that no padding is computed.
+
+    rows        a b c            ids [1, N]        a b c d e
+                d e              positions [1, N]  0 1 2 0 1
+
+All of a decoder but attention treats each token alone; attention is told where the rows end, and takes them one by
+one. Whether a model does as it is told is tried, not assumed: one that does not gets its rows padded, as ever.
+Source: Krell et al. 2021, arXiv:2107.02027 (packing without contamination across sequences).
+"""
+
+import inspect
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# A batch is computed in at most so many parts of rows of like length, none of them of fewer rows than pay.
+PARTS, PART_ROWS = 4, 4
+BY_ROW = "sdpa_by_row"
+# Relative difference of hidden states that may be rounding; the influence of another row is many times as large.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@lru_cache(maxsize=64)
+def accepts(forward_owner: type, name: str) -> bool:
+    """Whether `forward` of this module class takes an argument of that name (BLOOM has no position_ids, for one)."""
+    return name in inspect.signature(forward_owner.forward).parameters
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """[B, L] long, counted over real tokens, so that a token's position does not depend on the padding beside it."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def compact(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The real tokens of each row moved together at the left, so that no mask is needed under causal attention.
+
+    No token looks at what stands after it, so padding on the right changes nothing; positions count real tokens, and
+    attention without a mask has the fastest kernels.
+
+    Returns: ids [B, W], W the longest row, and lengths [B] long.
+    """
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    order = (~real).byte().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order[:, : int(lengths.max())]), lengths
+
+
+def parts_by_length(lengths: Tensor) -> list[Tensor]:
+    """Row indices, shortest rows first, in at most PARTS parts.
+
+    Their number depends on that of the rows alone: every process has to call a sharded model equally often.
+    """
+    order = lengths.argsort(stable=True)
+    return list(order.chunk(min(PARTS, max(1, len(order) // PART_ROWS))))
+
+
+# ---- side by side ----
+def attend_by_row(module, query, key, value, attention_mask, row_lengths: list[int] | None = None, **kwargs):
+    """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
+
+    Returns: [1, N, heads, dim], and None for the weights.
+    """
+    if row_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kwargs["is_causal"] = True
+    rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
+
+
+AttentionInterface.register(BY_ROW, attend_by_row)
+AttentionMaskInterface.register(BY_ROW, sdpa_mask)
+
+
+@dataclass
+class Layout:
+    """What a decoder is given for rows [B, L], and where their real tokens stand in what it gives back.
+
+    inputs: its arguments. starts: [B], where each row begins in one sequence; None where rows pad on the right.
+    """
+
+    inputs: dict[str, Any]
+    starts: Tensor | None = None
+
+    def at(self, row: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the hidden states of a row's real tokens, counted from 0; both long and of one shape."""
+        if self.starts is None:
+            return row, place
+        return torch.zeros_like(row), self.starts[row] + place
+
+
+def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Layout:
+    """The real tokens of rows [B, L], padded on either side, in the way this model is known to take them."""
+    if backbone.config._attn_implementation != BY_ROW:
+        return Layout({"input_ids": compact(input_ids, attention_mask)[0]})
+    real = attention_mask.bool()
+    lengths = real.sum(1)
+    inputs = {
+        "input_ids": input_ids[real][None],
+        "position_ids": position_ids(real)[real][None],
+        "row_lengths": lengths.tolist(),
+        # Of four dimensions, so that transformers makes no mask [N, N] that nobody would look at.
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=real.device),
+    }
+    return Layout(inputs, lengths.cumsum(0) - lengths)
+
+
+def states_at(backbone: nn.Module, layout: Layout, row: Tensor, place: Tensor) -> Tensor:
+    """[*, H]: last hidden states of a decoder without a head at these places of rows; gradients flow."""
+    pick = layout.at(row, place)
+    with feed_forward_at(backbone, pick):
+        return backbone(**layout.inputs, use_cache=False).last_hidden_state[pick]
+
+
+def take_rows_side_by_side(model: PreTrainedModel) -> bool:
+    """Let `lay_out` put this model's rows side by side, if a trial shows that each is computed as if it were alone."""
+    config, backbone = model.config, getattr(model, model.base_model_prefix)
+    # What a window does shows in rows longer than it only.
+    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if other_layers or getattr(config, "sliding_window", None) or config._attn_implementation != "sdpa":
+        return False
+    if not accepts(type(backbone), "position_ids"):
+        return False
+    config._attn_implementation = BY_ROW
+    if not _keeps_rows_apart(backbone):
+        config._attn_implementation = "sdpa"
+    return config._attn_implementation == BY_ROW
+
+
+@torch.no_grad()
+def _keeps_rows_apart(backbone: PreTrainedModel) -> bool:
+    """Whether two rows side by side have the hidden states of each alone."""
+    device, training = next(backbone.parameters()).device, backbone.training
+    ids = torch.arange(14, device=device).view(2, 7) % backbone.config.vocab_size
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], device=device)
+    backbone.eval()
+    try:
+        together = backbone(**lay_out(backbone, ids, mask).inputs, use_cache=False).last_hidden_state[0].float()
+    except TypeError:
+        # A forward that has nothing to do with further arguments.
+        return False
+    else:
+        alone = torch.cat(
+            [
+                backbone(input_ids=ids[row : row + 1, :n], use_cache=False).last_hidden_state[0]
+                for row, n in enumerate((7, 4))
+            ]
+        )
+        difference, size = (together - alone.float()).norm(dim=1), alone.float().norm(dim=1)
+        return bool((difference <= TOLERANCE[alone.dtype] * size).all())
+    finally:
+        backbone.train(training)
+
+
+# ---- only where it is asked for ----
+@contextmanager
+def feed_forward_at(backbone: nn.Module, pick):
+    """Within the block the last layer's feed-forward part computes at the places `pick` of [B, L] only.
+
+    Nothing comes after it that looks at other places: their last hidden states, which are wrong within the block, are
+    those that nobody asks for. That spares two thirds of a layer for every prompt token, forward and backward.
+    """
+    part = _last_feed_forward(backbone)
+    if part is None:
+        yield
+        return
+    usual, replaced = part.forward, part.__dict__.get("forward")
+
+    def chosen(x: Tensor) -> Tensor:
+        found = usual(x[pick][None])[0]
+        y = found.new_zeros(x.shape)
+        y[pick] = found
+        return y
+
+    part.forward = chosen
+    try:
+        yield
+    finally:
+        if replaced is None:
+            del part.forward
+        else:
+            part.forward = replaced
+
+
+def _last_feed_forward(backbone: nn.Module) -> nn.Module | None:
+    """The feed-forward part of the last layer, where there is one that takes hidden states and nothing else."""
+    layers = getattr(backbone, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return None
+    layer = layers[-1]
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        # It would be computed once more in backward, when the block is left.
+        return None
+    part = getattr(layer, "mlp", None)
+    plain = part is not None and len(inspect.signature(type(part).forward).parameters) == 2
+    return part if plain else None
