@@ -58,7 +58,7 @@ def forward_flops(work: Work, lengths: Sequence[int], head_positions: int) -> fl
         2 * body * tokens + 2 * head * head_positions + attention * sum of length * (length + 1) * 2
 
     The last term is scores and weighted values, 2 operations each for every earlier token and its own. Sampling with a
-    cache does the same work token by token.
+    cache does the same work token by token. What rlhf.rows spares of the last layer is counted all the same.
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1.
     """

@@ -129,12 +129,14 @@ def test_counted_operations_are_those_torch_counts(checkpointing):
         forward_only = counted.get_total_flops()
         logits.sum().backward()
     upper_half = 2 * work.attention * 2 * 64 * 63
-    assert flops.forward_flops(work, [64, 64], 64) == pytest.approx(forward_only - upper_half, rel=0.03)
+    # Half of the tokens need nothing of the last feed-forward part, which the count has whole.
+    spared = 0 if checkpointing else 2 * 3 * base.config.hidden_size * base.config.intermediate_size * 64
+    assert flops.forward_flops(work, [64, 64], 64) == pytest.approx(forward_only - upper_half + spared, rel=0.03)
     passes = 4 if checkpointing else 3
     planned = flops.training_flops(work, [64, 64], 64, checkpointing)
     # torch stops computing a layer again before its last matrix, whose output nothing needs.
     rel = 0.08 if checkpointing else 0.03
-    assert planned == pytest.approx(counted.get_total_flops() - passes * upper_half, rel=rel)
+    assert planned == pytest.approx(counted.get_total_flops() - passes * upper_half + 2 * spared, rel=rel)
 
 
 def test_a_ppo_step_is_its_passes_and_epochs():

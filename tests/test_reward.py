@@ -116,10 +116,8 @@ def test_the_training_loss_is_the_plain_one_from_rows_of_like_length(tiny_base, 
     margins = plain_margins(trainer.model, rows)
     computed, lengths = [], []
     backbone = backbone_of(trainer.model.get_base_model())
-    backbone.register_forward_pre_hook(
-        lambda _, __, of: (computed.append(of["input_ids"].numel()), lengths.append(of["row_lengths"])),
-        with_kwargs=True,
-    )
+    backbone.register_forward_pre_hook(lambda _, __, of: computed.append(of["input_ids"].numel()), with_kwargs=True)
+    backbone.register_forward_pre_hook(lambda _, __, of: lengths.append(of["row_lengths"]), with_kwargs=True)
     batch = trainer.data_collator(rows)
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     assert loss.item() == pytest.approx(sum(math.log(1 + math.exp(-m)) for m in margins) / len(rows), abs=1e-5)
