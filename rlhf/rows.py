@@ -89,7 +89,7 @@ class Layout:
     starts: Tensor | None = None
 
     def at(self, row: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the hidden states of a row's real tokens, counted from 0; both long and of one shape."""
+        """Index of the hidden states of tokens; `row` and `place` (which counts real tokens from 0) are long."""
         if self.starts is None:
             return row, place
         return torch.zeros_like(row), self.starts[row] + place
@@ -120,7 +120,8 @@ def states_at(backbone: nn.Module, layout: Layout, row: Tensor, place: Tensor) -
 
 def take_rows_side_by_side(model: PreTrainedModel) -> bool:
     """Let `lay_out` put this model's rows side by side, if a trial shows that each is computed as if it were alone."""
-    config, backbone = model.config, getattr(model, model.base_model_prefix)
+    backbone = getattr(model, model.base_model_prefix)
+    config = backbone.config
     # What a window does shows in rows longer than it only.
     other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other_layers or getattr(config, "sliding_window", None) or config._attn_implementation != "sdpa":
@@ -146,12 +147,8 @@ def _keeps_rows_apart(backbone: PreTrainedModel) -> bool:
         # A forward that has nothing to do with further arguments.
         return False
     else:
-        alone = torch.cat(
-            [
-                backbone(input_ids=ids[row : row + 1, :n], use_cache=False).last_hidden_state[0]
-                for row, n in enumerate((7, 4))
-            ]
-        )
+        rows = [row[keep][None] for row, keep in zip(ids, mask.bool(), strict=True)]
+        alone = torch.cat([backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
         difference, size = (together - alone.float()).norm(dim=1), alone.float().norm(dim=1)
         return bool((difference <= TOLERANCE[alone.dtype] * size).all())
     finally:
