@@ -125,7 +125,7 @@ class GrowingDecoder:
             return last(self.model, self.query_ids, self.mask, self.cache)
         found, (total, end) = [], self.mask.shape
         for rows in parts:
-            width = int(self.mask[rows].sum(1).max())
+            width = max(1, int(self.mask[rows].sum(1).max()))
             cache = DynamicCache(config=self.model.config)
             found.append(last(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
             for layer, part in zip(self.cache.layers, cache.layers, strict=True):

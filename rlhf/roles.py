@@ -174,7 +174,7 @@ class Roles:
 
     `use(role)` makes "policy", "reference", "reward", "judge" or "value" the active adapter and always returns to the
     policy. Only the policy, and a critic's own adapter while it is active, take gradients; backward belongs inside the
-    block, because an adapter that is not active gets none. A separate merged reference model is used as it is.
+    block, because an adapter that is not active gets none. A separate merged reference model stands beside it.
     """
 
     def __init__(

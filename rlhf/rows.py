@@ -66,9 +66,15 @@ def attend_by_row(module, query, key, value, attention_mask, row_lengths: list[i
     """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
 
     Returns: [1, N, heads, dim], and None for the weights.
+    Raises: ValueError where a model lost the lengths, or made a mask of its own: it would be computed wrongly.
     """
+    placeholder = attention_mask is not None and attention_mask.numel() == 1
     if row_lengths is None:
+        if placeholder and key.shape[2] > 1:
+            raise ValueError(f"{type(module).__name__} is not told where rows end")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not placeholder:
+        raise ValueError(f"{type(module).__name__} attends by a mask of its own")
     kwargs["is_causal"] = True
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
@@ -96,15 +102,21 @@ class Layout:
 
 
 def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Layout:
-    """The real tokens of rows [B, L], padded on either side, in the way this model is known to take them."""
+    """The real tokens of rows [B, L], padded on either side, in the way this model is known to take them.
+
+    Raises: ValueError for a row without a token, whose place would be that of its neighbour's.
+    """
     if backbone.config._attn_implementation != BY_ROW:
         return Layout({"input_ids": compact(input_ids, attention_mask)[0]})
     real = attention_mask.bool()
     lengths = real.sum(1)
+    row_lengths = lengths.tolist()
+    if min(row_lengths) < 1:
+        raise ValueError("a row has no token")
     inputs = {
         "input_ids": input_ids[real][None],
         "position_ids": position_ids(real)[real][None],
-        "row_lengths": lengths.tolist(),
+        "row_lengths": row_lengths,
         # Of four dimensions, so that transformers makes no mask [N, N] that nobody would look at.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=real.device),
     }
@@ -121,38 +133,43 @@ def states_at(backbone: nn.Module, layout: Layout, row: Tensor, place: Tensor) -
 def take_rows_side_by_side(model: PreTrainedModel) -> bool:
     """Let `lay_out` put this model's rows side by side, if a trial shows that each is computed as if it were alone."""
     backbone = getattr(model, model.base_model_prefix)
-    config = backbone.config
+    config, text = backbone.config, backbone.config.get_text_config()
     # What a window does shows in rows longer than it only.
-    other_layers = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if other_layers or getattr(config, "sliding_window", None) or config._attn_implementation != "sdpa":
+    other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    if other_layers or getattr(text, "sliding_window", None) or config._attn_implementation != "sdpa":
         return False
     if not accepts(type(backbone), "position_ids"):
         return False
-    config._attn_implementation = BY_ROW
-    if not _keeps_rows_apart(backbone):
-        config._attn_implementation = "sdpa"
+    ids = torch.arange(14, device=next(backbone.parameters()).device).view(2, 7) % text.vocab_size
+    training = backbone.training
+    backbone.eval()
+    try:
+        # The usual way first: a model may look at what its attention is called.
+        alone = torch.cat([_states(backbone, {"input_ids": row[None]}) for row in (ids[0], ids[1, :4])])
+        config._attn_implementation = BY_ROW
+        if not _keeps_rows_apart(backbone, ids, alone):
+            config._attn_implementation = "sdpa"
+    finally:
+        backbone.train(training)
     return config._attn_implementation == BY_ROW
 
 
-@torch.no_grad()
-def _keeps_rows_apart(backbone: PreTrainedModel) -> bool:
-    """Whether two rows side by side have the hidden states of each alone."""
-    device, training = next(backbone.parameters()).device, backbone.training
-    ids = torch.arange(14, device=device).view(2, 7) % backbone.config.vocab_size
-    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], device=device)
-    backbone.eval()
+def _keeps_rows_apart(backbone: PreTrainedModel, ids: Tensor, alone: Tensor) -> bool:
+    """Whether rows of 7 and 4 tokens of `ids` [2, 7] have, side by side, the hidden states [11, H] of each alone."""
+    mask = torch.ones_like(ids).bool()
+    mask[1, 4:] = False
     try:
-        together = backbone(**lay_out(backbone, ids, mask).inputs, use_cache=False).last_hidden_state[0].float()
-    except TypeError:
-        # A forward that has nothing to do with further arguments.
+        difference = (_states(backbone, lay_out(backbone, ids, mask).inputs) - alone).norm(dim=1)
+    except (TypeError, ValueError, IndexError, RuntimeError):
+        # Takes no further arguments, or looks into the mask: there are as many ways as architectures.
         return False
-    else:
-        rows = [row[keep][None] for row, keep in zip(ids, mask.bool(), strict=True)]
-        alone = torch.cat([backbone(input_ids=row, use_cache=False).last_hidden_state[0] for row in rows])
-        difference, size = (together - alone.float()).norm(dim=1), alone.float().norm(dim=1)
-        return bool((difference <= TOLERANCE[alone.dtype] * size).all())
-    finally:
-        backbone.train(training)
+    return bool((difference <= TOLERANCE[backbone.dtype] * alone.norm(dim=1)).all())
+
+
+@torch.no_grad()
+def _states(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """[N, H] float32: the last hidden states of one sequence."""
+    return backbone(**inputs, use_cache=False).last_hidden_state[0].float()
 
 
 # ---- only where it is asked for ----
@@ -169,11 +186,13 @@ def feed_forward_at(backbone: nn.Module, pick):
         return
     usual, replaced = part.forward, part.__dict__.get("forward")
 
-    def chosen(x: Tensor) -> Tensor:
-        found = usual(x[pick][None])[0]
-        y = found.new_zeros(x.shape)
-        y[pick] = found
-        return y
+    def chosen(x: Tensor):
+        found = usual(x[pick][None])
+        # Some mixtures of experts give back what their router found, too.
+        states, *rest = found if isinstance(found, tuple) else (found,)
+        y = states.new_zeros(x.shape)
+        y[pick] = states[0]
+        return (y, *rest) if isinstance(found, tuple) else y
 
     part.forward = chosen
     try:

@@ -8,8 +8,12 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -110,6 +114,13 @@ SMALL = {
 }
 
 
+def falcon(**settings):
+    """Attention over positions or distances, by a mask that it looks into."""
+    return FalconForCausalLM(
+        FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, **settings)
+    )
+
+
 @pytest.mark.parametrize(
     ("build", "takes"),
     [
@@ -117,9 +128,26 @@ SMALL = {
         (lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=4)), False),
         (lambda: MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=None)), True),
         (lambda: BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2)), False),
+        (lambda: falcon(alibi=True), False),
+        (lambda: falcon(alibi=False), False),
+        (
+            lambda: GptOssForCausalLM(
+                GptOssConfig(**SMALL, num_key_value_heads=2, head_dim=4, num_local_experts=2, num_experts_per_tok=1)
+            ),
+            False,
+        ),
         (lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=16)), True),
     ],
-    ids=["grouped queries", "sliding window", "no window", "ALiBi", "learnt positions"],
+    ids=[
+        "grouped queries",
+        "sliding window",
+        "no window",
+        "no positions",
+        "ALiBi",
+        "Falcon",
+        "router",
+        "learnt positions",
+    ],
 )
 @torch.no_grad()
 def test_every_architecture_gives_the_states_of_each_row_alone_whether_it_takes_them_side_by_side_or_not(build, takes):
@@ -127,11 +155,29 @@ def test_every_architecture_gives_the_states_of_each_row_alone_whether_it_takes_
     model = build().eval()
     assert take_rows_side_by_side(model) is takes
     backbone = backbone_of(model)
-    ids, real = torch.randint(3, 50, (4, 8)), torch.arange(8) < torch.tensor([8, 3, 5, 1])[:, None]
-    alone = [backbone(input_ids=row[keep][None]).last_hidden_state[0] for row, keep in zip(ids, real, strict=True)]
-    torch.testing.assert_close(
-        states_at(backbone, lay_out(backbone, ids, real), *places(real)), torch.cat(alone), **TOLERANCE
-    )
+    for lengths in ([8, 3, 5, 1], [4, 7], [6]):
+        ids, real = torch.randint(3, 50, (len(lengths), 8)), torch.arange(8) < torch.tensor(lengths)[:, None]
+        alone = [row[keep][None] for row, keep in zip(ids, real, strict=True)]
+        layout = lay_out(backbone, ids, real)
+        expected = torch.cat([backbone(input_ids=row).last_hidden_state[0] for row in alone])
+        torch.testing.assert_close(states_at(backbone, layout, *places(real)), expected, **TOLERANCE)
+        expected = torch.cat([model(input_ids=row).logits[0] for row in alone])
+        logits, _ = forward(model, layout.at(*places(real)), **layout.inputs, use_cache=False)
+        torch.testing.assert_close(logits, expected, **TOLERANCE)
+
+
+def test_what_would_be_computed_wrongly_is_refused(request):
+    model, ids, real = model_and_rows(request, "tiny_llama")
+    assert take_rows_side_by_side(model)
+    backbone = backbone_of(model)
+    real[3] = False
+    with pytest.raises(ValueError, match="no token"):
+        lay_out(backbone, ids, real)
+    inputs = lay_out(backbone, ids[:3], real[:3]).inputs
+    with pytest.raises(ValueError, match="where rows end"):
+        backbone(**inputs | {"row_lengths": None})
+    with pytest.raises(ValueError, match="mask of its own"):
+        backbone(**inputs | {"attention_mask": None})
 
 
 @pytest.mark.parametrize("base", BASES)
