@@ -61,10 +61,12 @@ from rlhf.trainer import (
     bad_rows_file,
     end,
     final_evaluation,
+    in_pieces,
     open_log,
     resume_point,
     save_checkpoint,
     train,
+    trained_weights_whole,
     writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
@@ -319,7 +321,7 @@ class RewardTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        save_checkpoint(self, output_dir)
+        save_checkpoint(self, output_dir, state_dict)
 
     def floating_point_ops(self, inputs):
         """0: nobody reads the count, and making it walks over all modules at every step."""
@@ -415,9 +417,10 @@ def main(args: ScriptArguments) -> None:
     train(trainer, resume_from, log)
     if eval_rows:
         final_evaluation(trainer)
-    if file is not None:
-        finish(args, model, about, eval_rows)
-        file.close()
+    with trained_weights_whole(model):
+        if file is not None:
+            finish(args, model, about, eval_rows)
+            file.close()
     end(trainer)
 
 
@@ -428,7 +431,9 @@ def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list
     check_saved(model, args.output_dir)
     metrics = last_metrics(args)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    if args.audit and eval_rows:
+    if args.audit and in_pieces():
+        say(f"no audit: under ZeRO-3 one process alone cannot make it; --audit_only True does, of {args.output_dir}")
+    elif args.audit and eval_rows:
         inner = model.get_base_model()
         metrics |= audit_model(args, backbone_of(inner), inner.score, about["tokenizer"], eval_rows, args.output_dir)
     write_run(args.output_dir, **about, metrics=metrics)

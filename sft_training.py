@@ -57,10 +57,12 @@ from rlhf.trainer import (
     bad_rows_file,
     end,
     final_evaluation,
+    in_pieces,
     open_log,
     resume_point,
     save_checkpoint,
     train,
+    trained_weights_whole,
     writing_checkpoint,
 )
 from rlhf.trainer_flags import TrainerFlags, training_arguments
@@ -191,7 +193,7 @@ class SupervisedTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir=None, state_dict=None):
-        save_checkpoint(self, output_dir)
+        save_checkpoint(self, output_dir, state_dict)
 
     def floating_point_ops(self, inputs):
         """0: nobody reads the count, and making it walks over all modules at every step."""
@@ -264,6 +266,9 @@ def show_samples(args: ScriptArguments, trainer, prompts: list[str], log: Metric
     """Print a few answers and keep them in samples.jsonl; " ..." ends one that did not stop by itself."""
     if log is None or not prompts or not args.sample_max_new_tokens:
         return
+    if in_pieces():
+        say("no sample answers: under ZeRO-3 one process alone cannot write them")
+        return
     step, answers = trainer.state.global_step, sample_answers(args, trainer.model, trainer.processing_class, prompts)
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"  step {step} | {prompt!r} -> {answer!r}", flush=True)
@@ -326,9 +331,11 @@ def main(args: ScriptArguments) -> None:
     if eval_rows:
         final_evaluation(trainer)
     show_samples(args, trainer, prompts, file)
+    with trained_weights_whole(model):
+        if file is not None:
+            tokenizer.save_pretrained(args.output_dir)
+            save_adapter(model, args.output_dir)
     if file is not None:
-        tokenizer.save_pretrained(args.output_dir)
-        save_adapter(model, args.output_dir)
         write_run(args.output_dir, **about, metrics=before_and_after(args))
         file.close()
         shown = ", ".join(f"{name} {value:.4f}" for name, value in before_and_after(args).items())

@@ -107,8 +107,12 @@ def tokenizer_fingerprint(tokenizer) -> str:
 
 
 # ---- writing ----
-def save_adapter(model: PeftModel, output_dir: str | Path, adapter_name: str = "default") -> None:
+def save_adapter(
+    model: PeftModel, output_dir: str | Path, adapter_name: str = "default", state_dict: dict | None = None
+) -> None:
     """Save one adapter at the root of `output_dir`, whatever its name in memory; lists in its config are sorted.
+
+    `state_dict` replaces the model's own weights, where this process holds only a piece of them.
 
     peft puts an adapter that is not called "default" into a subfolder; every artefact here is at its directory's root,
     so that plain `PeftModel.from_pretrained(base, output_dir)` finds it.
@@ -119,7 +123,9 @@ def save_adapter(model: PeftModel, output_dir: str | Path, adapter_name: str = "
         tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
         readable_when_full(Path(scratch), "the adapter"),
     ):
-        model.save_pretrained(scratch, selected_adapters=[adapter_name], save_embedding_layers=False)
+        model.save_pretrained(
+            scratch, selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state_dict
+        )
         saved = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
         config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
         for key, value in config.items():

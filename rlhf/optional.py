@@ -21,7 +21,7 @@ def require_optional(args) -> None:
 
 
 def check_deepspeed(file: str) -> None:
-    """Refuse a DeepSpeed configuration that cannot be read, or that cuts the weights themselves into pieces.
+    """Refuse a DeepSpeed configuration that cannot be read, or under which checkpoints would hold empty adapters.
 
     Raises: FileNotFoundError, ValueError.
     """
@@ -33,8 +33,9 @@ def check_deepspeed(file: str) -> None:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--deepspeed {file} is not JSON: {error}") from error
-    if config.get("zero_optimization", {}).get("stage", 0) > 2:
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) > 2 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
-            f"--deepspeed {file} asks for ZeRO stage 3, under which an adapter would be saved empty: use stage 2, or "
-            "--load_in_4bit True where the base does not fit"
+            f"--deepspeed {file} asks for ZeRO stage 3, under which checkpoints would hold empty adapters: set "
+            "stage3_gather_16bit_weights_on_model_save to true, as scripts/deepspeed/zero3.json does"
         )

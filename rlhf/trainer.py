@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts import read_adapter, save_adapter, write_run
@@ -77,12 +78,30 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
     return MetricsLog(args.output_dir, args.log_with, asdict(args), done)
 
 
+# ---- weights in pieces ----
+def in_pieces() -> bool:
+    """Whether DeepSpeed spreads the weights over the processes (ZeRO-3): a forward is then a matter of all of them."""
+    return is_deepspeed_zero3_enabled()
+
+
+@contextmanager
+def trained_weights_whole(model):
+    """Within the block, which all processes have to enter, each of them holds all of what is trained."""
+    if not in_pieces():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad]):
+        yield
+
+
 # ---- while training ----
-def save_checkpoint(trainer, output_dir: str | None) -> None:
+def save_checkpoint(trainer, output_dir: str | None, state_dict: dict | None) -> None:
     """What a Trainer stage writes of its model: adapter, tokenizer and run.json, no pickled arguments beside them."""
     if trainer.args.should_save:
         folder = output_dir or trainer.args.output_dir
-        save_adapter(trainer.model, folder)
+        save_adapter(trainer.model, folder, state_dict=state_dict if in_pieces() else None)
         trainer.processing_class.save_pretrained(folder)
         write_run(folder, **trainer.about)
 

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,46 @@ def test_answers_of_very_different_length_on_the_processes_keep_them_in_step(wor
         assert record["len/min"] == 1
         # Four answers of one token, four that end at the maximum but by chance.
         assert record["len/mean"] > 8
+
+
+# ---- DeepSpeed ----
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (requirements-optional.txt)")
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["sft_training", "reward_modeling"])
+def test_deepspeed_trains_and_resumes_to_what_two_plain_processes_train(
+    tiny_base, rows, tmp_path, monkeypatch, stage, zero
+):
+    monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
+    found = {}
+    for name in ("plain", zero):
+        flags = {
+            "model_name": tiny_base, "dataset_name": rows[stage], "max_steps": 4, "lora_dropout": 0, "save_steps": 2,
+            "per_device_train_batch_size": 4, "learning_rate": 1e-2, "output_dir": tmp_path / name,
+        } | ({} if name == "plain" else {"deepspeed": ROOT / "scripts" / "deepspeed" / f"{zero}.json"})  # fmt: skip
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            str(free_port()),
+            f"{stage}.py",
+        ]
+        launch(*command, *words(flags))
+        found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
+        if name == zero:
+            half = load_file(tmp_path / name / "checkpoint-2" / "adapter_model.safetensors")
+            shutil.rmtree(tmp_path / name / "checkpoint-4")
+            for file in ("adapter_model.safetensors", "run.json"):
+                (tmp_path / name / file).unlink()
+            launch(*command, *words(flags | {"resume_from_checkpoint": True}))
+            found["resumed"] = load_file(tmp_path / name / "adapter_model.safetensors")
+    assert half.keys() == found["plain"].keys() == found[zero].keys()
+    for name, tensor in found["plain"].items():
+        assert half[name].shape == tensor.shape
+        torch.testing.assert_close(found[zero][name], tensor, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found["resumed"][name], found[zero][name], atol=1e-6, rtol=0)
+    assert any((half[name] - tensor).abs().max() > 1e-4 for name, tensor in found["plain"].items())
 
 
 # ---- launchers ----

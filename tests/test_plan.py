@@ -244,7 +244,7 @@ def test_a_flag_whose_package_is_missing_is_refused_before_anything_loads(tmp_pa
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
-    [(None, "does not exist"), ("{", "is not JSON"), ('{"zero_optimization": {"stage": 3}}', "saved empty")],
+    [(None, "does not exist"), ("{", "is not JSON"), ('{"zero_optimization": {"stage": 3}}', "empty adapters")],
     ids=["missing", "broken", "stage 3"],
 )
 def test_a_deepspeed_file_that_cannot_work_is_refused(tmp_path, monkeypatch, content, sentence):
@@ -257,11 +257,12 @@ def test_a_deepspeed_file_that_cannot_work_is_refused(tmp_path, monkeypatch, con
         sft_training.main(args)
 
 
-def test_the_deepspeed_file_leaves_the_sizes_to_the_flags():
-    file = ROOT / "scripts" / "deepspeed" / "zero2.json"
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_files_leave_the_sizes_to_the_flags(stage):
+    file = ROOT / "scripts" / "deepspeed" / f"zero{stage}.json"
     check_deepspeed(str(file))
     config = json.loads(file.read_text(encoding="utf-8"))
-    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["stage"] == stage
     for name in ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size",
                  "train_micro_batch_size_per_gpu"):  # fmt: skip
         assert config[name] == "auto"
