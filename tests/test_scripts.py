@@ -150,5 +150,6 @@ def test_an_interrupted_demo_starts_no_further_stage(tmp_path):
     code, said = stopped(
         os.environ | {"OMP_NUM_THREADS": "1"}, command, "$ python -m demo.build", signal.SIGTERM, False
     )
-    assert code == 128 + signal.SIGTERM, said
+    # Between the printed line and the stage's start the signal ends the script itself: a shell says 143 of both.
+    assert code in (128 + signal.SIGTERM, -signal.SIGTERM), said
     assert "== sft" not in said
