@@ -190,7 +190,7 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     model.score.float()
     score_by_mask(model)
     if not args.share_prompt:
-        take_rows_side_by_side(model)
+        take_rows_side_by_side(backbone_of(model))
     config = LoraConfig(
         # peft puts the score head among `modules_to_save` for this task type.
         task_type="SEQ_CLS",

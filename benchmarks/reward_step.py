@@ -28,6 +28,7 @@ from benchmarks.model import EOS, PAD, VOCABULARY, score_model, tokenizer
 from rlhf.arguments import flag, parse
 from rlhf.batches import LengthGroupedSampler, PairCollator
 from rlhf.launch import quieten
+from rlhf.roles import backbone_of
 from rlhf.rows import take_rows_side_by_side
 from rlhf.shared_prompt import SharedPromptCollator
 
@@ -83,7 +84,7 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> Traine
     shared = "shared" in name
     reward_modeling.score_by_mask(model)
     if not shared:
-        take_rows_side_by_side(model)
+        take_rows_side_by_side(backbone_of(model))
     lengths = [(reward_modeling.shared_length if shared else reward_modeling.pair_length)(row) for row in rows]
     return reward_modeling.RewardTrainer(
         get_peft_model(model, lora("SEQ_CLS")),

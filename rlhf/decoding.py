@@ -30,10 +30,8 @@ def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, to
 
 def fits_static(model: PreTrainedModel) -> bool:
     """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
-    if not getattr(model, "_can_compile_fullgraph", False) or model.config._attn_implementation not in (
-        "sdpa",
-        BY_ROW,
-    ):
+    attention = model.config._attn_implementation
+    if not getattr(model, "_can_compile_fullgraph", False) or attention not in ("sdpa", BY_ROW):
         return False
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):

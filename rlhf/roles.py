@@ -187,7 +187,7 @@ class Roles:
         self.separate_reference = reference
         for each in (self.model, reference):
             if each is not None:
-                take_rows_side_by_side(each)
+                take_rows_side_by_side(backbone_of(each))
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")
 

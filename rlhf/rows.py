@@ -38,18 +38,15 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def compact(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The real tokens of each row moved together at the left, so that no mask is needed under causal attention.
+def compact(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, W], W the longest row: real tokens moved together at the left, so that causal attention needs no mask.
 
     No token looks at what stands after it, so padding on the right changes nothing; positions count real tokens, and
     attention without a mask has the fastest kernels.
-
-    Returns: ids [B, W], W the longest row, and lengths [B] long.
     """
     real = attention_mask.bool()
-    lengths = real.sum(1)
     order = (~real).byte().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order[:, : int(lengths.max())]), lengths
+    return input_ids.gather(1, order[:, : int(real.sum(1).max())])
 
 
 def parts_by_length(lengths: Tensor) -> list[Tensor]:
@@ -107,7 +104,7 @@ def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
     Raises: ValueError for a row without a token, whose place would be that of its neighbour's.
     """
     if backbone.config._attn_implementation != BY_ROW:
-        return Layout({"input_ids": compact(input_ids, attention_mask)[0]})
+        return Layout({"input_ids": compact(input_ids, attention_mask)})
     real = attention_mask.bool()
     lengths = real.sum(1)
     row_lengths = lengths.tolist()
@@ -130,9 +127,8 @@ def states_at(backbone: nn.Module, layout: Layout, row: Tensor, place: Tensor) -
         return backbone(**layout.inputs, use_cache=False).last_hidden_state[pick]
 
 
-def take_rows_side_by_side(model: PreTrainedModel) -> bool:
-    """Let `lay_out` put this model's rows side by side, if a trial shows that each is computed as if it were alone."""
-    backbone = getattr(model, model.base_model_prefix)
+def take_rows_side_by_side(backbone: PreTrainedModel) -> bool:
+    """Let `lay_out` put a decoder's rows side by side, if a trial shows that each is computed as if it were alone."""
     config, text = backbone.config, backbone.config.get_text_config()
     # What a window does shows in rows longer than it only.
     other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}

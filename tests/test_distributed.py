@@ -150,15 +150,8 @@ def test_deepspeed_trains_and_resumes_to_what_two_plain_processes_train(
             "model_name": tiny_base, "dataset_name": rows[stage], "max_steps": 4, "lora_dropout": 0, "save_steps": 2,
             "per_device_train_batch_size": 4, "learning_rate": 1e-2, "output_dir": tmp_path / name,
         } | ({} if name == "plain" else {"deepspeed": ROOT / "scripts" / "deepspeed" / f"{zero}.json"})  # fmt: skip
-        command = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            "--master-port",
-            str(free_port()),
-            f"{stage}.py",
-        ]
+        port = str(free_port())
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, f"{stage}.py"]
         launch(*command, *words(flags))
         found[name] = load_file(tmp_path / name / "adapter_model.safetensors")
         if name == zero:

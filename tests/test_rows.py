@@ -65,7 +65,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(request, base, attenti
         [backbone(input_ids=row[keep][None]).last_hidden_state[0] for row, keep in zip(ids, real, strict=True)]
     )
     if attention == BY_ROW:
-        assert take_rows_side_by_side(model)
+        assert take_rows_side_by_side(backbone_of(model))
     together = states_at(backbone, lay_out(backbone, ids, real), *places(real))
     found = []
     for states in (alone, together):
@@ -81,7 +81,7 @@ def test_states_and_gradients_are_those_of_each_row_alone(request, base, attenti
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_state(request):
     model, ids, real = model_and_rows(request, "tiny_base")
-    assert take_rows_side_by_side(model)
+    assert take_rows_side_by_side(backbone_of(model))
     backbone = backbone_of(model)
     right = states_at(backbone, lay_out(backbone, ids, real), *last_places(real))
     left = states_at(backbone, lay_out(backbone, ids.flip(1), real.flip(1)), *last_places(real))
@@ -99,10 +99,10 @@ def test_models_are_taken_at_their_word_only_after_a_trial(request):
     usual = backbone.forward
     # One whose attention never hears where rows end.
     backbone.forward = lambda row_lengths=None, **inputs: usual(**inputs)
-    assert not take_rows_side_by_side(model)
+    assert not take_rows_side_by_side(backbone_of(model))
     assert model.config._attn_implementation == "sdpa"
     backbone.forward = usual
-    assert take_rows_side_by_side(model)
+    assert take_rows_side_by_side(backbone_of(model))
 
 
 SMALL = {
@@ -153,7 +153,7 @@ def falcon(**settings):
 def test_every_architecture_gives_the_states_of_each_row_alone_whether_it_takes_them_side_by_side_or_not(build, takes):
     torch.manual_seed(0)
     model = build().eval()
-    assert take_rows_side_by_side(model) is takes
+    assert take_rows_side_by_side(backbone_of(model)) is takes
     backbone = backbone_of(model)
     for lengths in ([8, 3, 5, 1], [4, 7], [6]):
         ids, real = torch.randint(3, 50, (len(lengths), 8)), torch.arange(8) < torch.tensor(lengths)[:, None]
@@ -168,7 +168,7 @@ def test_every_architecture_gives_the_states_of_each_row_alone_whether_it_takes_
 
 def test_what_would_be_computed_wrongly_is_refused(request):
     model, ids, real = model_and_rows(request, "tiny_llama")
-    assert take_rows_side_by_side(model)
+    assert take_rows_side_by_side(backbone_of(model))
     backbone = backbone_of(model)
     real[3] = False
     with pytest.raises(ValueError, match="no token"):
@@ -190,7 +190,7 @@ def test_the_last_feed_forward_part_sees_only_the_places_asked_for(request, base
         forward(model, (slice(None), -1), ids, use_cache=False)
         model(input_ids=ids)
         assert seen == [16, 16, 16 * 12]
-        assert take_rows_side_by_side(model)
+        assert take_rows_side_by_side(backbone_of(model))
         seen.clear()
         states_at(backbone_of(model), lay_out(backbone_of(model), ids, real), *last_places(real))
     assert seen == [16]
