@@ -36,16 +36,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def matrix_rate(rows: int, inner: int, columns: int, seconds: float = 1.0, device: str = "cpu") -> float:
-    """GFLOP/s of a float32 product [rows, inner] x [inner, columns] on this machine."""
-    import time
-
-    a, b = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
-    a @ b
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        a @ b
-        count += 1
-    return 2 * rows * inner * columns * count / (time.perf_counter() - start) / 1e9

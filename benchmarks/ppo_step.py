@@ -6,7 +6,8 @@ Workload: 33-million-parameter Llama with random weights (benchmarks/model.py), 
 projections, a reward model, the SFT model as reference; steps of 16 prompts (16 to 96 tokens, 44 in the mean), 4 PPO
 epochs, micro-batches of 4, one optimizer step an epoch. "even": no answer ends before 64 tokens. "variable": EOS has a
 chance of 1/16 at every token, 64 tokens at most, so 16 in the mean. "long", not among the usual ones: of 1/64, 256 at
-most, so 63 in the mean. The first step of each run is left out.
+most, so 63 in the mean. Contenders take turns step by step, the others waiting, so that a slow minute of the machine
+hits them all. The first step is left out.
 
 Memory is the peak of the whole process. "of the machine" compares the update's useful arithmetic with what this
 machine's matrix products reach at the layers' own shapes: the weight matrices over real tokens (of the prompt too; the
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,8 @@ import torch  # noqa: E402
 
 from benchmarks.common import machine  # noqa: E402
 from benchmarks.model import config  # noqa: E402
-from benchmarks.ppo_workload import SETTINGS, WORKLOADS, write_workload  # noqa: E402
+from benchmarks.peers.worker import MARK  # noqa: E402
+from benchmarks.ppo_workload import SETTINGS, STEPS, WORKLOADS, write_workload  # noqa: E402
 from rlhf.arguments import flag, parse  # noqa: E402
 from rlhf.launch import quieten  # noqa: E402
 
@@ -47,40 +50,67 @@ class Arguments:
     peers: str = flag("all", help="whom to compare with", choices=["all", "none", *PEERS])
     workload: str = flag("both", help="answers of one length (even), of very different length (variable), or both",
                          choices=["both", *WORKLOADS])  # fmt: skip
-    steps: int = flag(6, help="PPO steps of one run; the first is left out")
-    repeats: int = flag(1, help="runs of each contender, in turn")
+    steps: int = flag(0, help="PPO steps of each, the first left out; 0: 6, or 11 where answers vary")
+    seed: int = flag(0, help="of what is sampled; prompts and weights are always the same")
     threads: int = flag(0, help="of torch; 0: as many as there are cores")
 
     def __post_init__(self):
-        if self.steps < 2:
+        if self.steps and self.steps < 2:
             raise ValueError(f"--steps {self.steps} must be at least 2: the first is left out")
 
 
 # ---- running ----
-def run_contender(name: str, folder: Path) -> dict:
-    """One run of benchmarks/peers/<name>.py, and what it reports. Raises: RuntimeError with the end of its errors."""
-    python = sys.executable if name == "ours" else ROOT / "benchmarks/.peers" / name / "bin/python"
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-    found = subprocess.run(
-        [python, "-m", f"benchmarks.peers.{name}", str(folder)], cwd=ROOT, env=environment, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    if found.returncode:
-        raise RuntimeError(f"{name} ended with exit code {found.returncode}:\n{found.stderr[-3000:]}")
-    return json.loads(found.stdout.splitlines()[-1])
+class Contender:
+    """A process of benchmarks/peers/<name>.py, which computes a step whenever it is given the turn, and else waits."""
+
+    def __init__(self, name: str, folder: Path):
+        python = sys.executable if name == "ours" else ROOT / "benchmarks/.peers" / name / "bin/python"
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+        self.name, self.steps = name, []
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
+        self.process = subprocess.Popen(
+            [python, "-m", f"benchmarks.peers.{name}", str(folder)], cwd=ROOT, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+        self.hear()
+
+    def hear(self) -> dict:
+        """What it says next. Raises: RuntimeError with the end of its errors where it has ended instead."""
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self.errors.seek(0)
+        raise RuntimeError(f"{self.name} ended with {self.process.wait()}:\n{self.errors.read()[-3000:]}")
+
+    def take_turn(self) -> None:
+        """One step more in `steps`; what it says next, whether waiting or its last words, in `last_words`."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self.hear())
+        self.last_words = self.hear()
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
 
 
-def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, dict[str, list[dict]], float]:
-    """The workload, all runs of each contender, and the machine's matrix rate beside our runs (GFLOP/s)."""
-    runs, rates = {contender: [] for contender in contenders}, []
-    with tempfile.TemporaryDirectory() as folder:
-        workload = write_workload(Path(folder), name, args.steps, torch.get_num_threads())
-        for _ in range(args.repeats):
-            for contender in contenders:
-                rates += [matrix_rate()] if contender == "ours" else []
-                runs[contender].append(run_contender(contender, Path(folder)))
-                rates += [matrix_rate()] if contender == "ours" else []
-    return workload, runs, statistics.median(rates)
+def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, dict[str, dict], list[float]]:
+    """The workload; of each contender `steps` and its last words; the machine's matrix rate (GFLOP/s) at each step."""
+    steps, rates = args.steps or STEPS[name], []
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        workload = write_workload(Path(folder), name, steps, args.seed, torch.get_num_threads())
+        running = [Contender(contender, Path(folder)) for contender in contenders]
+        for contender in running:
+            stack.callback(contender.close)
+        for _ in range(steps):
+            for contender in running:
+                rate = matrix_rate() if contender.name == "ours" else 0.0
+                contender.take_turn()
+                if contender.name == "ours":
+                    rates.append((rate + matrix_rate()) / 2)
+        return workload, {one.name: one.last_words | {"steps": one.steps} for one in running}, rates
 
 
 # ---- arithmetic ----
@@ -102,7 +132,7 @@ def flops(shapes: list[tuple[int, int, int, int]]) -> int:
     return sum(2 * count * rows * inner * columns for count, rows, inner, columns in shapes)
 
 
-def matrix_rate(seconds: float = 0.5) -> float:
+def matrix_rate(seconds: float = 0.25) -> float:
     """GFLOP/s of this machine at the shapes of a micro-batch (4 rows of 44 + 64 tokens), weighted by their FLOPs.
 
     As a layer computes them: x W^T forward, g W for the gradient of its input.
@@ -121,23 +151,23 @@ def matrix_rate(seconds: float = 0.5) -> float:
     return 2 * flops(shapes) / needed / 1e9
 
 
-def update_rate(workload: dict, steps: list[dict]) -> float:
-    """GFLOP/s of useful arithmetic in the update, median over steps."""
+def update_rates(workload: dict, steps: list[dict]) -> list[float]:
+    """GFLOP/s of useful arithmetic in the update of each step."""
     queries = sum(len(ids) for ids in workload["prompts"])
     passes = 2 * SETTINGS["ppo_epochs"]
-    return statistics.median(
+    return [
         passes * flops(layer_shapes(queries + step["tokens"], step["tokens"])) / step["update"] / 1e9 for step in steps
-    )
+    ]
 
 
 # ---- the table ----
-def table(workload: dict, runs: dict[str, list[dict]], rate: float) -> str:
-    """Medians of all runs' steps but the first, and how many times ours is better."""
+def table(workload: dict, runs: dict[str, dict], rates: list[float]) -> str:
+    """Medians of all steps but the first, and how many times ours is better."""
     batch, lines = workload["batch_size"], []
     lines.append(f"{'':<20}" + "".join(f"{phase:>9}" for phase in PHASES) + f"{'samples/s':>11}{'tokens':>8}{'GB':>7}"
                  + f"{'ours: speed':>13}{'memory':>8}")  # fmt: skip
-    steps = {name: [step for run in found for step in run["steps"][1:]] for name, found in runs.items()}
-    peak = {name: statistics.median(run["peak_gb"] for run in found) for name, found in runs.items()}
+    steps = {name: found["steps"][1:] for name, found in runs.items()}
+    peak = {name: found["peak_gb"] for name, found in runs.items()}
     total = {name: statistics.median(step["total"] for step in found) for name, found in steps.items()}
     for name, found in steps.items():
         seconds = [statistics.median(step[phase] for step in found) for phase in PHASES]
@@ -147,13 +177,13 @@ def table(workload: dict, runs: dict[str, list[dict]], rate: float) -> str:
             + f"{batch / total[name]:>11.2f}{length:>8.1f}{peak[name]:>7.2f}"
             + f"{total[name] / total['ours']:>11.2f} x{peak['ours'] / peak[name]:>6.2f} x"
         )  # fmt: skip
-    reached = update_rate(workload, steps["ours"])
-    lines.append(f"update: {reached:.0f} GFLOP/s, {reached / rate:.0%} of the machine's {rate:.0f} GFLOP/s")
+    reached, rates = update_rates(workload, steps["ours"]), rates[1:]
+    share = statistics.median(ours / machine for ours, machine in zip(reached, rates, strict=True))
+    lines.append(f"update: {statistics.median(reached):.0f} GFLOP/s, {share:.0%} of the machine's "
+                 f"{statistics.median(rates):.0f} GFLOP/s")  # fmt: skip
     for name, found in runs.items():
-        versions = ", ".join(f"{package} {version}" for package, version in found[0]["versions"].items())
-        lines.append(
-            f"{PEERS.get(name, name)}: {versions}; largest change of a trained weight {found[0]['moved']:.1e}"
-        )
+        versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+        lines.append(f"{PEERS.get(name, name)}: {versions}; largest change of a trained weight {found['moved']:.1e}")
     return "\n".join(lines)
 
 
@@ -166,12 +196,12 @@ def main(args: Arguments) -> None:
         subprocess.run(["bash", str(ROOT / "benchmarks/setup_peers.sh")], check=True)
     print(machine(), flush=True)
     for name in ("even", "variable") if args.workload == "both" else [args.workload]:
-        workload, runs, rate = measure(args, name, ["ours", *peers])
+        workload, runs, rates = measure(args, name, ["ours", *peers])
         print(
-            f"\n{name}: seconds a step, medians of {args.repeats} x {args.steps - 1} steps of "
+            f"\n{name}: seconds a step, medians of {workload['steps'] - 1} steps, taken in turn, of "
             f"{workload['batch_size']} answers of at most {workload['max_new_tokens']} tokens"
         )
-        print(table(workload, runs, rate), flush=True)
+        print(table(workload, runs, rates), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,10 @@ PROMPTS = 16
 # Longest answer, and the chance of EOS at each token: 0 makes every answer that long, the others a quarter of it in
 # the mean. With the long ones decoding is most of the work, and bound by the reading of weights for everyone.
 WORKLOADS = {"even": (64, 0.0), "variable": (64, 1 / 16), "long": (256, 1 / 64)}
+# Each contender samples answers of its own: where they vary, it takes more steps for their lengths to be alike.
+STEPS = {"even": 6, "variable": 11, "long": 6}
 SETTINGS = {
-    "batch_size": PROMPTS, "mini_batch_size": 4, "accumulation": 4, "ppo_epochs": 4, "learning_rate": 1.41e-5,
+    "batch_size": PROMPTS, "mini_batch_size": 4, "accumulation": 4, "ppo_epochs": 4, "learning_rate": 1e-6,
     "kl_coef": 0.05, "seed": 0, "pad": PAD, "eos": EOS, "lora_rank": 8, "lora_alpha": 32,
     "lora_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }  # fmt: skip
@@ -79,8 +81,8 @@ def add_adapter(model, folder: Path, stage: str, base: dict):
     return model.merge_and_unload()
 
 
-def write_workload(folder: Path, name: str, steps: int, threads: int) -> dict:
-    """Write everything into `folder`; returns what workload.json holds.
+def write_workload(folder: Path, name: str, steps: int, seed: int, threads: int) -> dict:
+    """Write everything into `folder`; returns what workload.json holds. `seed` is that of sampling.
 
     base/, sft/ and reward/ are what this project's stages leave. sft_merged/ (policy and reference of the peers) and
     reward_merged/ (their reward model, a sequence classification model) are the same functions in one piece.
@@ -97,7 +99,7 @@ def write_workload(folder: Path, name: str, steps: int, threads: int) -> dict:
     scorer = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
     add_adapter(scorer, folder / "reward", "reward", base).save_pretrained(folder / "reward_merged")
     workload = SETTINGS | {
-        "steps": steps, "threads": threads, "max_new_tokens": max_new_tokens, "prompts": prompts()
+        "steps": steps, "seed": seed, "threads": threads, "max_new_tokens": max_new_tokens, "prompts": prompts()
     }  # fmt: skip
     (folder / "workload.json").write_text(json.dumps(workload), encoding="utf-8")
     return workload

@@ -1,6 +1,7 @@
 """What the two Trainer stages (SFT, reward) share round their training: log, checkpoints to be trusted, processes."""
 
 import gc
+import math
 import pickle
 import shutil
 import time
@@ -119,6 +120,15 @@ def writing_checkpoint(trainer):
         yield
 
 
+def gradients_are_finite(model, engine) -> bool:
+    """Whether a step's gradients are numbers; DeepSpeed's `engine` shows their norm only, after its step."""
+    if engine is None:
+        return all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    norm = engine.get_global_grad_norm()
+    # DeepSpeed's norm of what is not finite is infinite, or -1.
+    return norm is None or 0 <= float(norm) < math.inf
+
+
 class StageLog(TrainerCallback):
     """metrics.jsonl at every step, a readable line every few, and a manifest for every checkpoint.
 
@@ -137,6 +147,8 @@ class StageLog(TrainerCallback):
         self.log, self.flags, self.sampler, self.extra, self.sequences = log, flags, sampler, extra, sequences
         self.mark, self.tokens, self.marked_step, self.epoch = time.monotonic(), 0, 0, 0.0
         self.signum = self.left_out = 0
+        # Set by `train`; DeepSpeed is asked through it.
+        self.trainer = None
 
     def _restart_clock(self, state) -> None:
         self.mark, self.tokens, self.marked_step = time.monotonic(), state.num_input_tokens_seen, state.global_step
@@ -152,9 +164,15 @@ class StageLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # With float16 the gradient scaler leaves such a step out and goes on with a smaller scale.
-        if args.fp16 or all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None):
+        engine = getattr(self.trainer, "deepspeed", None)
+        if args.fp16 or gradients_are_finite(model, engine):
             return
         words = f"the gradient of step {state.global_step + 1} is not finite"
+        if engine is not None and engine.was_step_applied():
+            raise FloatingPointError(
+                f"{words}, which DeepSpeed finds out too late to leave it out: training stops, and nothing of it is "
+                "saved; go on from the last checkpoint with a lower --learning_rate"
+            )
         if self.flags.on_non_finite == "stop":
             raise FloatingPointError(
                 f"{words}; training stops before it is applied: lower --learning_rate, look for broken rows with "
@@ -260,6 +278,7 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             return
         if evaluation_pending(trainer, state):
             trainer.add_callback(CatchUp(trainer))
+    log.trainer = trainer
     with saved_when_stopped(trainer), plain_tensors_only(resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
         if log.signum:

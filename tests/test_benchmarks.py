@@ -49,10 +49,10 @@ def test_the_first_step_is_left_out_and_others_are_held_against_ours():
         return [phases | {"total": 99.0}, phases, phases]
 
     runs = {
-        name: [{"steps": steps(total), "peak_gb": peak, "versions": {"trl": name}, "moved": 1e-4}]
+        name: {"steps": steps(total), "peak_gb": peak, "versions": {"trl": name}, "moved": 1e-4}
         for name, total, peak in (("ours", 10.0, 1.0), ("trl07", 15.0, 2.0))
     }
-    table = ppo_step.table(SETTINGS | {"prompts": prompts()}, runs, 100.0)
+    table = ppo_step.table(SETTINGS | {"prompts": prompts()}, runs, [1.0, 100.0, 100.0])
     classic = next(line for line in table.splitlines() if line.startswith("classic"))
     rollout, score, update, total, rate, tokens, peak, speed, _, memory, _ = classic.split()[3:]
     assert (total, rate, tokens, peak, speed, memory) == ("15.00", "1.07", "62.5", "2.00", "1.50", "0.50")

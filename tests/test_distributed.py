@@ -137,7 +137,12 @@ def test_answers_of_very_different_length_on_the_processes_keep_them_in_step(wor
 
 
 # ---- DeepSpeed ----
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (requirements-optional.txt)")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is not installed (requirements-optional.txt)"
+)
+
+
+@needs_deepspeed
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 @pytest.mark.parametrize("stage", ["sft_training", "reward_modeling"])
 def test_deepspeed_trains_and_resumes_to_what_two_plain_processes_train(
@@ -167,6 +172,30 @@ def test_deepspeed_trains_and_resumes_to_what_two_plain_processes_train(
         torch.testing.assert_close(found[zero][name], tensor, atol=1e-5, rtol=0)
         torch.testing.assert_close(found["resumed"][name], found[zero][name], atol=1e-6, rtol=0)
     assert any((half[name] - tensor).abs().max() > 1e-4 for name, tensor in found["plain"].items())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("zero", "mode", "code", "sentence"),
+    [
+        ("zero2", "stop", 1, "the gradient of step 2 is not finite; training stops"),
+        ("zero2", "skip", 0, "the gradient of step 2 is not finite: left out, 1 so far"),
+        ("zero3", "skip", 1, "the gradient of step 2 is not finite, which DeepSpeed finds out too late"),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_seen_under_deepspeed(
+    tiny_base, rows, tmp_path, monkeypatch, zero, mode, code, sentence
+):
+    monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
+    flags = {
+        "model_name": tiny_base, "dataset_name": rows["sft_training"], "max_steps": 3, "on_non_finite": mode,
+        "per_device_train_batch_size": 4, "learning_rate": 1e30, "output_dir": tmp_path / "out",
+        "deepspeed": ROOT / "scripts" / "deepspeed" / f"{zero}.json",
+    }  # fmt: skip
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    said = launch(*command, "sft_training.py", *words(flags), code=code)
+    assert sentence in said
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() == (code == 0)
 
 
 # ---- launchers ----

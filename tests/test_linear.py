@@ -95,15 +95,18 @@ def onednn(request, monkeypatch):
     if request.param and not linear.ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(linear, "ONEDNN", request.param)
-    monkeypatch.setattr(linear, "ONEDNN_FROM", 0)
+    monkeypatch.setattr(linear, "LARGE", 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_both_ways_to_a_product_give_the_same_numbers_as_pytorchs_layers(onednn, bias):
+@pytest.mark.parametrize("rows", [1, linear.FEW, linear.FEW + 1])
+def test_all_ways_to_a_product_give_the_same_numbers_as_pytorchs_layers(onednn, bias, rows):
     usual, fused = layers(bias=bias)
-    x = torch.randn(2, 3, 6)
+    x = torch.randn(1, rows, 6)
     torch.testing.assert_close(run(fused, x), run(usual, x))
-    x, weight = torch.randn(4, 6), torch.randn(5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), usual(x))
+    x, weight = torch.randn(rows, 6), torch.randn(5, 6)
     added = torch.randn(5) if bias else None
     expected = torch.nn.functional.linear(x, weight, added)
     torch.testing.assert_close(linear.product(x, weight, added), expected)
@@ -118,6 +121,8 @@ def test_a_frozen_layer_hands_gradients_on_and_one_in_training_keeps_its_own():
     expected = torch.autograd.grad(plain[1](plain[0](x)).square().sum(), [x, model[1].weight])
     for layer in model:
         layer.forward = FrozenForward(layer)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain[1](plain[0](x)))
     found = torch.autograd.grad(model(x).square().sum(), [x, model[1].weight])
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two)

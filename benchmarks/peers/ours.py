@@ -12,7 +12,7 @@ import transformers
 from accelerate import Accelerator
 
 import rl_training
-from benchmarks.peers.worker import Movement, read_workload, report
+from benchmarks.peers.worker import Movement, read_workload, report, say, steps_in_turn
 from rlhf.data import load_tokenizer
 from rlhf.launch import quieten
 from rlhf.state import moment
@@ -41,15 +41,15 @@ def main() -> None:
     args = arguments(workload, folder)
     rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
     loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
-    movement, steps = Movement(loop.roles.adapter("policy").values()), []
-    for step in range(workload["steps"]):
+    movement = Movement(loop.roles.adapter("policy").values())
+    for step in steps_in_turn(workload["steps"]):
         start = time.perf_counter()
         kept = moment(loop)
         metrics, _ = rl_training.train_step(loop, step)
         found = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
-        steps.append(found | {"total": time.perf_counter() - start, "tokens": metrics["len/mean"] * args.batch_size})
+        say(**found, total=time.perf_counter() - start, tokens=metrics["len/mean"] * args.batch_size)
         del kept
-    report(steps, {"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())
+    report({"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from peft import LoraConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
-from benchmarks.peers.worker import Movement, read_workload, report
+from benchmarks.peers.worker import Movement, read_workload, report, say, steps_in_turn
 
 
 def make_trainer(workload: dict, folder, tokenizer) -> PPOTrainer:
@@ -78,9 +78,10 @@ def main() -> None:
     reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_merged", num_labels=1).eval()
     movement = Movement(p for p in trainer.model.parameters() if p.requires_grad)
     queries = [torch.tensor(ids) for ids in workload["prompts"]]
-    steps = [one_step(trainer, reward_model, queries, workload) for _ in range(workload["steps"])]
+    for _ in steps_in_turn(workload["steps"]):
+        say(**one_step(trainer, reward_model, queries, workload))
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    report(steps, versions, movement.largest())
+    report(versions, movement.largest())
 
 
 if __name__ == "__main__":

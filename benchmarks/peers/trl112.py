@@ -25,14 +25,14 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from benchmarks.peers.worker import Movement, read_workload, report
+from benchmarks.peers.worker import Movement, read_workload, report, say, wait_for_turn
 
 
 class PhaseClock(TrainerCallback):
     """Times the phases from outside: the trainer's module functions are called through it, nothing else changes."""
 
     def __init__(self, eos: int):
-        self.eos, self.steps, self.marks = eos, [], {}
+        self.eos, self.marks = eos, {}
         self.generation, self.forward = ppo_trainer.batch_generation, ppo_trainer.forward
         ppo_trainer.batch_generation, ppo_trainer.forward = self.timed_generation, self.marked_forward
 
@@ -52,20 +52,18 @@ class PhaseClock(TrainerCallback):
         return self.forward(*inputs)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        wait_for_turn()
         self.last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         now, marks = time.perf_counter(), self.marks
-        self.steps.append(
-            {
-                "rollout": marks["rollout"],
-                "score": marks["update"] - marks["generated"],
-                "update": now - marks["update"],
-                "total": now - self.last,
-                "tokens": marks["tokens"],
-            }
-        )
-        self.last, self.marks = now, {}
+        say(
+            rollout=marks["rollout"], score=marks["update"] - marks["generated"], update=now - marks["update"],
+            total=now - self.last, tokens=marks["tokens"],
+        )  # fmt: skip
+        if state.global_step < state.max_steps:
+            wait_for_turn()
+        self.last, self.marks = time.perf_counter(), {}
 
 
 def settings(workload: dict, folder) -> PPOConfig:
@@ -115,7 +113,7 @@ def main() -> None:
     movement = Movement(p for p in trainer.policy_model.parameters() if p.requires_grad)
     trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    report(clock.steps, versions, movement.largest())
+    report(versions, movement.largest())
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from resource import RUSAGE_SELF, getrusage
 
 import torch
 
+MARK = "measured: "
+
 
 def read_workload() -> tuple[dict, Path]:
     """Settings and folder of the workload that the command line names; torch gets its threads and its seed."""
@@ -42,10 +44,27 @@ class Movement:
         return max((p.detach() - old).abs().max().item() for p, old in pairs)
 
 
-def report(steps: list[dict], versions: dict, moved: float) -> None:
-    """Print the one line that benchmarks/ppo_step.py reads.
+# ---- turns ----
+def say(**found) -> None:
+    """One line that benchmarks/ppo_step.py reads among whatever a library prints."""
+    print(MARK + json.dumps(found), flush=True)
 
-    Args:
-        steps: for each step seconds of rollout, score, update and total, and the response tokens it sampled.
-    """
-    print(json.dumps({"steps": steps, "versions": versions, "moved": moved, "peak_gb": peak_gb()}), flush=True)
+
+def steps_in_turn(count: int):
+    """Step numbers, each when benchmarks/ppo_step.py gives the turn, so that contenders never run side by side."""
+    for step in range(count):
+        wait_for_turn()
+        yield step
+
+
+def wait_for_turn() -> None:
+    """Returns when the turn is given. Raises: SystemExit where the giver has gone."""
+    say(waiting=True)
+    if not sys.stdin.readline():
+        raise SystemExit("nobody gives turns any more")
+
+
+def report(versions: dict, moved: float) -> None:
+    """The last line; each step has said before, by `say`, its seconds of rollout, score, update and total, and the
+    response tokens it sampled."""
+    say(versions=versions, moved=moved, peak_gb=peak_gb())
