@@ -57,9 +57,9 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
     return {name: load_run(folder / name) for name in VERSIONS}
 
 
-def table(found: list[dict[str, dict]]) -> tuple[str, list[str]]:
+def table(found: list[dict[str, dict]], seeds: list[int]) -> tuple[str, list[str]]:
     """Clean accuracy and the share of prompts won against each attack, by version and seed; and broken promises."""
-    header = [f"{name} {seed}" for name in VERSIONS for seed in range(len(found))]
+    header = [f"{name} {seed}" for name in VERSIONS for seed in seeds]
     lines = [f"{'':<26}" + "".join(f"{name:>13}" for name in header)]
     for kind in ("clean accuracy", *KINDS):
         key = "eval_accuracy" if kind == "clean accuracy" else f"audit/{kind}"
@@ -81,7 +81,8 @@ def main(args: Arguments) -> int:
     """Print the table; 1 where a promise is broken."""
     demos = [Path(folder).resolve() for folder in args.demo_dirs]
     found = [train(demo, Path(args.output_dir).resolve() / f"seed_{n}") for n, demo in enumerate(demos)]
-    words, broken = table([{name: record["metrics"] for name, record in records.items()} for records in found])
+    seeds = [records["hardened"]["arguments"]["seed"] for records in found]
+    words, broken = table([{name: record["metrics"] for name, record in records.items()} for records in found], seeds)
     commits = {(record["git_commit"] or "unknown")[:7] for records in found for record in records.values()}
     print(f"trained by commit {', '.join(sorted(commits))}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")

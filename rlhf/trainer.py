@@ -121,7 +121,7 @@ def writing_checkpoint(trainer):
 
 
 def gradients_are_finite(model, engine) -> bool:
-    """Whether a step's gradients are numbers; DeepSpeed's `engine` shows their norm only, after its step."""
+    """Whether a step's gradients are numbers. DeepSpeed's `engine` shows their norm only, and left such a step out."""
     if engine is None:
         return all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     norm = engine.get_global_grad_norm()
@@ -164,15 +164,9 @@ class StageLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # With float16 the gradient scaler leaves such a step out and goes on with a smaller scale.
-        engine = getattr(self.trainer, "deepspeed", None)
-        if args.fp16 or gradients_are_finite(model, engine):
+        if args.fp16 or gradients_are_finite(model, getattr(self.trainer, "deepspeed", None)):
             return
         words = f"the gradient of step {state.global_step + 1} is not finite"
-        if engine is not None and engine.was_step_applied():
-            raise FloatingPointError(
-                f"{words}, which DeepSpeed finds out too late to leave it out: training stops, and nothing of it is "
-                "saved; go on from the last checkpoint with a lower --learning_rate"
-            )
         if self.flags.on_non_finite == "stop":
             raise FloatingPointError(
                 f"{words}; training stops before it is applied: lower --learning_rate, look for broken rows with "
@@ -347,8 +341,17 @@ def end(trainer) -> None:
 
 
 def final_evaluation(trainer) -> None:
-    """Evaluate the trained model, unless the last step ended with an evaluation."""
+    """Evaluate the trained model, unless the last step ended with an evaluation.
+
+    Raises: FloatingPointError where its loss is not finite.
+    """
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if trainer.state.global_step == 0 or trainer.state.global_step not in steps:
         with saved_when_stopped(trainer):
             trainer.evaluate()
+    last = next(entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    if not math.isfinite(last):
+        raise FloatingPointError(
+            "the trained model's evaluation loss is not finite: no adapter is written; train again with a lower "
+            "--learning_rate, or go on from an earlier checkpoint"
+        )

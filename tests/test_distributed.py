@@ -175,27 +175,22 @@ def test_deepspeed_trains_and_resumes_to_what_two_plain_processes_train(
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(
-    ("zero", "mode", "code", "sentence"),
-    [
-        ("zero2", "stop", 1, "the gradient of step 2 is not finite; training stops"),
-        ("zero2", "skip", 0, "the gradient of step 2 is not finite: left out, 1 so far"),
-        ("zero3", "skip", 1, "the gradient of step 2 is not finite, which DeepSpeed finds out too late"),
-    ],
-)
+@pytest.mark.parametrize(("zero", "mode", "code"), [("zero2", "stop", 1), ("zero2", "skip", 0), ("zero3", "skip", 0)])
 def test_a_gradient_that_is_not_finite_is_seen_under_deepspeed(
-    tiny_base, rows, tmp_path, monkeypatch, zero, mode, code, sentence
+    tiny_base, rows, tmp_path, monkeypatch, zero, mode, code
 ):
     monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
     flags = {
         "model_name": tiny_base, "dataset_name": rows["sft_training"], "max_steps": 3, "on_non_finite": mode,
-        "per_device_train_batch_size": 4, "learning_rate": 1e30, "output_dir": tmp_path / "out",
+        "per_device_train_batch_size": 4, "learning_rate": 1e30, "output_dir": tmp_path / "out", "eval_size": 0,
         "deepspeed": ROOT / "scripts" / "deepspeed" / f"{zero}.json",
     }  # fmt: skip
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     said = launch(*command, "sft_training.py", *words(flags), code=code)
-    assert sentence in said
-    assert (tmp_path / "out" / "adapter_model.safetensors").exists() == (code == 0)
+    assert f"the gradient of step 2 is not finite{': left out' if mode == 'skip' else '; training stops'}" in said
+    adapter = tmp_path / "out" / "adapter_model.safetensors"
+    assert adapter.exists() == (mode == "skip")
+    assert mode == "stop" or all(tensor.isfinite().all() for tensor in load_file(adapter).values())
 
 
 # ---- launchers ----

@@ -281,6 +281,12 @@ def test_a_gradient_that_is_not_finite_can_be_left_out_and_is_counted(tiny_base,
     assert all(tensor.isfinite().all() for tensor in load_file(out / "adapter_model.safetensors").values())
 
 
+def test_a_model_that_training_broke_is_not_handed_on(tiny_base, answers, tmp_path):
+    with pytest.raises(FloatingPointError, match="evaluation loss is not finite"):
+        run(tiny_base, answers, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, on_non_finite="skip")
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_without_an_adapter(tiny_base, answers, tmp_path):
     with pytest.raises(FloatingPointError, match="gradient of step 2 is not finite"):
         run(tiny_base, answers, tmp_path / "out", learning_rate=1e30, max_grad_norm=0, eval_size=0)
