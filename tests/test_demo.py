@@ -112,18 +112,19 @@ def measured(careless_empty=0.7, accuracy=0.95, **shares):
 
 
 def test_hardening_keeps_its_promises_on_every_seed_or_names_the_broken_ones():
-    assert table([measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)])[1] == []
+    assert table([measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)], [0, 1])[1] == []
     for kind in (*GATE_KINDS, "cut", "other_answer"):
-        assert table([measured(), measured(**{kind: 0.89})])[1] == [f"{kind} wins too often"]
-    assert table([measured(), measured(doubled=0.1, thanks=0.1)])[1] == []
-    assert table([measured(careless_empty=0.9)])[1] == ["a careless model passes on empty answers"]
+        assert table([measured(), measured(**{kind: 0.89})], [0, 1])[1] == [f"{kind} wins too often"]
+    assert table([measured(), measured(doubled=0.1, thanks=0.1)], [0, 1])[1] == []
+    assert table([measured(careless_empty=0.9)], [0])[1] == ["a careless model passes on empty answers"]
 
 
 def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
-    words, broken = table([measured(accuracy=0.95 - 3 * LOSS), measured(accuracy=0.95 + 2 * LOSS)])
+    words, broken = table([measured(accuracy=0.95 - 3 * LOSS), measured(accuracy=0.95 + 2 * LOSS)], [3, 4])
+    assert words.split()[:4] == ["careless", "3", "careless", "4"]
     assert broken == []
     assert words.splitlines()[-1] == "clean accuracy falls by +0.0050 in the mean"
-    assert table([measured(accuracy=0.93)])[1] == ["clean accuracy falls by 0.020"]
+    assert table([measured(accuracy=0.93)], [0])[1] == ["clean accuracy falls by 0.020"]
 
 
 # ---- the other stories ----
