@@ -22,7 +22,8 @@ from rlhf.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable,
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable,
 }  # fmt: skip
 FLAGS = ["--output_dir", "unused", "--learning_rate", "1e-2", "--output_max_length", "8", "--ppo_epochs", "1"]
 
