@@ -20,6 +20,7 @@ from rlhf import roles
 from rlhf.arguments import LoraArguments
 from rlhf.artefacts import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
+from rlhf.kernels import fuse_norms
 from rlhf.roles import lora_targets
 
 if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
@@ -77,6 +78,7 @@ def random_model(config: BaichuanConfig, head: str, device: str, dtype: torch.dt
     with torch.device(device):
         model = auto.from_config(BaichuanConfig(**config.to_diff_dict() | changed), dtype=dtype)
     model.config.use_cache = False
+    fuse_norms(model)
     return model
 
 

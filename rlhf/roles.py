@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts import read_adapter, save_adapter
 from rlhf.disk import load_tensors
+from rlhf.kernels import fuse_norms
 from rlhf.linear import fuse_linears
 from rlhf.rows import feed_forward_at, take_rows_side_by_side
 from rlhf.scoring import score
@@ -61,7 +62,9 @@ def load_base(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU bitsandbytes repacks a matrix at its first use in eval(); from then on it passes no gradient.
             module.support_avx512bf16_for_cpu = False
-    return model if device is None else model.to(device)
+    model = model if device is None else model.to(device)
+    fuse_norms(model)
+    return model
 
 
 def _in_four_bits(dtype: torch.dtype, device) -> dict:

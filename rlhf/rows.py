@@ -4,7 +4,8 @@
                 d e              positions [1, N]  0 1 2 0 1
 
 All of a decoder but attention treats each token alone; attention is told where the rows end, and takes them one by
-one. Whether a model does as it is told is tried, not assumed: one that does not gets its rows padded, as ever.
+one, or all at once where a GPU has a kernel for that. Whether a model does as it is told is tried, not assumed: one
+that does not gets its rows padded, as ever.
 Source: Krell et al. 2021, arXiv:2107.02027 (packing without contamination across sequences).
 """
 
@@ -16,9 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rlhf.kernels import flash_by_row, flash_takes
 
 # A batch is computed in at most so many parts of rows of like length, none of them of fewer rows than pay.
 PARTS, PART_ROWS = 4, 4
@@ -59,8 +63,10 @@ def parts_by_length(lengths: Tensor) -> list[Tensor]:
 
 
 # ---- side by side ----
-def attend_by_row(module, query, key, value, attention_mask, row_lengths: list[int] | None = None, **kwargs):
+def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, row_bounds=None, **kwargs):
     """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
+
+    row_lengths: list of B numbers. row_bounds: [B + 1] int32, where each row begins, and N.
 
     Returns: [1, N, heads, dim], and None for the weights.
     Raises: ValueError where a model lost the lengths, or made a mask of its own: it would be computed wrongly.
@@ -72,6 +78,8 @@ def attend_by_row(module, query, key, value, attention_mask, row_lengths: list[i
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if not placeholder:
         raise ValueError(f"{type(module).__name__} attends by a mask of its own")
+    if not kwargs.get("dropout") and flash_takes(query, key, value):
+        return flash_by_row(query, key, value, row_bounds, max(row_lengths), kwargs.get("scaling")), None
     kwargs["is_causal"] = True
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
@@ -114,6 +122,7 @@ def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
         "input_ids": input_ids[real][None],
         "position_ids": position_ids(real)[real][None],
         "row_lengths": row_lengths,
+        "row_bounds": pad(lengths.cumsum(0), (1, 0)).int(),
         # Of four dimensions, so that transformers makes no mask [N, N] that nobody would look at.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=real.device),
     }

@@ -17,15 +17,20 @@ from safetensors.torch import load_file
 from stages import words, write_answers, write_pairs
 from test_distributed import launch
 from test_rl_training import stored_rollout
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
+from rlhf import rows
 from rlhf.artefacts import load_run
+from rlhf.kernels import fuse_norms
 from rlhf.report import read_metrics
-from rlhf.roles import load_roles
+from rlhf.roles import backbone_of, load_roles
 from rlhf.rollout import Rollout, Sampling, response_logprobs
+from rlhf.rows import lay_out, states_at, take_rows_side_by_side
 from rlhf.update import update
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +153,32 @@ def test_a_score_on_a_gpu_hardly_depends_on_padding_and_batch(tiny_base, tmp_pat
     torch.testing.assert_close(together, alone, atol=1e-4 if dtype == torch.float32 else 0.1, rtol=0)
 
 
+@pytest.mark.parametrize("base", ["tiny_base", "tiny_llama"])
+def test_kernels_of_half_precision_compute_rows_and_norms_as_they_are_alone(request, monkeypatch, base):
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(base), dtype=torch.bfloat16).cuda()
+    backbone, calls, flash = backbone_of(model), [], rows.flash_by_row
+    monkeypatch.setattr(rows, "flash_by_row", lambda *args: calls.append(1) or flash(*args))
+    torch.manual_seed(0)
+    lengths = torch.tensor([200, 131, 64, 7, 1], device="cuda")
+    ids = torch.randint(3, 400, (5, 200), device="cuda")
+    real = torch.arange(200, device="cuda") < lengths[:, None]
+    found = []
+    for fused in (False, True):
+        if fused:
+            assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1
+            assert all(hasattr(module.forward, "fused") for module in model.modules() if type(module) is LlamaRMSNorm)
+            assert take_rows_side_by_side(backbone)
+            calls.clear()
+        model.zero_grad()
+        states = states_at(backbone, lay_out(backbone, ids, real), *real.nonzero(as_tuple=True))
+        states.float().square().mean().backward()
+        gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
+        found.append([states.detach().float(), *gradients])
+    assert len(calls) == model.config.num_hidden_layers
+    for usual, one in zip(*found, strict=True):
+        assert (one - usual).norm() <= 0.05 * usual.norm()
+
+
 def test_a_group_of_nccl_trains(tiny_base, data, tmp_path):
     sft, reward = random_adapter(tiny_base, tmp_path / "sft"), random_adapter(tiny_base, tmp_path / "rm", "reward", 1)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", str(free_port())]
@@ -162,9 +193,9 @@ def test_a_group_of_nccl_trains(tiny_base, data, tmp_path):
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (requirements-optional.txt)")
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_deepspeed_trains_on_a_gpu(tiny_base, data, tmp_path, zero):
-    for stage, rows in (("sft_training", data[0]), ("reward_modeling", data[1])):
+    for stage, dataset in (("sft_training", data[0]), ("reward_modeling", data[1])):
         flags = {
-            "model_name": tiny_base, "dataset_name": rows, "max_steps": 4, "learning_rate": 1e-2, "save_steps": 2,
+            "model_name": tiny_base, "dataset_name": dataset, "max_steps": 4, "learning_rate": 1e-2, "save_steps": 2,
             "output_dir": tmp_path / stage, "deepspeed": ROOT / "scripts" / "deepspeed" / f"{zero}.json",
         }  # fmt: skip
         port = str(free_port())
