@@ -72,7 +72,7 @@ def table(found: list[dict[str, dict]], seeds: list[int]) -> tuple[str, list[str
         for kind, least in [(k, GATE_WINS) for k in GATE_KINDS] + [(k, OTHER_WINS) for k in OTHERS]
         if any(m["hardened"][f"audit/{kind}"] < least for m in found)
     ]
-    broken += [f"clean accuracy falls by {loss:.3f}"] * (loss > LOSS)
+    broken += [f"clean accuracy falls by {loss:.3f}"] * (round(loss, 9) > LOSS)
     broken += ["a careless model passes on empty answers"] * any(m["careless"]["audit/empty"] >= 0.9 for m in found)
     return "\n".join([*lines, f"clean accuracy falls by {loss:+.4f} in the mean"]), broken
 

@@ -21,7 +21,7 @@ LARGE = 1 << 17
 # Rows of which the weight is better on the left.
 FEW = 4
 # PyTorch and oneDNN each keep what they prepared for the last 1024 shapes, buffers of the weights' size among it: with
-# rows of ever new lengths, gigabytes. A micro-batch needs about a score. Both are read at the first product.
+# rows of ever new lengths, gigabytes. A micro-batch needs about twenty. Both are read at the first product.
 for kept in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(kept, "32")
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

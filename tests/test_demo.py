@@ -124,6 +124,8 @@ def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
     assert words.split()[:4] == ["careless", "3", "careless", "4"]
     assert broken == []
     assert words.splitlines()[-1] == "clean accuracy falls by +0.0050 in the mean"
+    # 0.95 - 0.94 is a little more than 0.01 in binary.
+    assert table([measured(accuracy=0.94)], [0])[1] == []
     assert table([measured(accuracy=0.93)], [0])[1] == ["clean accuracy falls by 0.020"]
 
 
