@@ -21,18 +21,21 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from rlhf.answers import BASE, Versions, Writing, row_seeds
-from rlhf.arguments import REQUIRED, flag, parse
-from rlhf.artefacts import base_fingerprint, check_adapter, load_run, resolve_model
-from rlhf.dialogues import BadRow, Unusable
-from rlhf.encoding import DEFAULT_TEMPLATE, check_template, encode, load_tokenizer, render
-from rlhf.formats import examples, find_format
-from rlhf.launch import run_script
-from rlhf.roles import pick_dtype
-from rlhf.sources import read_file
-from rlhf.tables import print_answers, print_table, write_csv, write_html, write_markdown
+from rlhf.artefacts.adapters import check_adapter
+from rlhf.artefacts.run_json import base_fingerprint, load_run
+from rlhf.compare.answers import BASE, Versions, Writing, row_seeds
+from rlhf.compare.tables import print_answers, print_table, write_csv, write_html, write_markdown
+from rlhf.data.dialogues import BadRow, Unusable
+from rlhf.data.encoding import encode, load_tokenizer
+from rlhf.data.files import read_file
+from rlhf.data.formats import examples, find_format
+from rlhf.data.template import DEFAULT_TEMPLATE, check_template, render
+from rlhf.flags import REQUIRED, flag, parse
+from rlhf.models.loading import pick_dtype, resolve_model
+from rlhf.run.launch import run_script
 
 PROMPT_FILES = (".txt", ".json", ".jsonl")
+
 # One of each kind that shows a change of style: a translation, small talk, health, mood, an explanation.
 DEFAULT_PROMPTS = [
     "帮我把“今晚的月亮真圆”翻译成英文",

@@ -9,35 +9,53 @@ Out: <output_dir>: safetensors, config, tokenizer, run.json. Nothing is written 
     python merge_lora.py --adapter_only True --lora_path runs/sft --output_dir merged/sft_qkv   # LoRA for q, k, v
 """
 
-import glob
-import os
-import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoConfig
 
-from rlhf.arguments import flag, parse
-from rlhf.artefacts import (
-    ADAPTER_FILE,
-    LOCK_FILE,
-    base_fingerprint,
-    check_adapter,
-    lock,
-    read_adapter,
-    resolve_model,
-    write_run,
-)
-from rlhf.disk import readable_when_full
-from rlhf.encoding import read_tokenizer
-from rlhf.export import BOUNDS, check_parity, probe, refuse_nonfinite, split_adapter, to_llama
-from rlhf.export_tokenizer import save_tokenizer
-from rlhf.launch import run_script
-from rlhf.roles import add_lora, load_base
+from rlhf.artefacts.adapters import check_adapter, read_adapter
+from rlhf.artefacts.files import ADAPTER_FILE
+from rlhf.artefacts.output_dir import refuse_used, staged
+from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.baichuan.to_fast_tokenizer import save_tokenizer
+from rlhf.baichuan.to_llama import split_adapter, to_llama
+from rlhf.data.encoding import read_tokenizer
+from rlhf.flags import flag, parse
+from rlhf.models.loading import add_lora, load_base, refuse_nonfinite, resolve_model
+from rlhf.run.launch import run_script
+
+# How far the saved model may be from base + adapter. In float32: of any one logit. In half precision, where merging
+# rounds every weight once more: root mean square of the difference over that of the logits (0.008 to 0.023 in bfloat16
+# and 0.001 to 0.003 in float16 on random models of 2 to 32 layers).
+BOUNDS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+@torch.no_grad()
+def probe(model) -> Tensor:
+    """Logits, or scores, on 8 rows of 24 fixed token ids: float32 on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (8, 24), generator=generator).to(model.device)
+    return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
+
+
+def check_parity(expected: Tensor, found: Tensor, dtype: str) -> float:
+    """How far the saved model is from base + adapter, in the unit of BOUNDS. Raises: ValueError past the bound."""
+    difference = found - expected
+    if dtype == "float32":
+        distance = difference.abs().max().item()
+    else:
+        distance = (difference.pow(2).mean() / expected.pow(2).mean()).sqrt().item()
+    # Written so that NaN, which compares false with everything, is refused too.
+    if not distance <= BOUNDS[dtype]:
+        raise ValueError(
+            f"the merged model is {distance:.2g} away from base + adapter (bound {BOUNDS[dtype]} in {dtype}): nothing "
+            "was written; try --dtype float32"
+        )
+    return distance
 
 
 @dataclass(kw_only=True)
@@ -71,23 +89,6 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     return parse(ScriptArguments, argv, __doc__)
 
 
-# ---- checks before anything loads ----
-def refuse_used(output_dir: str) -> Path:
-    """`output_dir` as a path. Raises: FileExistsError where something is there already."""
-    target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"--output_dir {target} is not empty: give a new directory")
-    return target
-
-
-def sweep_killed(target: Path) -> None:
-    """Remove what a killed merge into `target` left beside it. Raises: FileExistsError where one is still at work."""
-    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
-        if (scratch / LOCK_FILE).is_file():
-            lock(scratch)
-            shutil.rmtree(scratch)
-
-
 def check_format(base_dir: str, wanted: str | None) -> bool:
     """Whether the weights must be turned into Llama's. Raises: ValueError where the base has no such format."""
     kind = AutoConfig.from_pretrained(base_dir).model_type
@@ -115,25 +116,6 @@ def merge(base_dir: str, lora_path: str | None, dtype: str, device: str):
             model.get_parameter(name.removeprefix("base_model.model.")).copy_(tensor)
     expected = probe(wrapped.eval())
     return wrapped.merge_and_unload(safe_merge=True), expected
-
-
-# ---- the two jobs ----
-@contextmanager
-def staged(target: Path):
-    """A folder beside `target` to fill, which takes its place once all is done."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep_killed(target)
-    with (
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
-        readable_when_full(Path(scratch), target.name, mend="Make room, and give the same command again"),
-    ):
-        lock(Path(scratch))
-        folder = Path(scratch) / "result"
-        folder.mkdir()
-        yield folder
-        if target.exists():
-            target.rmdir()
-        os.replace(folder, target)
 
 
 def convert_adapter(args: ScriptArguments, target: Path) -> None:

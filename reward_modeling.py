@@ -11,65 +11,49 @@ Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from rlhf.arguments import CommonArguments, LoraArguments, flag, parse
-from rlhf.artefacts import (
-    ADAPTER_FILE,
-    base_fingerprint,
-    claim_output_dir,
-    resolve_model,
-    save_adapter,
-    write_run,
-)
-from rlhf.audit_run import audit_adapter, audit_model
-from rlhf.batches import blank_pair
-from rlhf.data import (
-    DataArguments,
-    LengthGroupedSampler,
+from rlhf.arguments import CommonArguments, DataArguments, LoraArguments, TrainerFlags
+from rlhf.artefacts.adapters import check_saved, save_adapter
+from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.resume import finished_run
+from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.cost.plan import plan_trainer
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.encoding import inspect_rows, load_tokenizer, preference_rows
+from rlhf.data.funnel import one_half, subset
+from rlhf.data.reading import data_fingerprint, load_splits
+from rlhf.flags import flag, parse
+from rlhf.models.forward import backbone_of, forked_rng, take_rows_side_by_side
+from rlhf.models.loading import load_base, lora_targets, pick_dtype, resolve_model
+from rlhf.reward.audit_report import audit_adapter, audit_model
+from rlhf.reward.degenerate import degenerate_pairs, kinds_of
+from rlhf.reward.pairs import (
     PairCollator,
-    data_fingerprint,
-    inspect_rows,
-    load_splits,
-    load_tokenizer,
-    one_half,
-    preference_rows,
-    subset,
+    SharedPromptCollator,
+    blank_pair,
+    check_shareable,
+    pair_length,
+    score_by_mask,
+    shared_length,
 )
-from rlhf.hardening import degenerate_pairs, kinds_of
-from rlhf.launch import run_script, say, world
-from rlhf.memory import named_when_too_large
-from rlhf.optional import require_optional
-from rlhf.plan_run import plan_trainer
-from rlhf.report import read_metrics
-from rlhf.resume import finished_run
-from rlhf.roles import backbone_of, load_base, lora_targets, pick_dtype
-from rlhf.rows import take_rows_side_by_side
-from rlhf.scoring import forked_rng, score_in_parts
-from rlhf.shared_prompt import SharedPromptCollator, check_shareable, score_pairs
-from rlhf.trainer import (
-    StageLog,
-    announce_batches,
-    bad_rows_file,
-    end,
-    final_evaluation,
+from rlhf.run.launch import require_optional, run_script, say, world
+from rlhf.run.log import read_metrics
+from rlhf.run.stopping import named_when_too_large
+from rlhf.trainer.log import StageLog, announce_batches, open_log
+from rlhf.trainer.stage_trainer import (
     in_pieces,
-    open_log,
-    resume_point,
     save_checkpoint,
-    train,
     trained_weights_whole,
+    training_arguments,
     writing_checkpoint,
 )
-from rlhf.trainer_flags import TrainerFlags, training_arguments
+from rlhf.trainer.training import bad_rows_file, end, final_evaluation, resume_point, train
 
 
 @dataclass(kw_only=True)
@@ -170,16 +154,6 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
     return rows, eval_rows, about | {"funnel": funnel.as_dict()}
 
 
-def pair_length(row: dict) -> int:
-    """Tokens of the longer side of a pair."""
-    return len(row["query_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-
-
-def shared_length(row: dict) -> int:
-    """Tokens of a pair in one sequence."""
-    return sum(len(row[f"{name}_ids"]) for name in ("query", "chosen", "rejected"))
-
-
 # ---- model ----
 def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     """The base with a score head [hidden] -> [1] and an adapter; both are trained, and saved together."""
@@ -200,24 +174,6 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
         target_modules=lora_targets(model, args.lora_target_models),
     )
     return get_peft_model(model, config)
-
-
-def score_by_mask(model) -> None:
-    """Let the model's `forward` be the score function of PPO, whatever its own would pool by, on right-padded rows.
-
-    It has to be the `forward`: DistributedDataParallel only reduces the gradients of what goes through it.
-    """
-
-    def forward(input_ids=None, attention_mask=None, **batch):
-        if "segments" in batch:
-            return SequenceClassifierOutput(
-                logits=score_pairs(backbone_of(model), model.score, {"input_ids": input_ids, **batch})
-            )
-        return SequenceClassifierOutput(
-            logits=score_in_parts(backbone_of(model), model.score, input_ids, attention_mask)
-        )
-
-    model.forward = forward
 
 
 # ---- loss and metrics ----
@@ -356,19 +312,6 @@ def build_trainer(args: ScriptArguments, model, about: dict, rows: list[dict], e
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def check_saved(model: PeftModel, output_dir: str) -> None:
-    """Compare the file with the model in memory, the score head above all, which peft can lose without a word.
-
-    Raises: ValueError naming the tensor that is missing or differs.
-    """
-    saved, expected = load_file(Path(output_dir) / ADAPTER_FILE), get_peft_model_state_dict(model)
-    if not any(name.endswith("score.weight") for name in saved):
-        raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
-    for name, tensor in expected.items():
-        if name not in saved or not torch.equal(saved[name], tensor.detach().cpu()):
-            raise ValueError(f"{output_dir}/{ADAPTER_FILE} does not hold {name} as it was trained")
 
 
 def last_metrics(args: ScriptArguments) -> dict[str, float]:

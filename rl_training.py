@@ -10,7 +10,6 @@ Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl,
 """
 
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,26 +18,25 @@ from accelerate import Accelerator
 from transformers import Adafactor
 
 from rlhf import ppo
-from rlhf.arguments import CommonArguments, flag, parse
-from rlhf.artefacts import base_fingerprint, check_adapter, check_merged, claim_output_dir, resolve_model
-from rlhf.charts import draw_run
-from rlhf.check import check_run
-from rlhf.checkpoint import to_resume
-from rlhf.data import (
-    DataArguments,
-    Funnel,
-    data_fingerprint,
-    inspect_rows,
-    load_rows,
-    load_splits,
-    load_tokenizer,
-    prompt_rows,
-    subset,
-)
-from rlhf.evaluation import best_in_words, evaluate, is_best, measure_sft_scores
-from rlhf.experience import (
-    Loop,
-    next_prompts,
+from rlhf.arguments import CommonArguments, DataArguments
+from rlhf.artefacts.adapters import check_adapter, check_merged
+from rlhf.artefacts.checkpoint import to_resume
+from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.resume import finished_run, refuse_changes
+from rlhf.artefacts.run_json import base_fingerprint
+from rlhf.cost.flops import work_of
+from rlhf.cost.plan import plan_ppo
+from rlhf.data.encoding import inspect_rows, load_tokenizer, prompt_rows
+from rlhf.data.funnel import Funnel, subset
+from rlhf.data.reading import data_fingerprint, load_rows, load_splits
+from rlhf.flags import flag, parse
+from rlhf.models.generation import Sampling
+from rlhf.models.loading import pick_dtype, resolve_model
+from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
+from rlhf.rl.charts import draw_run
+from rlhf.rl.check import check_start
+from rlhf.rl.evaluation import best_in_words, evaluate, is_best, measure_sft_scores
+from rlhf.rl.experience import (
     recomputes,
     record_logprobs,
     sample_responses,
@@ -46,20 +44,12 @@ from rlhf.experience import (
     set_advantages,
     transform_scores,
 )
-from rlhf.flops import work_of
-from rlhf.gate import quick_gate, read_gate, stored_audit
-from rlhf.guard import CollapseGuard
-from rlhf.launch import run_script
-from rlhf.metrics import describe, in_words, refuse_non_finite, step_line, timings, utilisation
-from rlhf.optional import require_optional
-from rlhf.plan_run import plan_ppo
-from rlhf.ppo_flags import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
-from rlhf.report import Eta, MetricsLog
-from rlhf.resume import finished_run, refuse_changes
-from rlhf.roles import Roles, load_roles, pick_dtype
-from rlhf.rollout import Sampling
-from rlhf.signals import Interrupted
-from rlhf.state import (
+from rlhf.rl.gate import quick_gate, read_gate, stored_audit
+from rlhf.rl.guard import CollapseGuard, refuse_non_finite
+from rlhf.rl.loop import Loop, next_prompts
+from rlhf.rl.metrics import batch_sizes, describe, in_words, report, timings, utilisation
+from rlhf.rl.roles import Roles, load_roles
+from rlhf.rl.state import (
     Moment,
     back_to,
     keep,
@@ -71,7 +61,10 @@ from rlhf.state import (
     save_interrupted,
     save_stage,
 )
-from rlhf.update import update
+from rlhf.rl.update import update
+from rlhf.run.launch import require_optional, run_script
+from rlhf.run.log import Eta, MetricsLog
+from rlhf.run.stopping import Interrupted
 
 
 @dataclass(kw_only=True)
@@ -168,18 +161,6 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     return metrics, samples
 
 
-# ---- start ----
-def check_start(loop: Loop, fresh: bool) -> None:
-    """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
-    prompts = next_prompts(loop, 0)[:8]
-    loop.roles.train(False)
-    rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
-    for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
-        warnings.warn(warning, stacklevel=2)
-    if loop.accelerator.is_main_process:
-        print("check: log-probabilities, scores, reference and stop token are as they should be", flush=True)
-
-
 def measure_start(loop: Loop, fresh: bool) -> None:
     """What is known before the first step: the SFT model's scores and evaluation (once), and that all is in order."""
     args = loop.args
@@ -193,17 +174,6 @@ def measure_start(loop: Loop, fresh: bool) -> None:
         check_start(loop, fresh)
     if fresh and stored_audit(args.reward_model_lora_path) is None:
         quick_gate(loop)
-
-
-def batch_sizes(loop: Loop) -> str:
-    """The sizes that count, in one sentence."""
-    args = loop.args
-    groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
-    return (
-        f"{loop.total_steps} steps of {args.batch_size * loop.processes} responses{groups}; {args.mini_batch_size} "
-        f"rows a backward pass, an optimizer step each "
-        f"{args.mini_batch_size * args.gradient_accumulation_steps * loop.processes}"
-    )
 
 
 def check_inputs(args: ScriptArguments, tokenizer) -> dict:
@@ -337,16 +307,6 @@ def inspect(loop: Loop, metrics: dict, samples: list[dict]) -> str | None:
     if reason is not None:
         metrics["guard"] = reason
     return reason
-
-
-def report(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
-    """metrics.jsonl and tracker, one line on the screen, and now and then samples in words."""
-    step = metrics["step"]
-    log.write(metrics)
-    print(step_line(metrics, total, eta.left(step)), flush=True)
-    if step not in (1, total) and step % sample_freq:
-        samples = [row for row in samples if "evaluation" in row]
-    log.write_samples([{"step": step, **row} for row in samples])
 
 
 def save_what_is_due(loop: Loop, step: int, run: dict, metrics: dict) -> None:

@@ -13,59 +13,37 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rlhf.arguments import CommonArguments, LoraArguments, flag, parse
-from rlhf.artefacts import (
-    base_fingerprint,
-    check_adapter,
-    claim_output_dir,
-    read_adapter,
-    resolve_model,
-    save_adapter,
-    write_run,
-)
-from rlhf.batches import blank_answer
-from rlhf.data import (
-    SFT_DATASET,
-    DataArguments,
-    LengthGroupedSampler,
-    collate_prompts,
-    data_fingerprint,
-    encode,
-    inspect_rows,
-    load_splits,
-    load_tokenizer,
-    render,
-    sft_rows,
-    subset,
-)
-from rlhf.launch import run_script, say, world
-from rlhf.memory import named_when_too_large
-from rlhf.optional import require_optional
-from rlhf.plan_run import plan_trainer
-from rlhf.report import MetricsLog, read_metrics
-from rlhf.resume import finished_run
-from rlhf.roles import load_base, lora_targets, pick_dtype
-from rlhf.rollout import Sampling, generate
-from rlhf.scoring import forked_rng
-from rlhf.trainer import (
-    StageLog,
-    announce_batches,
-    bad_rows_file,
-    end,
-    final_evaluation,
+from rlhf.arguments import SFT_DATASET, CommonArguments, DataArguments, LoraArguments, TrainerFlags
+from rlhf.artefacts.adapters import check_adapter, save_adapter
+from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.resume import finished_run
+from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.cost.plan import plan_trainer
+from rlhf.data.batches import LengthGroupedSampler, blank_answer, collate_prompts
+from rlhf.data.encoding import encode, inspect_rows, load_tokenizer, sft_rows
+from rlhf.data.funnel import subset
+from rlhf.data.reading import data_fingerprint, load_splits
+from rlhf.data.template import render
+from rlhf.flags import flag, parse
+from rlhf.models.forward import forked_rng
+from rlhf.models.generation import Sampling, generate
+from rlhf.models.loading import continue_adapter, load_base, lora_targets, pick_dtype, resolve_model
+from rlhf.run.launch import require_optional, run_script, say, world
+from rlhf.run.log import MetricsLog, read_metrics
+from rlhf.run.stopping import named_when_too_large
+from rlhf.trainer.log import StageLog, announce_batches, open_log
+from rlhf.trainer.stage_trainer import (
     in_pieces,
-    open_log,
-    resume_point,
     save_checkpoint,
-    train,
     trained_weights_whole,
+    training_arguments,
     writing_checkpoint,
 )
-from rlhf.trainer_flags import TrainerFlags, training_arguments
+from rlhf.trainer.training import bad_rows_file, end, final_evaluation, resume_point, train
 
 SAMPLES = 3
 
@@ -141,22 +119,6 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
         target_modules=lora_targets(model, args.lora_target_models),
     )
     return get_peft_model(model, config)
-
-
-def continue_adapter(model, adapter_dir: str) -> PeftModel:
-    """A stored adapter on `model`, trainable. Raises: ValueError where its tensors do not fit, naming the first."""
-    config, weights = read_adapter(adapter_dir)
-    config.task_type, config.inference_mode = "CAUSAL_LM", False
-    model = get_peft_model(model, config)
-    wanted = get_peft_model_state_dict(model)
-    for name in sorted(wanted.keys() | weights.keys()):
-        shapes = [tuple(found[name].shape) if name in found else None for found in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"--previous_lora_weights {adapter_dir} does not fit this base: {name} is {shapes[0]}, not {shapes[1]}"
-            )
-    set_peft_model_state_dict(model, weights)
-    return model
 
 
 # ---- training ----

@@ -1,6 +1,6 @@
 """baichuan-7B on one GPU: steps of all stages, their memory, and how near they come to what the card could do at best.
 
-    python -m benchmarks.gpu_7b | tee benchmarks/gpu_7b.log
+    python -m benchmarks.gpu_7b | tee benchmarks/results/gpu_7b.log
 
 The model has the real shape and random weights, drawn on the card in bfloat16: nothing is downloaded, and no disk or
 host memory is needed. A first step of each row is left out; of the others the medians count, of memory the peak of
@@ -54,15 +54,17 @@ from benchmarks.gpu_workload import (
     write_adapter,
 )
 from benchmarks.model import PAD, tokenizer
-from rlhf.arguments import LoraArguments, flag, parse
-from rlhf.batches import LengthGroupedSampler, PairCollator
-from rlhf.experience import recomputes
-from rlhf.flops import this_card, training_flops, work_of
-from rlhf.launch import quieten
-from rlhf.plan import Precision
-from rlhf.roles import forward, pick_dtype
-from rlhf.shared_prompt import SharedPromptCollator
-from rlhf.state import moment
+from rlhf.arguments import LoraArguments
+from rlhf.cost.flops import this_card, training_flops, work_of
+from rlhf.cost.memory import Precision
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.flags import flag, parse
+from rlhf.models.forward import forward
+from rlhf.models.loading import pick_dtype
+from rlhf.reward.pairs import PairCollator, SharedPromptCollator
+from rlhf.rl.experience import recomputes
+from rlhf.rl.state import moment
+from rlhf.run.launch import quieten
 
 EPOCHS = 4
 # GB that one row may leave behind before the next one's peak means something else.

@@ -7,8 +7,8 @@ all rows once for every token of a row, and does so little with them that memory
 from dataclasses import dataclass
 
 from benchmarks.gpu_workload import Rows
-from rlhf.flops import Work, forward_flops, peak_tflops, training_flops
-from rlhf.plan import BYTES_4BIT, Precision
+from rlhf.cost.flops import Work, forward_flops, peak_tflops, training_flops
+from rlhf.cost.memory import BYTES_4BIT, Precision
 
 # Of the memory, 1e12 bytes a second, as the makers state it. The first name that the card's own contains counts.
 BANDWIDTH_TB = {

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import reward_modeling
 from benchmarks.common import random_ids
 from benchmarks.model import EOS, PAD
-from rlhf import roles
 from rlhf.arguments import LoraArguments
-from rlhf.artefacts import ADAPTER_FILE
+from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
-from rlhf.kernels import fuse_norms
-from rlhf.roles import lora_targets
+from rlhf.models.kernels import fuse_norms
+from rlhf.models.loading import lora_targets
+from rlhf.rl import roles
 
 if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
     # An older transformers than requirements.txt names has it under its old name.

@@ -1,6 +1,6 @@
 """PPO against classic TRL 0.7.11 and TRL 1.12.0: the same workload, each in a process and an environment of its own.
 
-    python benchmarks/ppo_step.py --peers all | tee benchmarks/ppo_step.log
+    python benchmarks/ppo_step.py --peers all | tee benchmarks/results/ppo_step.log
 
 Workload: 33-million-parameter Llama with random weights (benchmarks/model.py), fp32, LoRA r=8 on the attention
 projections, a reward model, the SFT model as reference; steps of 16 prompts (16 to 96 tokens, 44 in the mean), 4 PPO
@@ -36,8 +36,8 @@ from benchmarks.common import machine  # noqa: E402
 from benchmarks.model import config  # noqa: E402
 from benchmarks.peers.worker import MARK  # noqa: E402
 from benchmarks.ppo_workload import SETTINGS, STEPS, WORKLOADS, write_workload  # noqa: E402
-from rlhf.arguments import flag, parse  # noqa: E402
-from rlhf.launch import quieten  # noqa: E402
+from rlhf.flags import flag, parse  # noqa: E402
+from rlhf.run.launch import quieten  # noqa: E402
 
 PEERS = {"trl07": "classic TRL 0.7.11", "trl112": "TRL 1.12.0"}
 PHASES = ("rollout", "score", "update", "total")

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from benchmarks.model import BOS, EOS, PAD, VOCABULARY, causal_model, tokenizer
-from rlhf.artefacts import base_fingerprint, save_adapter, write_run
-from rlhf.encoding import DEFAULT_TEMPLATE
+from rlhf.artefacts.adapters import save_adapter
+from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.data.template import DEFAULT_TEMPLATE
 
 PROMPTS = 16
 # Longest answer, and the chance of EOS at each token: 0 makes every answer that long, the others a quarter of it in

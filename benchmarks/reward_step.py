@@ -4,7 +4,7 @@ Workload: 33-million-parameter Llama (benchmarks/model.py), LoRA r=8 on the atte
 pairs of at most 512 tokens a side. The lengths are drawn from log-normals fitted to a Chinese preference set (medians:
 query 60, chosen 95, rejected 87 tokens). Runs take turns, the median of --repeats counts.
 
-    python -m benchmarks.reward_step --repeats 3 | tee benchmarks/reward_step.log
+    python -m benchmarks.reward_step --repeats 3 | tee benchmarks/results/reward_step.log
 """
 
 import math
@@ -25,12 +25,11 @@ from trl import RewardTrainer as TrlRewardTrainer
 import reward_modeling
 from benchmarks.common import TRAINING, Clock, group_by_length, lora, machine, random_ids, take_turns
 from benchmarks.model import EOS, PAD, VOCABULARY, score_model, tokenizer
-from rlhf.arguments import flag, parse
-from rlhf.batches import LengthGroupedSampler, PairCollator
-from rlhf.launch import quieten
-from rlhf.roles import backbone_of
-from rlhf.rows import take_rows_side_by_side
-from rlhf.shared_prompt import SharedPromptCollator
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.flags import flag, parse
+from rlhf.models.forward import backbone_of, take_rows_side_by_side
+from rlhf.reward.pairs import PairCollator, SharedPromptCollator
+from rlhf.run.launch import quieten
 
 BATCH, MAX_LENGTH = 8, 512
 # Mean and deviation of the logarithm of the lengths in tokens, and how the answers' go together.

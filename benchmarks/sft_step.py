@@ -4,7 +4,7 @@ Workload: 33-million-parameter Llama (benchmarks/model.py), LoRA r=8 on the atte
 rows of at most 512 tokens. The lengths are drawn from log-normals fitted to a Chinese instruction set (median query 20
 tokens, answer 95; batches of random rows are 48 % padding, as there). Runs take turns, the median of --repeats counts.
 
-    python -m benchmarks.sft_step --repeats 3 | tee benchmarks/sft_step.log
+    python -m benchmarks.sft_step --repeats 3 | tee benchmarks/results/sft_step.log
 """
 
 import math
@@ -23,9 +23,9 @@ from trl import SFTConfig, SFTTrainer
 import sft_training
 from benchmarks.common import TRAINING, Clock, group_by_length, lora, machine, random_ids, take_turns
 from benchmarks.model import EOS, VOCABULARY, causal_model, tokenizer
-from rlhf.arguments import flag, parse
-from rlhf.batches import LengthGroupedSampler
-from rlhf.launch import quieten
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.flags import flag, parse
+from rlhf.run.launch import quieten
 
 BATCH, MAX_LENGTH = 8, 512
 # Mean and deviation of the logarithm of the lengths in tokens, and the longest answer: the set's own tail is short.

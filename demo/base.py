@@ -14,8 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from demo.world import Prompt, answer
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from rlhf.encoding import DEFAULT_TEMPLATE, encode, render
-from rlhf.report import Eta
+from rlhf.data.encoding import encode
+from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.run.log import Eta
 
 # Pieces that stand alone, as digits and punctuation do in Baichuan's own tokenizer. They also escape its nmt_nfkc
 # normaliser, which would turn full-width punctuation into half-width.

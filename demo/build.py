@@ -17,8 +17,8 @@ from demo.base import build_base
 from demo.facts import KINDS
 from demo.preferences import DEGENERATE_SHARE, draw_pairs
 from demo.world import Prompt, answer, split_prompts
-from rlhf.arguments import flag, parse
-from rlhf.launch import run_script
+from rlhf.flags import flag, parse
+from rlhf.run.launch import run_script
 
 # Nobody writes a thousand answers in one voice: share of SFT answers with something of another voice in them.
 SLIPS = 0.05

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 
 from demo.gold import content_correct, gold_score, liveliness
-from rlhf.arguments import flag, parse
-from rlhf.data import collate_prompts
-from rlhf.encoding import DEFAULT_TEMPLATE, encode, load_tokenizer, render
-from rlhf.launch import run_script
-from rlhf.report import read_lines
-from rlhf.roles import add_lora, load_base
-from rlhf.rollout import Sampling, generate
+from rlhf.data.batches import collate_prompts
+from rlhf.data.encoding import encode, load_tokenizer
+from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.flags import flag, parse
+from rlhf.models.generation import Sampling, generate
+from rlhf.models.loading import add_lora, load_base
+from rlhf.run.launch import run_script
+from rlhf.run.log import read_lines
 
 Z_95 = 1.959964
 

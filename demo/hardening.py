@@ -3,7 +3,7 @@
 In:  finished demos, one a seed. Out: <output_dir>/seed_<n>/{careless,hardened}, and the table on the screen.
 
     python -m demo.hardening --demo_dirs runs/thresholds/seed_0 runs/thresholds/seed_1 runs/thresholds/seed_2 \\
-        --output_dir runs/hardening | tee demo/hardening.log
+        --output_dir runs/hardening | tee demo/results/hardening.log
 """
 
 import os
@@ -13,9 +13,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run
-from rlhf.degenerate import GATE_KINDS, KINDS
+from rlhf.artefacts.run_json import load_run
+from rlhf.flags import flag, parse
+from rlhf.reward.degenerate import GATE_KINDS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.5"]}

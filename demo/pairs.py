@@ -12,9 +12,9 @@ from pathlib import Path
 from demo.build import write_rows
 from demo.preferences import draw_pairs
 from demo.world import Prompt, split_prompts
-from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run
-from rlhf.launch import run_script
+from rlhf.artefacts.run_json import load_run
+from rlhf.flags import flag, parse
+from rlhf.run.launch import run_script
 
 # Careless are pairs without any hopeless answer, of which only those are kept whose chosen answer has at most this
 # share of the other's characters. Nobody meant it: people happened to compare brisk answers with long-winded ones, and

@@ -14,11 +14,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run
-from rlhf.disk import write_json
-from rlhf.launch import run_script
-from rlhf.report import read_metrics
+from rlhf.artefacts.files import write_json
+from rlhf.artefacts.run_json import load_run
+from rlhf.flags import flag, parse
+from rlhf.run.launch import run_script
+from rlhf.run.log import read_metrics
 
 # (key of metrics.jsonl, label, colour) of the panels; the gold score comes from demo.evaluate.
 PANELS = (

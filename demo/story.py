@@ -19,15 +19,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from demo.evaluate import judge, sample_answers
-from rlhf.arguments import flag, parse
-from rlhf.artefacts import load_run
-from rlhf.charts import draw_against_kl, overoptimization
-from rlhf.disk import write_json
-from rlhf.encoding import load_tokenizer
-from rlhf.evaluation import CLEAR
-from rlhf.launch import run_script
-from rlhf.report import read_lines, read_metrics
-from rlhf.roles import add_lora, load_base
+from rlhf.artefacts.files import write_json
+from rlhf.artefacts.run_json import load_run
+from rlhf.data.encoding import load_tokenizer
+from rlhf.flags import flag, parse
+from rlhf.models.loading import add_lora, load_base
+from rlhf.rl.charts import draw_against_kl, overoptimization
+from rlhf.rl.evaluation import CLEAR
+from rlhf.run.launch import run_script
+from rlhf.run.log import read_lines, read_metrics
 
 # The gold score is between 0 and 1, the others are some units wide: so it shares their axis.
 GOLD_SCALE = 4

@@ -1,6 +1,6 @@
 """Run the demo for several seeds and hold each summary against what the demo promises.
 
-python -m demo.thresholds --seeds 0 1 2 --output_dir runs/thresholds | tee demo/thresholds.log
+python -m demo.thresholds --seeds 0 1 2 --output_dir runs/thresholds | tee demo/results/thresholds.log
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.arguments import flag, parse
+from rlhf.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 # What is promised, as (name, function of the summary, what it must be).

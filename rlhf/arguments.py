@@ -1,94 +1,13 @@
-"""Flags: how a dataclass field becomes one, and the flags every training stage shares."""
+"""Flags that several stages share: run, data, adapter, and the settings of transformers' Trainer."""
 
-import copy
-import dataclasses
-from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+import math
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_type_hints
 
-from transformers import HfArgumentParser
+from transformers import SchedulerType
+from transformers.training_args import OptimizerNames
 
-REQUIRED = dataclasses.MISSING
-Arguments = TypeVar("Arguments")
-
-
-def flag(default: Any = REQUIRED, *, help: str, group: str = "run", aliases: list[str] | None = None, **kwargs):
-    """A dataclass field that `parse` turns into a command line flag.
-
-    Args:
-        default: value when the flag is not given; without it the flag is required. A list is copied per instance.
-        help, group: one phrase for `--help`, and the heading it stands under.
-        aliases: other spellings, dashes included (old names are aliased for ever, never renamed).
-        kwargs: passed to `argparse.add_argument` (`choices`, `metavar`, ...).
-    """
-    metadata = {"help": help.replace("%", "%%"), "group": group, **kwargs}
-    if aliases:
-        metadata["aliases"] = aliases
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-class _HelpFormat(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """The script's own lines first, then each flag with its default."""
-
-    def _format_action_invocation(self, action):
-        # Every flag also parses with dashes in its name; showing both would double the help.
-        shown = copy.copy(action)
-        shown.option_strings = [option for option in action.option_strings if "-" not in option[2:]]
-        return super()._format_action_invocation(shown)
-
-    def _get_help_string(self, action):
-        # No default is worth no words, and a new line in one (the template's) would be lost among the spaces.
-        if action.default is None:
-            return action.help
-        if isinstance(action.default, str) and "\n" in action.default:
-            return f"{action.help} (default: {repr(action.default).replace('%', '%%')})"
-        return super()._get_help_string(action)
-
-
-class _GroupedParser(HfArgumentParser):
-    """HfArgumentParser whose `--help` is grouped by the field's `group`, not by its dataclass."""
-
-    def _add_dataclass_arguments(self, dtype):
-        hints, groups = get_type_hints(dtype), {}
-        for field in dataclasses.fields(dtype):
-            field = copy.copy(field)
-            field.type = hints[field.name]
-            name = field.metadata.get("group", "run")
-            field.metadata = {key: value for key, value in field.metadata.items() if key != "group"}
-            if name not in groups:
-                groups[name] = self.add_argument_group(name)
-            self._parse_dataclass_field(groups[name], field)
-        for action in self._actions:
-            # The parser adds a `--no_x` beside each default-True bool; it still parses, but would double the help.
-            if any(option.startswith("--no_") for option in action.option_strings):
-                action.help = SUPPRESS
-
-
-def build_parser(cls: type, description: str) -> HfArgumentParser:
-    """The parser of a dataclass of `flag` fields; `description` is printed as it stands at the top of `--help`."""
-    parser = _GroupedParser(cls, description=description, allow_abbrev=False, formatter_class=_HelpFormat)
-    # Sixty flags as usage would push the wrong value or the description off the screen: the required ones are enough.
-    required = [f"{action.option_strings[0]} ..." for action in parser._actions if action.required]
-    parser.usage = " ".join(["%(prog)s", *required, "[other flags: see --help]"])
-    return parser
-
-
-def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
-    """Parse a command line into `cls`; a wrong value ends the program with the usage and exit code 2.
-
-    Args:
-        cls: dataclass of `flag` fields; its `__post_init__` raises ValueError on bad values or combinations.
-        argv: arguments without the program's name; None reads sys.argv.
-        description: first lines of `--help`.
-    """
-    parser = build_parser(cls, description)
-    namespace = parser.parse_args(argv)
-    try:
-        return cls(**vars(namespace))
-    except ValueError as error:
-        parser.error(str(error))
+from rlhf.data.template import DEFAULT_TEMPLATE, check_template
+from rlhf.flags import flag
 
 
 @dataclass(kw_only=True)
@@ -171,3 +90,112 @@ class LoraArguments:
             raise ValueError(f"--lora_rank {self.lora_rank} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
+
+
+SFT_DATASET = "Hello-SimpleAI/HC3-Chinese"
+
+PREFERENCE_DATASET = "beyond/rlhf-reward-single-round-trans_chinese"
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Flags that say which rows a stage reads."""
+
+    dataset_name: str = flag(
+        PREFERENCE_DATASET,
+        help="hub id, save_to_disk directory, directory of data files, or one .json/.jsonl/.csv/.parquet file",
+        group="data",
+    )
+    dataset_config_name: str | None = flag(None, help="configuration of a hub data set", group="data")
+    train_split: str = flag("train", help="split to train on", group="data")
+    eval_split: str | None = flag(
+        None, help="split to evaluate on; by default test or validation, else one is made", group="data"
+    )
+    eval_dataset_name: str | None = flag(None, help="evaluate on this source instead", group="data")
+    eval_size: float = flag(
+        0.05, help="rows of an evaluation split made here: a share below 1, or their number; 0 for none", group="data"
+    )
+    prompt_field: str | None = flag(None, help="column of the prompt, if not found by its name", group="data")
+    answer_field: str | None = flag(None, help="column of the answer, likewise", group="data")
+    chosen_field: str | None = flag(None, help="column of the preferred answer, likewise", group="data")
+    rejected_field: str | None = flag(None, help="column of the other answer, likewise", group="data")
+    prompt_template: str = flag(
+        DEFAULT_TEMPLATE, help="what stands round a prompt, the same in all stages; \\n is a new line", group="data"
+    )
+    bad_rows: str = flag(
+        "stop",
+        help="malformed rows: stop and name them, or skip them into bad_rows.jsonl",
+        group="data",
+        choices=["stop", "skip"],
+    )
+
+    def __post_init__(self):
+        # A shell passes backslash and n where a new line is meant.
+        self.prompt_template = check_template(self.prompt_template.replace("\\n", "\n"))
+        if not 0 <= self.eval_size < math.inf:
+            raise ValueError(f"--eval_size {self.eval_size} is no size: give a share below 1 or a number of rows")
+        if self.eval_split == self.train_split and not self.eval_dataset_name:
+            raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
+
+    def named_columns(self) -> dict[str, str | None]:
+        """The columns the user named, as `find_format` takes them."""
+        roles = ("prompt", "answer", "chosen", "rejected", "margin")
+        # Only preferences have a margin: the flag is the reward stage's.
+        return {role: getattr(self, f"{role}_field", None) for role in roles}
+
+
+@dataclass(kw_only=True)
+class TrainerFlags:
+    """Flags of both Trainer stages, under the names TrainingArguments has for them; defaults are the SFT stage's."""
+
+    # ---- training ----
+    num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training")
+    max_steps: int = flag(-1, help="optimizer steps in total; above 0 it overrides num_train_epochs", group="training")
+    per_device_train_batch_size: int = flag(4, help="rows of a forward pass on each device", group="training")
+    gradient_accumulation_steps: int = flag(1, help="forward passes an optimizer step", group="training")
+    learning_rate: float = flag(1e-4, help="peak learning rate", group="training")
+    lr_scheduler_type: str = flag("linear", help="schedule: linear, cosine, constant, ...", group="training")
+    warmup_ratio: float = flag(0.0, help="share of the steps in which the rate rises from 0", group="training")
+    weight_decay: float = flag(0.0, help="decoupled weight decay", group="training")
+    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm; 0 leaves them", group="training")
+    optim: str = flag("adamw_torch", help="optimizer; adamw_hf of old means adamw_torch", group="training")
+    adam_beta1: float = flag(0.9, help="of AdamW", group="training")
+    adam_beta2: float = flag(0.999, help="of AdamW", group="training")
+    adam_epsilon: float = flag(1e-8, help="of AdamW", group="training")
+    # ---- data ----
+    max_length: int = flag(512, help="tokens of query and answer; longer rows are dropped and counted", group="data")
+    train_subset: int = flag(-1, help="training rows to use, drawn by the seed; -1: all", group="data")
+    eval_subset: int = flag(-1, help="evaluation rows to use, drawn by the seed; -1: all", group="data")
+    # ---- evaluation, saving, log ----
+    per_device_eval_batch_size: int = flag(8, help="rows of a forward pass in evaluation", group="evaluation")
+    eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
+    save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts")
+    logging_steps: int = flag(10, help="steps between printed lines (metrics.jsonl has every step)")
+    deepspeed: str | None = flag(
+        None, help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed", group="machine"
+    )
+
+    def __post_init__(self):
+        if self.optim == "adamw_hf":
+            self.optim = "adamw_torch"
+        for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+            if getattr(self, name) not in list(known):
+                raise ValueError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(known)}")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "max_length", "logging_steps"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
+        if self.learning_rate <= 0:
+            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(f"--max_steps {self.max_steps} must be at least 1, or -1 to go by num_train_epochs")
+        if self.max_steps == -1 and self.num_train_epochs <= 0:
+            raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be above 0")
+        for name in ("train_subset", "eval_subset"):
+            if getattr(self, name) == 0 or getattr(self, name) < -1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be a number of rows, or -1 for all")

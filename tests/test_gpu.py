@@ -24,14 +24,14 @@ import merge_lora
 import reward_modeling
 import rl_training
 import sft_training
-from rlhf import rows
-from rlhf.artefacts import load_run
-from rlhf.kernels import fuse_norms
-from rlhf.report import read_metrics
-from rlhf.roles import backbone_of, load_roles
-from rlhf.rollout import Rollout, Sampling, response_logprobs
-from rlhf.rows import lay_out, states_at, take_rows_side_by_side
-from rlhf.update import update
+from rlhf.artefacts.run_json import load_run
+from rlhf.models import kernels
+from rlhf.models.forward import backbone_of, lay_out, states_at, take_rows_side_by_side
+from rlhf.models.generation import Rollout, Sampling
+from rlhf.models.kernels import fuse_norms
+from rlhf.rl.roles import load_roles, response_logprobs
+from rlhf.rl.update import update
+from rlhf.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -156,8 +156,8 @@ def test_a_score_on_a_gpu_hardly_depends_on_padding_and_batch(tiny_base, tmp_pat
 @pytest.mark.parametrize("base", ["tiny_base", "tiny_llama"])
 def test_kernels_of_half_precision_compute_rows_and_norms_as_they_are_alone(request, monkeypatch, base):
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(base), dtype=torch.bfloat16).cuda()
-    backbone, calls, flash = backbone_of(model), [], rows.flash_by_row
-    monkeypatch.setattr(rows, "flash_by_row", lambda *args: calls.append(1) or flash(*args))
+    backbone, calls, flash = backbone_of(model), [], kernels.flash_by_row
+    monkeypatch.setattr(kernels, "flash_by_row", lambda *args: calls.append(1) or flash(*args))
     torch.manual_seed(0)
     lengths = torch.tensor([200, 131, 64, 7, 1], device="cuda")
     ids = torch.randint(3, 400, (5, 200), device="cuda")

@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 import rl_training
 from benchmarks.peers.worker import Movement, read_workload, report, say, steps_in_turn
-from rlhf.data import load_tokenizer
-from rlhf.launch import quieten
-from rlhf.state import moment
+from rlhf.data.encoding import load_tokenizer
+from rlhf.rl.state import moment
+from rlhf.run.launch import quieten
 
 
 def arguments(workload: dict, folder) -> rl_training.ScriptArguments:

@@ -1,0 +1,122 @@
+"""Adapters on disk: save at the directory's root, read without running code, refuse what does not fit together."""
+
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+from rlhf.artefacts.files import ADAPTER_FILE, load_tensors, read_object, readable_when_full, write_json
+from rlhf.artefacts.run_json import adapter_hash, load_run, tokenizer_fingerprint
+
+
+# ---- writing ----
+def save_adapter(
+    model: PeftModel, output_dir: str | Path, adapter_name: str = "default", state_dict: dict | None = None
+) -> None:
+    """Save one adapter at the root of `output_dir`, whatever its name in memory; lists in its config are sorted.
+
+    `state_dict` replaces the model's own weights, where this process holds only a piece of them.
+
+    peft puts an adapter that is not called "default" into a subfolder; every artefact here is at its directory's root,
+    so that plain `PeftModel.from_pretrained(base, output_dir)` finds it.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
+        readable_when_full(Path(scratch), "the adapter"),
+    ):
+        model.save_pretrained(
+            scratch, selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state_dict
+        )
+        saved = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
+        config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+        for key, value in config.items():
+            if isinstance(value, list) and all(isinstance(item, str) for item in value):
+                config[key] = sorted(value)
+        # safetensors files are born readable by their owner alone.
+        (saved / ADAPTER_FILE).chmod(0o644)
+        os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
+        write_json(output_dir / "adapter_config.json", config)
+
+
+def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """Config and weights of an adapter; a .bin of old is read with weights_only=True, so no pickle code runs."""
+    folder = Path(adapter_dir)
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
+    read_object(folder / "adapter_config.json")
+    config = PeftConfig.from_pretrained(str(folder))
+    for name in (ADAPTER_FILE, "adapter_model.bin"):
+        if (folder / name).is_file():
+            return config, load_tensors(folder / name)
+    raise FileNotFoundError(f"{folder} has an adapter_config.json but no {ADAPTER_FILE}")
+
+
+def check_adapter(
+    adapter_dir, *, stage: str | tuple, base: dict, tokenizer=None, template: str | None = None, flag="adapter"
+):
+    """Refuse an adapter of another stage, base, tokenizer or template, naming the field that differs.
+
+    Args:
+        stage: the stage (or stages) whose adapter is wanted here. base: of `base_fingerprint`.
+        tokenizer, template: what this run uses; None leaves the comparison out.
+        flag: named in messages.
+    Returns: its run.json, or None (with a warning) for an adapter that was trained elsewhere.
+    """
+    if not (Path(adapter_dir) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json")
+    run = load_run(adapter_dir)
+    if run is None:
+        warnings.warn(
+            f"{flag} {adapter_dir} has no run.json: trained elsewhere, only its keys and shapes are checked",
+            stacklevel=2,
+        )
+        return None
+    stages = (stage,) if isinstance(stage, str) else stage
+    if run.get("stage") not in stages:
+        wanted = " or ".join(stages)
+        raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
+    pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
+    if tokenizer is not None:
+        pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
+    if template is not None:
+        pairs.append(("prompt_template", run.get("prompt_template"), template))
+    for name, theirs, ours in pairs:
+        if theirs != ours:
+            raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
+    return run
+
+
+def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag: str) -> None:
+    """Refuse a merged model that merge_lora.py made from another base or adapter; one made elsewhere passes."""
+    run = load_run(model_dir)
+    if run is None or run.get("stage") != "merge":
+        return
+    for name, value in base.items():
+        if run["base"].get(name) != value:
+            raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {run['base'].get(name)!r}")
+    parent = run["parents"].get("adapter", {})
+    if parent.get("adapter") != adapter_hash(sft_dir):
+        raise ValueError(
+            f"{flag} {model_dir} was merged from {parent.get('path', 'no adapter at all')}, not from {sft_dir} as it "
+            "is now: the KL would be measured from another model; merge again, or leave the flag out"
+        )
+
+
+def check_saved(model: PeftModel, output_dir: str) -> None:
+    """Compare the file with the model in memory, the score head above all, which peft can lose without a word.
+
+    Raises: ValueError naming the tensor that is missing or differs.
+    """
+    saved, expected = load_file(Path(output_dir) / ADAPTER_FILE), get_peft_model_state_dict(model)
+    if not any(name.endswith("score.weight") for name in saved):
+        raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
+    for name, tensor in expected.items():
+        if name not in saved or not torch.equal(saved[name], tensor.detach().cpu()):
+            raise ValueError(f"{output_dir}/{ADAPTER_FILE} does not hold {name} as it was trained")

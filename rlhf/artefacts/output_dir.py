@@ -1,0 +1,134 @@
+"""Output directories: claimed by one run, swept after a crash, filled aside and then moved into place."""
+
+import fcntl
+import glob
+import os
+import re
+import shutil
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.artefacts.files import ADAPTER_FILE, readable_when_full
+
+# What a run leaves at the top of its directory: all that --overwrite_output_dir removes, whatever else lies there.
+RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
+
+# Temporary names of our writers; a process that is killed cannot remove its own.
+SCRATCH = re.compile(
+    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)\.\w+"
+)
+
+RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
+
+# ---- output directory ----
+LOCK_FILE = ".lock"
+
+_locks: dict[Path, object] = {}
+
+
+def lock(folder: Path) -> None:
+    """Hold an output directory for this process until it ends, however it ends.
+
+    Raises: FileExistsError where another process holds it, with its number.
+    """
+    if folder.resolve() in _locks:
+        return
+    handle = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.seek(0)
+        number = handle.read().strip() or "unknown"
+        handle.close()
+        raise FileExistsError(
+            f"another run (process {number}) is writing into {folder}: wait for it, or give another --output_dir"
+        ) from error
+    handle.truncate(0)
+    handle.write(f"{os.getpid()}\n")
+    handle.flush()
+    _locks[folder.resolve()] = handle
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run of ours left half written: hidden names that only our writers use.
+
+    A folder that was set aside for a new one under its name, which never came, gets its place back.
+    """
+    for path in folder.glob(".*"):
+        if SCRATCH.fullmatch(path.name):
+            name = path.name.split(".")[1]
+            if (path / name).is_dir() and not (folder / name).exists():
+                os.replace(path / name, folder / name)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _in_use(path: Path) -> bool:
+    return (path.is_file() and path.name != LOCK_FILE) or RUN_FOLDERS.fullmatch(path.name) is not None
+
+
+def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
+    """Make `output_dir` ready for a run; a directory in use needs `resume` or `overwrite`, and says so.
+
+    Subfolders that hold other runs (runs/sft, runs/reward under runs/) do not count as use.
+    """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        sweep(folder)
+    except OSError as error:
+        # The lock's own refusal is a sentence already; the others are what the system says.
+        if error.errno is None:
+            raise
+        raise OSError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
+    used = [path for path in folder.iterdir() if _in_use(path)]
+    if used and not (resume or overwrite):
+        raise FileExistsError(
+            f"--output_dir {folder} is not empty ({used[0].name}, ...): give --resume_from_checkpoint True to go on, "
+            "--overwrite_output_dir True to start over, or another directory"
+        )
+    for path in used if overwrite else ():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name in RUN_FILES:
+            path.unlink()
+    return folder
+
+
+# ---- checks before anything loads ----
+def refuse_used(output_dir: str) -> Path:
+    """`output_dir` as a path. Raises: FileExistsError where something is there already."""
+    target = Path(output_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"--output_dir {target} is not empty: give a new directory")
+    return target
+
+
+def sweep_killed(target: Path) -> None:
+    """Remove what a killed merge into `target` left beside it. Raises: FileExistsError where one is still at work."""
+    for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if (scratch / LOCK_FILE).is_file():
+            lock(scratch)
+            shutil.rmtree(scratch)
+
+
+# ---- the two jobs ----
+@contextmanager
+def staged(target: Path):
+    """A folder beside `target` to fill, which takes its place once all is done."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_killed(target)
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
+        readable_when_full(Path(scratch), target.name, mend="Make room, and give the same command again"),
+    ):
+        lock(Path(scratch))
+        folder = Path(scratch) / "result"
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            target.rmdir()
+        os.replace(folder, target)

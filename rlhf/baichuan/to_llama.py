@@ -1,0 +1,70 @@
+"""From Baichuan to plain Llama, weights and adapters; and the proof that a merged model is base + adapter."""
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+PACKED, SPLIT = "W_pack", ("q_proj", "k_proj", "v_proj")
+
+
+# ---- weights ----
+def llama_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Baichuan's state dict under Llama's names: every W_pack [3 * hidden, hidden] is cut by rows into q, k and v."""
+    found = {}
+    for name, tensor in weights.items():
+        if PACKED in name:
+            # Copies: the three would otherwise share storage, which safetensors refuses.
+            parts = [part.clone() for part in tensor.chunk(3)]
+            found |= {name.replace(PACKED, to): part for to, part in zip(SPLIT, parts, strict=True)}
+        else:
+            found[name] = tensor
+    return found
+
+
+def to_llama(model):
+    """A stock Llama with the weights of a Baichuan model: a language model, or a sequence classification one.
+
+    Its rotary tables are left unfilled: save it and load it again to run it.
+    """
+    dropped = ("model_type", "architectures", "norm_head", "transformers_version")
+    config = LlamaConfig(**{key: value for key, value in model.config.to_dict().items() if key not in dropped})
+    with torch.device("meta"):
+        llama = (LlamaForSequenceClassification if hasattr(model, "score") else LlamaForCausalLM)(config)
+    if model.can_generate():
+        llama.generation_config = model.generation_config
+    llama.load_state_dict(llama_weights(model.state_dict()), assign=True)
+    return llama
+
+
+# ---- adapters ----
+def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """A LoRA on W_pack as one on q, k and v: exactly the same update, since B [3 * hidden, r] is cut by rows.
+
+        W_pack + scale * B @ A  =  [q; k; v] + scale * [B_q @ A; B_k @ A; B_v @ A]
+
+    Raises: ValueError on anything but plain LoRA, or where there is no W_pack.
+    """
+    if not isinstance(config.target_modules, set | list) or not any(PACKED in name for name in weights):
+        raise ValueError(f"this adapter is not on {PACKED} by name: its target_modules are {config.target_modules}")
+    found = {}
+    for name, tensor in weights.items():
+        if PACKED not in name:
+            found[name] = tensor
+        elif name.endswith("lora_A.weight"):
+            found |= {name.replace(PACKED, to): tensor.clone() for to in SPLIT}
+        elif name.endswith("lora_B.weight"):
+            parts = tensor.chunk(3)
+            found |= {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
+        else:
+            raise ValueError(f"{name} cannot be cut in three: only plain LoRA adapters (A and B) convert")
+    settings = config.to_dict()
+    settings["target_modules"] = sorted(_renamed(config.target_modules))
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        settings[pattern] = {new: value for old, value in settings[pattern].items() for new in _renamed([old])}
+    return LoraConfig(**settings), found
+
+
+def _renamed(names) -> list[str]:
+    """Module names with each W_pack replaced by q, k and v."""
+    return [name.replace(PACKED, to) for name in names for to in (SPLIT if PACKED in name else (PACKED,))]

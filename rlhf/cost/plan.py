@@ -1,0 +1,194 @@
+"""--plan True: a stage in numbers, from its command line and the config.json of the base alone."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
+from rlhf.arguments import LoraArguments
+from rlhf.cost.memory import GIB, Needs, PpoSizes, Precision, Shape, lora_parameters, ppo_needs, trainer_needs
+from rlhf.data.reading import load_rows
+from rlhf.models.loading import lora_targets
+from rlhf.run.launch import is_launched, wanted_processes, world
+
+
+def skeleton(name: str, flag: str) -> nn.Module:
+    """The base without weights (meta device), from a directory's or hub id's config.json alone.
+
+    Raises: FileNotFoundError where there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"{flag} {name} has no config.json that can be read: {error}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """Sizes of a skeleton."""
+    output = model.get_output_embeddings()
+    matrices = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]
+    return Shape.of(
+        model.config, sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in matrices)
+    )
+
+
+def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str] | None) -> int:
+    """Parameters of an adapter; `targets` as on the command line ('a|b', None: the usual ones) or in its config."""
+    names = lora_targets(model, targets if targets is None or isinstance(targets, str) else "|".join(targets))
+    found = [
+        (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
+    ]
+    return lora_parameters(found, rank)
+
+
+def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
+    """Parameters of the adapter in a directory; of a usual one where the stage before has yet to write it."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        return adapter_parameters(model, default_rank, None)
+    config = PeftConfig.from_pretrained(folder)
+    return adapter_parameters(model, config.r, config.target_modules)
+
+
+def processes(args) -> int:
+    """Processes that this command would run in."""
+    return world()[1] if is_launched() else wanted_processes(args.nproc)
+
+
+def precision_of(args) -> Precision:
+    """As on a GPU, whatever this machine has."""
+    return Precision(2 if args.bf16 else 4, args.load_in_4bit)
+
+
+# ---- words ----
+def number(parameters: int, trained: bool = False) -> str:
+    return f"{parameters:,}" + (" (trained)" if trained else "")
+
+
+def gib(needed: float) -> str:
+    return f"{needed / GIB:.2f}"
+
+
+def table(title: str, parameters: dict[str, str], needs: Needs, steps: list[str]) -> str:
+    """All that the plan says."""
+    kinds = [("parameters", parameters)]
+    kinds.append(("always in memory, GiB", {name: gib(size) for name, size in needs.roles.items()}))
+    kinds.append(("on top while it lasts, GiB", {name: gib(size) for name, size in needs.phases.items()}))
+    lines = [title]
+    for kind, rows in kinds:
+        lines += [f"{kind}:", *(f"  {name:<24} {value:>20}" for name, value in rows.items())]
+    cards = ", ".join(f"{size} GB {'yes' if fits else 'no'}" for size, fits in needs.fits().items())
+    lines.append(f"peak of a process: {gib(needs.peak())} GiB, in the {max(needs.phases, key=needs.phases.get)}")
+    lines.append(f"fits a card of: {cards}")
+    return "\n".join([*lines, *steps])
+
+
+def title(args, script: str, base: str) -> str:
+    """First line of the plan."""
+    weights = "4-bit" if args.load_in_4bit else "bfloat16" if args.bf16 else "float32"
+    checkpointing = "with" if args.gradient_checkpointing else "without"
+    return f"plan of {script}: {base}, {weights} weights, {checkpointing} gradient checkpointing"
+
+
+# ---- stages ----
+def plan_trainer(args, script: str, sides: int) -> str:
+    """The plan of SFT (`sides` 1) or of reward training (2: both answers of a pair in one forward)."""
+    model = skeleton(args.model_name, "--model_name")
+    shape, reward = shape_of(model), sides == 2
+    previous = getattr(args, "previous_lora_weights", None)
+    adapter = (
+        stored_adapter(model, previous, args.lora_rank)
+        if previous
+        else adapter_parameters(model, args.lora_rank, args.lora_target_models)
+    )
+    parameters = {"base": number(shape.parameters), "adapter": number(adapter, True)}
+    if reward:
+        parameters["score head"] = number(shape.hidden, True)
+    needs = trainer_needs(
+        shape,
+        precision_of(args),
+        adapter + (shape.hidden if reward else 0),
+        args.per_device_train_batch_size * sides * args.max_length,
+        args.gradient_checkpointing,
+        head=not reward,
+    )
+    return table(
+        title(args, script, args.model_name),
+        parameters,
+        needs,
+        trainer_steps(args, "pairs" if reward else "rows", sides),
+    )
+
+
+def trainer_steps(args, unit: str, sides: int) -> list[str]:
+    """Effective batch, and steps as far as the number of rows is known: local data are counted, a hub's are not."""
+    ranks = processes(args)
+    batch = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
+    lines = [
+        f"an optimizer step: {batch} {unit} = {args.per_device_train_batch_size} a device x {ranks} process(es) x "
+        f"{args.gradient_accumulation_steps} accumulated; the longest of {args.max_length} tokens"
+    ]
+    if args.max_steps > 0:
+        return [*lines, f"steps: {args.max_steps}, {args.max_steps * batch:,} {unit} with repetition"]
+    if not Path(args.dataset_name).exists():
+        return [*lines, f"steps: {args.num_train_epochs:g} x {unit} / {batch}; {args.dataset_name} is not at hand"]
+    kind = "preference" if sides == 2 else "sft"
+    found = len(load_rows(args.dataset_name, kind, args.train_split, args=args)[0])
+    found = min(found, args.train_subset) if args.train_subset > 0 else found
+    steps = -(-found // batch) * args.num_train_epochs
+    return [*lines, f"steps: about {steps:.0f} for {found:,} {unit}, before any is dropped or held out"]
+
+
+def plan_ppo(args, script: str) -> str:
+    """The plan of PPO; adapters that do not exist yet are taken to have the stages' own defaults."""
+    model = skeleton(args.base_model_name, "--base_model_name")
+    shape, ranks = shape_of(model), processes(args)
+    policy = stored_adapter(model, args.sft_model_lora_path, LoraArguments().lora_rank)
+    # The reward stage's own default rank is half of the SFT stage's.
+    reward = stored_adapter(model, args.reward_model_lora_path, LoraArguments().lora_rank // 2)
+    adapters = {"policy": policy}
+    if not args.merged_sft_model_path:
+        adapters["reference"] = policy
+    adapters["reward"] = reward
+    if args.judge_lora_path:
+        adapters["judge"] = stored_adapter(model, args.judge_lora_path, LoraArguments().lora_rank // 2)
+    if args.value_lora:
+        adapters["value"] = reward
+    head = shape.hidden + 1 if args.advantage == "gae" else 0
+    trained = policy + head + adapters.get("value", 0)
+    parameters = {"base": number(shape.parameters)}
+    parameters |= {f"{role} adapter": number(size, role in ("policy", "value")) for role, size in adapters.items()}
+    if head:
+        parameters["value head"] = number(head, True)
+    sizes = PpoSizes(
+        batch=args.batch_size,
+        mini_batch=args.mini_batch_size,
+        forward_batch=args.forward_batch_size,
+        query=args.max_prompt_length,
+        response=args.output_max_length,
+        rows_sampled=args.batch_size if args.batched_gen else 1,
+        checkpointing=args.gradient_checkpointing,
+    )
+    bases = 2 if args.merged_sft_model_path else 1
+    needs = ppo_needs(shape, precision_of(args), adapters, trained, sizes, bases)
+    return table(title(args, script, args.base_model_name), parameters, needs, ppo_steps(args, ranks))
+
+
+def ppo_steps(args, ranks: int) -> list[str]:
+    """Steps, responses, and rows of an optimizer step."""
+    batch = args.batch_size * ranks
+    steps, window = -(-args.steps // batch), args.mini_batch_size * args.gradient_accumulation_steps
+    updates = -(-args.batch_size * args.ppo_epochs // window)
+    return [
+        f"a step: {batch} responses = {args.batch_size} a process x {ranks} process(es), queries of at most "
+        f"{args.max_prompt_length} and answers of at most {args.output_max_length} tokens",
+        f"an optimizer step: {window * ranks} responses; {updates} of them a step ({args.ppo_epochs} epochs)",
+        f"steps: {steps:,}, {steps * batch:,} responses in total",
+    ]

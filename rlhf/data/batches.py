@@ -1,0 +1,84 @@
+"""Batches from encoded rows: padding, collators, and an order of rows that puts like lengths together."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str, torch.Tensor]:
+    """Token ids of unequal length as one batch.
+
+    Args:
+        sequences: B lists of token ids. side: "left" for queries, "right" for everything trained on.
+    Returns:
+        {"input_ids": [B, L] long, "attention_mask": [B, L] bool}, L the longest; padding holds pad_id and False.
+    """
+    length = max(len(ids) for ids in sequences)
+    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
+    attention_mask = torch.zeros((len(sequences), length), dtype=torch.bool)
+    for row, ids in enumerate(sequences):
+        columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
+        input_ids[row, columns] = torch.tensor(ids, dtype=torch.long)
+        attention_mask[row, columns] = True
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def collate_prompts(query_ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Queries padded on the left, so that every response begins in the same column: [B, Q] ids and mask."""
+    return pad(query_ids, pad_id, side="left")
+
+
+def blank_answer(token_id: int) -> dict:
+    """A row of `sft_rows` that no loss counts; two tokens, as one alone would leave nothing to predict."""
+    return {"input_ids": [token_id, token_id], "completion_mask": [0, 0]}
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Row numbers of an epoch, shuffled so that rows of one group are about equally long: little padding.
+
+    The order depends on (lengths, group_size, seed, epoch) and nothing else, no global random state: a run resumed in
+    its third epoch sees that epoch's order. accelerate calls `set_epoch`, but on several processes not after a resume:
+    a callback must (rlhf/trainer.py).
+
+    Args:
+        lengths: tokens of each row.
+        group_size: rows of one batch over all processes.
+        filled: whether the last group is made whole with row number len(lengths), a blank one that the dataset then
+            has at its end. Every process needs a batch of its own, and would otherwise be given earlier rows again.
+    """
+
+    # Rows are sorted by length inside pools of this many groups: large enough to save padding, small enough to mix.
+    POOL = 50
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int, filled: bool = False):
+        self.lengths, self.group_size, self.seed, self.epoch = list(lengths), group_size, seed, 0
+        self.blanks = -len(self.lengths) % group_size if filled else 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths) + self.blanks
+
+    def __iter__(self) -> Iterator[int]:
+        shuffler = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        shuffler.shuffle(order)
+        pool = self.POOL * self.group_size
+        groups = []
+        for start in range(0, len(order), pool):
+            by_length = sorted(order[start : start + pool], key=lambda row: self.lengths[row], reverse=True)
+            groups += [by_length[i : i + self.group_size] for i in range(0, len(by_length), self.group_size)]
+        # The incomplete group, if any, stays last, or every batch after it would straddle two groups.
+        rest = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
+        shuffler.shuffle(groups)
+        # The longest group comes first: if memory is short, that shows in the first step and not after an hour.
+        longest = max(range(len(groups)), key=lambda number: self._longest(groups[number]), default=0)
+        groups[:1], groups[longest : longest + 1] = groups[longest : longest + 1], groups[:1]
+        blank = [len(self.lengths)] * self.blanks
+        return iter([row for group in groups + rest for row in group] + blank)
+
+    def _longest(self, group: list[int]) -> int:
+        return max(self.lengths[row] for row in group)

@@ -1,0 +1,100 @@
+"""Dialogues: turns from text with tags, from one message or from a list of messages, each checked."""
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+ROLES = {
+    **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "Assistant"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}
+
+# The turns of HH-style text; a translation may have turned the colon into a full-width one.
+HH_TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant)[:：][ \t]*")
+
+# Unicode categories of what leaves no mark: control, format (zero-width) and separators.
+UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")
+
+Turn = tuple[str, str]
+
+
+class BadRow(ValueError):
+    """A malformed row: the reason, without file and line; `row` is what could be read of it."""
+
+    def __init__(self, reason: str, row=None):
+        super().__init__(reason)
+        self.row = row
+
+
+class Unusable(ValueError):
+    """A well-formed row that makes no example (empty, one-sided ...): the reason it is counted under."""
+
+
+# ---- turns ----
+def turns(value, field: str, default_role: str) -> list[Turn]:
+    """(role, text) of a text (HH-style tags split), of one message, or of a list of messages (OpenAI or ShareGPT)."""
+    if isinstance(value, str):
+        return _hh_turns(text_of(value, field), default_role)
+    if isinstance(value, dict):
+        return [_message(value, field)]
+    if not isinstance(value, list):
+        raise BadRow(f"field '{field}' must be text or a list of messages, not {type_name(value)}")
+    if not value:
+        raise Unusable(f"empty {field}")
+    return [_message(message, field) for message in value]
+
+
+def _message(message, field: str) -> Turn:
+    if not isinstance(message, dict):
+        raise BadRow(f"field '{field}' must hold messages (objects with role and content), not {type_name(message)}")
+    role_key = first_of(("role", "from"), message)
+    text_key = first_of(("content", "value", "text"), message)
+    if role_key is None or text_key is None:
+        raise BadRow(f"a message of field '{field}' needs role and content, or from and value")
+    role = message[role_key]
+    if not isinstance(role, str):
+        raise BadRow(f"a message of field '{field}' has {type_name(role)} for its role")
+    if role not in ROLES:
+        raise BadRow(f"a message of field '{field}' has the unknown role {role!r:.40}")
+    return ROLES[role], text_of(message[text_key], field)
+
+
+def _hh_turns(text: str, default_role: str) -> list[Turn]:
+    """Turns of `\\n\\nHuman: ...\\n\\nAssistant: ...`; text that begins with no tag is one of `default_role`."""
+    if not HH_TAG.match(text):
+        return [(default_role, text)]
+    pieces = HH_TAG.split(text)[1:]
+    found = [(ROLES[tag], stripped(said)) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    # A prompt ends with an open "Assistant:", which the template's own end replaces.
+    return found[:-1] if len(found) > 1 and found[-1] == ("assistant", "") else found
+
+
+# ---- values ----
+def text_of(value, field: str) -> str:
+    """`value` as `stripped` leaves it. Raises: BadRow where it is no text, or text that no file can hold."""
+    if not isinstance(value, str):
+        raise BadRow(f"field '{field}' must be text, not {type_name(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"field '{field}' holds half a surrogate pair at character {error.start + 1}") from None
+    return stripped(value)
+
+
+def stripped(text: str) -> str:
+    """`text` without space at both ends; empty where all of it is space, control or zero-width characters."""
+    text = text.strip()
+    return text if any(unicodedata.category(character) not in UNSEEN for character in text) else ""
+
+
+def type_name(value) -> str:
+    # An object with a name twice comes as what is wrong with it.
+    if isinstance(value, BadRow):
+        return str(value)
+    names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
+    return "None" if value is None else names.get(type(value), type(value).__name__)
+
+
+def first_of(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    return next((name for name in names if name in columns), None)

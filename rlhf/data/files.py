@@ -1,0 +1,227 @@
+"""Rows of one data file (.json, .jsonl, .csv, .parquet), each with its line.
+
+Every reader yields (where, row): `where` is "file:line" (the row's number where there are no lines), `row` the parsed
+object, or a `BadRow` in place of what could not be read. Reading continues after a
+bad row where the next one is found.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+from rlhf.data.dialogues import BadRow
+from rlhf.run.terminal import printable
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+
+Located = tuple[str, object]
+
+
+def _row_or_bad(read: Callable[[], object]) -> object:
+    """A row of a table, or a BadRow where Python cannot hold it: text that is no UTF-8, dates beyond the calendar."""
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        return BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
+    except (ValueError, OverflowError) as error:
+        return BadRow(f"the row cannot be read ({_short(error)})")
+
+
+def _short(error: Exception) -> str:
+    """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return printable(first[:200].rstrip("."))
+
+
+# ---- files ----
+def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
+    """Rows of one data file. Raises: ValueError where it is empty, of another kind, or not text at all."""
+    label = label or str(path)
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+    try:
+        size = path.stat().st_size
+        data = b"" if suffix == ".parquet" else path.read_bytes()
+    # A failing disk's error does not name the file.
+    except OSError as error:
+        raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
+    if size == 0:
+        raise ValueError(f"{label} is empty: check how it was made or downloaded")
+    if suffix == ".parquet":
+        yield from _parquet_rows(path, label)
+        return
+    # Without its mark, UTF-16 betrays itself by its first character, which is ASCII in every format.
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
+        raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
+    if data.startswith(codecs.BOM_UTF8):
+        yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
+        data = data.removeprefix(codecs.BOM_UTF8)
+    # Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    text = data.decode("utf-8", "surrogateescape")
+    if suffix == ".csv":
+        yield from _csv_rows(text, label)
+    elif text.lstrip().startswith("[") and not (suffix == ".jsonl" and _begins_with_a_whole_line(text)):
+        yield from _array_rows(text, label)
+    else:
+        yield from _line_rows(text, label)
+
+
+def _begins_with_a_whole_line(text: str) -> bool:
+    """Whether the first of several lines is an array closed on it: one bad row of many, not the array of all rows."""
+    first, _, rest = text.strip().partition("\n")
+    return first.rstrip().endswith("]") and bool(rest)
+
+
+def _object(pairs: list[tuple[str, object]]) -> object:
+    """A JSON object; where a name stands twice a BadRow in its place, for one of the two values would be lost."""
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    return BadRow(f"an object that names {_twice(name for name, _ in pairs)!r:.40} twice", pairs)
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _line_rows(text: str, label: str) -> Iterator[Located]:
+    lines = text.split("\n")
+    if text.lstrip().partition("\n")[0].rstrip() == "{":
+        raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{label}:{number}"
+        try:
+            row = json.loads(line, object_pairs_hook=_object)
+        # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
+        except (ValueError, RecursionError) as error:
+            ends = line.strip()[0], line.strip()[-1]
+            cut = number == len(lines) and ends[0] == "{" and ends[1] != "}"
+            yield where, BadRow("the last line is cut off" if cut else not_utf8(line) or _not_json(error), line)
+        else:
+            reason = not_utf8(line)
+            yield where, BadRow(reason, line) if reason else row
+
+
+def _array_rows(text: str, label: str) -> Iterator[Located]:
+    """Elements of one JSON array, each with the line on which it begins."""
+    decoder, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
+    at, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        at = gap.match(text, at).end()
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{label}:{line}"
+        if text.startswith("]", at):
+            if text[at + 1 :].strip():
+                yield where, BadRow("there is more text after the closed array", text[at + 1 :][:2000])
+            return
+        if at == len(text):
+            yield where, BadRow("the file is cut off: its array is never closed")
+            return
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            rest = text[at : at + 2000]
+            yield where, BadRow(not_utf8(rest) or f"{_not_json(error)}; nothing after it can be read", rest)
+            return
+        reason = not_utf8(text[at:end])
+        yield where, BadRow(reason, text[at:end]) if reason else row
+        at = end
+
+
+def _csv_rows(text: str, label: str) -> Iterator[Located]:
+    # The default limit of 131,072 characters a cell would stop at a long answer; `strict` reports unclosed quotes.
+    csv.field_size_limit(2**31 - 1)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    while True:
+        before = reader.line_num
+        where = f"{label}:{before + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = f"not CSV ({error})"
+            if header is None:
+                raise ValueError(f"{where}: {reason}: mend the column names") from None
+            if reader.line_num > before + 1:
+                reason += f"; nothing from here to line {reader.line_num} can be read"
+            yield where, BadRow(reason, "".join(lines[before : reader.line_num])[:2000])
+            continue
+        reason = not_utf8(",".join(cells))
+        if header is None:
+            header = _header(cells, reason, where) if cells else None
+        elif reason or len(cells) not in (0, len(header)):
+            yield where, BadRow(reason or f"{len(cells)} cells under {len(header)} column names", cells)
+        elif cells:
+            yield where, dict(zip(header, cells, strict=True))
+
+
+def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
+    """Column names. Raises: ValueError where one is no UTF-8 or stands twice (unnamed columns may be many)."""
+    twice = _twice(name for name in cells if name)
+    if reason or twice is not None:
+        raise ValueError(f"{where}: {reason or f'column name {twice!r:.40} stands twice: rename one of them'}")
+    return cells
+
+
+def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
+    number = 0
+    for batch in _parquet_batches(path, label):
+        if twice := _twice(batch.schema.names):
+            raise ValueError(f"{label}: column name {twice!r:.40} stands twice: rename one of them")
+        for index in range(batch.num_rows):
+            number += 1
+            yield f"{label}:{number}", _row_or_bad(partial(_first_row, batch.slice(index, 1)))
+
+
+def _first_row(batch) -> dict:
+    return batch.to_pylist()[0]
+
+
+def _parquet_batches(path: Path, label: str) -> Iterator:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from pyarrow.parquet.ParquetFile(path).iter_batches(1000)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{label} is no readable Parquet file ({_short(error)}): download it again") from None
+
+
+def not_utf8(text: str) -> str | None:
+    """Why text decoded with surrogateescape was no UTF-8, with a hint where it would be GB18030; None if it was."""
+    found = NOT_UTF8.search(text)
+    if not found:
+        return None
+    reason = f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8"
+    # A short row of Chinese UTF-8 with one wrong byte often decodes as GB18030 by chance: most of it is whole then.
+    whole = sum("\u0800" <= character < "\ud800" for character in text)
+    try:
+        # Incremental, because `text` may end within a character.
+        codecs.getincrementaldecoder("gb18030")().decode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeError:
+        return f"{reason}: the text is damaged"
+    if whole > len(NOT_UTF8.findall(text)):
+        return f"{reason}: the text is damaged"
+    return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
+
+
+def _not_json(error: Exception) -> str:
+    return (
+        f"not JSON ({error.msg})"
+        if isinstance(error, json.JSONDecodeError)
+        else "not JSON (nested or long beyond reason)"
+    )

@@ -1,0 +1,207 @@
+"""Row formats: from a dataset's columns to {"prompt", "answer"}, {"prompt", "chosen", "rejected"} or {"prompt"}.
+
+`find_format` recognises a format by its columns; `examples` turns a row of any format into a list of examples. Every
+answer of an SFT dialogue makes an example; a preference is about the last answer. template.py folds earlier turns.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rlhf.data.dialogues import BadRow, Turn, Unusable, first_of, text_of, turns, type_name
+from rlhf.data.template import fold, merged_turns, up_to_last_question
+
+PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "q", "user", "problem", "input", "text")
+
+ANSWER_FIELDS = (
+    "answer",
+    "response",
+    "output",
+    "a",
+    "completion",
+    "target",
+    "assistant",
+    "chatgpt_answers",
+    "answers",
+)
+
+DIALOGUE_FIELDS = ("conversations", "messages", "conversation", "dialogue")
+
+CHOSEN_FIELDS = ("chosen", "response_chosen", "preferred")
+
+REJECTED_FIELDS = ("rejected", "response_rejected", "dispreferred")
+
+# Columns that extend a prompt where they hold something: `input` after an `instruction`, the others before the prompt.
+EXTRA_FIELDS = ("input", "system", "history")
+
+# Tokenizing millions of characters takes minutes, and no --max_length would keep such a row.
+MAX_CHARACTERS = 200_000
+
+
+@dataclass(frozen=True)
+class Format:
+    """Which column holds what; None for what the data has not. `dialogue` stands in place of `prompt`."""
+
+    kind: str
+    prompt: str | None = None
+    dialogue: str | None = None
+    extras: tuple[str, ...] = ()
+    answer: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    margin: str | None = None
+
+    def __str__(self) -> str:
+        names = (self.dialogue, self.prompt, *self.extras, self.answer, self.chosen, self.rejected, self.margin)
+        return f"{self.kind} rows from " + " + ".join(name for name in names if name)
+
+
+# ---- which columns ----
+def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> Format:
+    """Choose the columns for rows of `kind` ("sft", "preference" or "prompt").
+
+    Args:
+        columns: names that the data has.
+        named: columns the user gave under "prompt", "answer", "chosen", "rejected" (None: find it) and "margin" (None:
+            none is read); they must exist.
+    Raises: ValueError naming the columns there are, and the flags that say which is which.
+    """
+    for role, name in named.items():
+        if name and name not in columns:
+            raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
+    prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
+    dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
+    if kind == "preference" and not dialogue and not prompt:
+        dialogue = first_of(("context",), columns)
+    answer = named.get("answer") or first_of((name for name in ANSWER_FIELDS if name != prompt), columns)
+    chosen = named.get("chosen") or first_of(CHOSEN_FIELDS, columns)
+    rejected = named.get("rejected") or first_of(REJECTED_FIELDS, columns)
+    if kind == "sft" and (named.get("answer") or not dialogue):
+        dialogue = None
+    extras = () if dialogue or not prompt else _extras(columns, prompt)
+    asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
+    if kind == "preference" and chosen and rejected:
+        return Format(kind, **asked, chosen=chosen, rejected=rejected, margin=named.get("margin"))
+    if kind == "sft" and (dialogue or (prompt and answer)):
+        return Format(kind, **asked, answer=None if dialogue else answer)
+    if kind == "prompt" and (dialogue or prompt):
+        return Format(kind, **asked)
+    if kind == "prompt" and chosen:
+        return Format(kind, chosen=chosen)
+    needed = {"sft": "prompt answer", "preference": "prompt chosen rejected", "prompt": "prompt"}[kind]
+    flags = ", ".join(f"--{role}_field" for role in needed.split())
+    raise ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
+
+
+def _extras(columns: set[str], prompt: str) -> tuple[str, ...]:
+    return tuple(name for name in EXTRA_FIELDS if name in columns and (name != "input" or prompt == "instruction"))
+
+
+def _listed(columns: set[str]) -> str:
+    # A damaged file may have names that no terminal can print, or thousands of characters long: repr escapes them.
+    return ", ".join(repr(name)[1:-1][:40] for name in sorted(columns)[:20])
+
+
+# ---- one row ----
+def examples(row, fmt: Format, template: str) -> list[dict]:
+    """The examples of one row, texts stripped at both ends; an answer may be empty.
+
+    Raises: BadRow where the row is malformed, Unusable where it is well-formed but makes no example.
+    """
+    if not isinstance(row, dict):
+        raise BadRow(f"a row must be an object with named fields, not {type_name(row)}")
+    if not row:
+        raise BadRow("the row has no fields")
+    context = _context(row, fmt)
+    if fmt.kind == "preference":
+        return [_preference(row, fmt, context, template)]
+    if fmt.kind == "sft" and fmt.dialogue:
+        return _answered(context, template)
+    if fmt.kind == "sft":
+        prompt = fold(up_to_last_question(context), template)
+        return [{"prompt": prompt, "answer": answer} for answer in _answers(_value(row, fmt.answer), fmt.answer)]
+    if fmt.chosen:
+        context = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
+    return [{"prompt": fold(up_to_last_question(context), template)}]
+
+
+def _context(row: dict, fmt: Format) -> list[Turn]:
+    """The turns before the answer: the dialogue column, or system + history + prompt + input."""
+    if fmt.dialogue:
+        return turns(_value(row, fmt.dialogue), fmt.dialogue, "user")
+    if not fmt.prompt:
+        return []
+    asked = turns(_value(row, fmt.prompt), fmt.prompt, "user")
+    # An empty or missing extra is usual, a 0 or False in place of text a mistake.
+    extras = {name: row[name] for name in fmt.extras if row.get(name) not in (None, "", [])}
+    if "input" in extras:
+        role, said = asked[-1]
+        asked[-1] = (role, f"{said}\n{text_of(extras['input'], 'input')}".strip())
+    system = [("system", text_of(extras["system"], "system"))] if "system" in extras else []
+    return system + _history(extras.get("history", [])) + asked
+
+
+def _history(pairs) -> list[Turn]:
+    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+        raise BadRow("field 'history' must be a list of [question, answer] pairs")
+    roles = ("user", "assistant")
+    return [(role, text_of(said, "history")) for pair in pairs for role, said in zip(roles, pair, strict=True)]
+
+
+def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
+    found = {}
+    for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
+        side = turns(_value(row, field), field, "assistant")
+        if side[-1][0] != "assistant" or not side[-1][1]:
+            raise Unusable(f"empty {name}")
+        # A side that is a whole dialogue brings its own context; a bare answer continues the prompt's.
+        before = side[:-1] if side[0][0] != "assistant" else context + side[:-1]
+        found[name] = side[-1][1]
+        found[f"{name} prompt"] = fold(up_to_last_question(before), template)
+    if found["chosen prompt"] != found["rejected prompt"]:
+        raise Unusable("chosen and rejected differ in their prompt")
+    if found["chosen"] == found["rejected"]:
+        raise Unusable("chosen == rejected")
+    made = {"prompt": found["chosen prompt"], "chosen": found["chosen"], "rejected": found["rejected"]}
+    return made | ({"margin": _margin(row, fmt.margin)} if fmt.margin else {})
+
+
+def _margin(row: dict, field: str) -> float:
+    value = _value(row, field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        shown = repr(value) if isinstance(value, str | float) else type_name(value)
+        raise BadRow(f"field '{field}' must be a number, not {shown}"[:200])
+    return float(value)
+
+
+def _answers(value, field: str) -> list[str]:
+    """Answers of a text, of a list of texts (HC3: one example each), or of a list of messages."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        found = [text_of(item, field) for item in value]
+    else:
+        found = [said for role, said in turns(value, field, "assistant") if role == "assistant"]
+    if not any(found):
+        raise Unusable("empty answer")
+    return found
+
+
+def _answered(dialogue: list[Turn], template: str) -> list[dict]:
+    """One example for each answer of a dialogue, with everything before it as its prompt."""
+    merged = merged_turns(dialogue)
+    asked = [number for number, (role, _) in enumerate(merged) if role == "assistant"]
+    if not asked:
+        raise Unusable("no answer in the dialogue")
+    if asked[0] == 0:
+        raise Unusable("dialogue begins with an answer")
+    made, prompt = [], ""
+    for number in asked:
+        # A prompt that is too long to be kept grows no further, or a dialogue of 10,000 turns would fill the memory.
+        if len(prompt) <= MAX_CHARACTERS:
+            prompt = fold(merged[:number], template)
+        made.append({"prompt": prompt, "answer": merged[number][1]})
+    return made
+
+
+def _value(row: dict, field: str):
+    if field not in row:
+        raise BadRow(f"field '{field}' is missing")
+    return row[field]

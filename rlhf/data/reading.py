@@ -1,0 +1,193 @@
+"""Reading the rows of a stage: read, check, count, split as the flags say.
+
+    rows, funnel = load_rows(source, "sft" | "preference" | "prompt")   plain rows, each with "where" = "file:line"
+    train, evaluation, funnel = load_splits(args, kind, seed)           no prompt in both
+
+Every row that is read is kept or counted under a reason in the `Funnel`.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlhf.arguments import DataArguments
+from rlhf.data.dialogues import BadRow, Unusable
+from rlhf.data.files import Located
+from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
+from rlhf.data.funnel import Funnel, split_eval, without_overlap
+from rlhf.data.sources import splits_of
+from rlhf.data.template import first_question
+
+EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
+
+
+# ---- reading ----
+def load_rows(
+    source: str,
+    kind: str,
+    split: str = "train",
+    *,
+    args: DataArguments | None = None,
+    bad_rows_file: Path | str | None = None,
+) -> tuple[list[dict], Funnel]:
+    """Read one split of a source, check its rows, and bring them to one form.
+
+    Args:
+        source: as `--dataset_name`.
+        kind: "sft" -> {"prompt", "answer"}, "preference" -> {"prompt", "chosen", "rejected"}, "prompt" -> {"prompt"}.
+        args: columns, template, what to do at bad rows; None for the defaults.
+        bad_rows_file: where `--bad_rows skip` writes malformed rows.
+    Returns: rows, each with "where" ("file:line") and "opening" (a dialogue's first question), and the funnel.
+    Raises: ValueError naming malformed rows, or where nothing is left; OSError where the source cannot be read.
+    """
+    reader = _Reader(kind, args or DataArguments(), bad_rows_file)
+    rows = reader.rows(source, splits_of(source, reader.args.dataset_config_name), split)
+    reader.finish()
+    return rows, reader.funnel
+
+
+def load_splits(
+    args: DataArguments, kind: str, seed: int, bad_rows_file: Path | str | None = None
+) -> tuple[list[dict], list[dict], Funnel]:
+    """Training and evaluation rows as the flags say; no prompt stands in both.
+
+    Evaluation rows come from --eval_dataset_name, else --eval_split, else a split with a usual name, else they are set
+    aside from the training rows. A training row whose prompt is in a given evaluation split is dropped.
+
+    Returns: training rows, evaluation rows (none at --eval_size 0 without a split), one funnel for both.
+    Raises: as `load_rows`.
+    """
+    reader, splits = _Reader(kind, args, bad_rows_file), splits_of(args.dataset_name, args.dataset_config_name)
+    rows = reader.rows(args.dataset_name, splits, args.train_split)
+    given = _evaluation_source(args, splits)
+    evaluation = reader.rows(*given) if given else []
+    reader.finish()
+    if given:
+        return without_overlap(rows, evaluation, reader.funnel), evaluation, reader.funnel
+    train, evaluation = split_eval(rows, args.eval_size, seed) if args.eval_size else (rows, [])
+    return train, evaluation, reader.funnel
+
+
+def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, str] | None:
+    """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
+    if args.eval_dataset_name:
+        splits = splits_of(args.eval_dataset_name, flag="--eval_dataset_name")
+        usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits), "train"))
+        return args.eval_dataset_name, splits, args.eval_split or usual
+    usual = next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
+    split = args.eval_split or usual
+    return (args.dataset_name, splits, split) if split else None
+
+
+class _Reader:
+    """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
+
+    def __init__(self, kind: str, args: DataArguments, bad_rows_file: Path | str | None):
+        self.kind, self.args, self.bad_rows_file, self.funnel = kind, args, bad_rows_file, Funnel()
+        self.malformed: list[dict] = []
+
+    def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
+        """The good rows of a split. Raises: ValueError where it is missing, or holds no row of this kind."""
+        if split not in splits:
+            raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
+        located = list(splits[split])
+        counts = Counter(name for _, row in located if isinstance(row, dict) for name in row)
+        # Columns that most rows have: one stray name must not decide how all the others are read.
+        columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
+        try:
+            fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}{_hint(located)}") from None
+        self.funnel.formats += [str(fmt)] if fmt else []
+        seen: set[tuple] = set()
+        kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
+        if not kept:
+            self.finish()
+            raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
+        return kept
+
+    def _examples(self, where: str, row, fmt, seen: set[tuple]) -> list[dict]:
+        self.funnel.read += 1
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            made = examples(row, fmt, self.args.prompt_template)
+        except Unusable as reason:
+            self.funnel.drop(str(reason), where)
+            return []
+        except BadRow as error:
+            self.funnel.drop("malformed", where)
+            self.funnel.bad_rows.append(f"{where}: {error}")
+            self.malformed.append({"where": where, "reason": str(error), "row": error.row if error is row else row})
+            return []
+        self.funnel.expanded += len(made) - 1
+        good = [example for example in made if self._is_usable(example, where, seen)]
+        for example in good:
+            example.update(where=where, opening=first_question(example["prompt"], self.args.prompt_template))
+        return good
+
+    def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
+        """Whether an example is neither empty nor huge nor seen before; where not, it is counted."""
+        texts = {name: value for name, value in example.items() if isinstance(value, str)}
+        values = tuple(texts.values())
+        reason = None
+        if not all(values):
+            reason = "empty " + next(name for name, text in texts.items() if not text)
+        elif sum(map(len, values)) > MAX_CHARACTERS:
+            reason = f"longer than {MAX_CHARACTERS} characters"
+        elif values in seen:
+            reason = "duplicate"
+        elif "chosen" in example and (example["prompt"], example["rejected"], example["chosen"]) in seen:
+            reason = "contradicts an earlier pair"
+        if reason:
+            self.funnel.drop(reason, where)
+            return False
+        seen.add(values)
+        return True
+
+    def finish(self) -> None:
+        """Stop at malformed rows, or write them down. Raises: ValueError naming the first ones."""
+        if self.malformed and self.args.bad_rows == "stop":
+            more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
+            raise ValueError(
+                f"malformed rows: {'; '.join(self.funnel.bad_rows[:5])}{more}: "
+                "mend them, or leave them out with --bad_rows skip"
+            )
+        # All processes read the rows; one of them writes.
+        if self.malformed and self.bad_rows_file and os.environ.get("RANK", "0") == "0":
+            _write_rows(Path(self.bad_rows_file), self.malformed)
+
+
+def _hint(located: list[Located]) -> str:
+    """What else may be wrong where no columns fit: a file's shape shows in its rows only."""
+    if located[0][0].rpartition(":")[0].lower().endswith(".csv"):
+        return "; the first line of a .csv must hold the column names"
+    return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    # To a name of its own first, so that nobody reads half of them.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text("".join(_as_line(row) for row in rows), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _as_line(row: dict) -> str:
+    try:
+        return json.dumps(row, default=str) + "\n"
+    # Writing goes a little deeper than reading did.
+    except RecursionError:
+        return _as_line({**row, "row": "brackets nested by the thousand"})
+
+
+def data_fingerprint(rows: Iterable[dict]) -> str:
+    """sha256 of the rows' contents in their order, wherever their file lies."""
+    digest = hashlib.sha256()
+    for row in rows:
+        content = {key: value for key, value in row.items() if key != "where"}
+        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,98 @@
+"""Sources of rows: local files, a directory of them, a `save_to_disk` directory, the hub."""
+
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from rlhf.data.files import SUFFIXES, Located, _row_or_bad, _short, read_file
+
+SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
+
+# Loading scripts on the hub, which datasets 4 and later refuse: their data files (one a config) are read instead.
+SCRIPT_DATASETS = ("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3")
+
+
+def splits_of(source: str, config: str | None = None, flag: str = "--dataset_name") -> dict[str, Iterator[Located]]:
+    """The splits of a local path or a hub id; a single file is one split named "train".
+
+    Raises: FileNotFoundError, ValueError or ConnectionError, in one sentence, where the source cannot be read at all.
+    """
+    if not source.strip():
+        raise ValueError(f"{flag} is empty: give a local file, a directory or a hub id")
+    # Unlike Path.expanduser, this lets the name of a user that does not exist stand.
+    path = Path(os.path.expanduser(source))
+    if path.is_file():
+        return {"train": read_file(path)}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _saved_splits(path)
+    if path.is_dir():
+        return _directory_splits(path)
+    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
+    return _hub_splits(source, config, flag)
+
+
+# ---- directories and the hub ----
+def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
+    # Imported where needed: datasets takes a second, and `--help` should not.
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    # A damaged description may hold anything in any place.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no readable save_to_disk directory ({_short(error)}): save it again") from None
+    named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
+
+
+def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
+    files: dict[str, list[Path]] = {}
+    # Path.rglob would pass over a directory that may not be read, without a word.
+    walked = os.walk(path, onerror=_raise)
+    for file in sorted(Path(folder, name) for folder, _, names in walked for name in names):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
+        if file.suffix.lower() in SUFFIXES and not hidden:
+            files.setdefault(_split_of(inside), []).append(file)
+    if not files:
+        raise ValueError(
+            f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
+        )
+    return {split: (row for file in found for row in read_file(file)) for split, found in files.items()}
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _split_of(file: Path) -> str:
+    """The split a data file belongs to, by the first split name among the words of its path; else "train"."""
+    words = re.split(r"[^a-z]+", str(file).lower())
+    return next((word for word in words if word in SPLITS), "train")
+
+
+def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[Located]]:
+    import datasets
+
+    try:
+        if name in SCRIPT_DATASETS:
+            file = f"{config or 'all'}.jsonl"
+            return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
+        found = datasets.load_dataset(name, config)
+    # RuntimeError is what datasets raises for any other loading script, its own error what files of no one form give.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ConnectionError(
+            f"{flag} {name} is no local path and could not be loaded from the hub ({_short(error)}): download its "
+            f"data files where there is a network and pass {flag} the local file"
+        ) from None
+    return {split: _numbered(f"{name}[{split}]", rows) for split, rows in found.items()}
+
+
+def _numbered(label: str, rows) -> Iterator[Located]:
+    for index in range(len(rows)):
+        yield f"{label}:{index + 1}", _row_or_bad(partial(rows.__getitem__, index))

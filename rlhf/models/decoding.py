@@ -1,0 +1,206 @@
+"""Decoding one token per row at a time: a cache that grows in place, or static shapes in a CUDA graph on a GPU.
+
+Both decoders offer `prefill`, `next` and `keep`. `every`: tokens between two checks for finished rows (a check
+synchronises the GPU). `shrink`: the share of unfinished rows at or below which finished rows are removed.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+from rlhf.models.forward import accepts, forward, parts_by_length, position_ids
+from rlhf.models.kernels import BY_ROW
+
+# A multiple that attention kernels like, for the room of a static cache.
+ROOM_MULTIPLE = 64
+
+
+def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int, static: bool):
+    """The decoder for this model and device, for queries [B, Q] padded on the left and `total` tokens at most.
+
+    `static` allows the one of static shapes, which only a GPU gains from.
+    """
+    kind = StaticDecoder if static and query_ids.is_cuda and fits_static(model) else GrowingDecoder
+    return kind(model, query_ids, query_mask, total)
+
+
+def fits_static(model: PreTrainedModel) -> bool:
+    """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
+    attention = model.config._attn_implementation
+    if not getattr(model, "_can_compile_fullgraph", False) or attention not in ("sdpa", BY_ROW):
+        return False
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
+        return False
+    layers = StaticCache(config=model.config, max_cache_len=1).layers
+    return all(type(layer) is StaticLayer for layer in layers)
+
+
+def last(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None):
+    """Logits [B, V] and hidden [B, H] after the new tokens [B, L].
+
+    Args:
+        mask: [B, whole length] of rows padded on the left; or, with positions [B, L], [B, 1, L, room] as attention
+            takes it.
+    """
+    if positions is None:
+        positions, mask = position_ids(mask)[:, -tokens.shape[1] :], mask.long()
+    inputs = {"position_ids": positions} if accepts(type(model), "position_ids") else {}
+    return forward(
+        model, (slice(None), -1), tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
+    )
+
+
+# ---- a cache written in place ----
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for all tokens from the start: a new one is written, and the old ones are not copied."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, new, dim] behind those there are; returns all of them, as views."""
+        start = self.get_seq_length()
+        if not start:
+            self.make_room(key_states, value_states, len(key_states))
+        end = start + key_states.shape[2]
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = states
+        return self.show(end)
+
+    def make_room(self, key_states: Tensor, value_states: Tensor, rows: int) -> None:
+        """Memory for that many rows of keys and values like these."""
+        self.lazy_initialization(key_states, value_states)
+        self.stores = [x.new_zeros(rows, x.shape[1], self.room, x.shape[3]) for x in (key_states, value_states)]
+
+    def show(self, end: int) -> tuple[Tensor, Tensor]:
+        """All keys and values before column `end`, as views; those are what the layer holds from now on."""
+        self.keys, self.values = (store[:, :, :end] for store in self.stores)
+        return self.keys, self.values
+
+    def place(self, rows: Tensor, of: int, end: int, part: DynamicLayer) -> None:
+        """Put what another cache layer holds into these rows (of so many), its last column before column `end`."""
+        if not self.is_initialized:
+            self.make_room(part.keys, part.values, of)
+        for store, states in zip(self.stores, (part.keys, part.values), strict=True):
+            store[rows, :, end - states.shape[2] : end] = states
+        self.show(end)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows (in rising order), in the same memory."""
+        end = self.get_seq_length()
+        for store in self.stores:
+            store[: len(indices), :, :end] = store[indices, :, :end]
+        self.stores = [store[: len(indices)] for store in self.stores]
+        self.show(end)
+
+
+def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
+    """A cache of `room` tokens a row for this model; layers that only keep a window grow as they always do."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class GrowingDecoder:
+    """For any model on any device: attention over the tokens so far, rows dropped as soon as they have ended."""
+
+    every, shrink = 1, 1.0
+
+    def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
+        self.model, self.query_ids, self.mask = model, query_ids, query_mask
+        self.cache = roomy_cache(model, query_ids.shape[1] + total)
+
+    def prefill(self) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and hidden [B, H] after the queries, the short ones apart from the long ones."""
+        parts = parts_by_length(self.mask.sum(1))
+        if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
+            return last(self.model, self.query_ids, self.mask, self.cache)
+        found, (total, end) = [], self.mask.shape
+        for rows in parts:
+            width = max(1, int(self.mask[rows].sum(1).max()))
+            cache = DynamicCache(config=self.model.config)
+            found.append(last(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
+            for layer, part in zip(self.cache.layers, cache.layers, strict=True):
+                layer.place(rows, total, end, part)
+        order = torch.cat(parts).argsort()
+        return tuple(torch.cat(results)[order] for results in zip(*found, strict=True))
+
+    def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same after one more token [B] a row."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
+        return last(self.model, tokens[:, None], self.mask, self.cache)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self.mask = self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+# ---- static shapes ----
+class StaticDecoder:
+    """For a GPU: every step has the same shapes and addresses, so that one recorded CUDA graph plays all of them.
+
+    A decoding step of 7B is over a thousand small kernels, which a GPU gets through faster than Python launches them.
+    Rows that have ended go on being computed until half are left; then the rest moves into a cache of its own and is
+    recorded anew.
+    """
+
+    every, shrink = 8, 0.5
+
+    def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
+        self.model, self.query_ids, self.query_mask = model, query_ids, query_mask
+        room = -(-(query_ids.shape[1] + total) // ROOM_MULTIPLE) * ROOM_MULTIPLE
+        self.cache = StaticCache(config=model.config, max_cache_len=room)
+        # Which columns of the cache a row may look at, and the place of its newest token.
+        self.seen = torch.zeros(len(query_ids), room, dtype=torch.bool, device=query_ids.device)
+        self.seen[:, : query_ids.shape[1]] = query_mask
+        self.column = query_ids.shape[1]
+        self.tokens = query_ids[:, -1:].clone()
+        self.positions = query_mask.sum(1, keepdim=True) - 1
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    def prefill(self) -> tuple[Tensor, Tensor]:
+        """Logits [B, V] and hidden [B, H] after the queries."""
+        return last(self.model, self.query_ids, self.query_mask, self.cache)
+
+    def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The same after one more token [B] a row; the next call overwrites what this one gave."""
+        self.tokens.copy_(tokens[:, None])
+        self.seen[:, self.column] = True
+        self.positions += 1
+        self.column += 1
+        if self.graph is None and self.warm and tokens.is_cuda:
+            self.record()
+        if self.graph is None:
+            # The first step of a shape runs as it is: libraries choose and allocate what a recording must not.
+            self.warm = True
+            return self._step()
+        self.graph.replay()
+        return self.found
+
+    def record(self) -> None:
+        """Record a step; nothing is computed by it."""
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.found = self._step()
+        except RuntimeError as error:
+            warnings.warn(f"this model's decoding cannot be recorded ({error}): it is slower", stacklevel=2)
+            # Not tried again: an instance attribute hides the method.
+            self.graph, self.record = None, lambda: None
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        return last(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only, in memory of their own."""
+        self.tokens, self.seen, self.positions = self.tokens[rows], self.seen[rows], self.positions[rows]
+        for layer in self.cache.layers:
+            layer.keys, layer.values, layer.batch_size = layer.keys[rows], layer.values[rows], len(rows)
+        self.graph, self.warm = None, False

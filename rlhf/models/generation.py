@@ -1,0 +1,214 @@
+"""Sampling responses, with the log-probability, value and entropy of every token recorded on the way."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.models.decoding import decoder_of
+from rlhf.ppo import selective_logprobs, token_entropy
+from rlhf.run.stopping import received
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the policy writes. What changes the distribution here is part of the policy and of the reference alike."""
+
+    eos_token_id: int
+    pad_token_id: int
+    max_new_tokens: int
+    temperature: float = 1.0
+    min_new_tokens: int = 0
+    suppress_empty: bool = True
+    top_k: int = 0
+    top_p: float = 1.0
+    cuda_graphs: bool = True
+
+    @property
+    def without_eos(self) -> int:
+        """Response tokens, from the first one on, that cannot be EOS."""
+        return max(self.min_new_tokens, int(self.suppress_empty))
+
+    def process(self, logits: Tensor, t: Tensor) -> Tensor:
+        """Temperature and forbidden EOS, in place, on logits [N, V] of the response tokens at places t [N].
+
+        Used at sampling and at every later scoring, so that ratio and KL compare like with like. In place is safe for
+        autograd (no backward of an output layer reads its output) and spares a copy of the largest tensor there is.
+        """
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        if self.without_eos:
+            logits[:, self.eos_token_id].masked_fill_(t < self.without_eos, -torch.inf)
+        return logits
+
+
+@dataclass
+class Rollout:
+    """One batch of queries with their responses. Queries pad left, responses right, so response token t is at Q + t.
+
+    query_ids [B, Q], query_mask [B, Q], response_ids [B, T], mask [B, T]; logprobs, values and entropy [B, T] as they
+    were while sampling, 0 on padding. The rest is filled in later: ref_logprobs, advantages, returns [B, T].
+    """
+
+    query_ids: Tensor
+    query_mask: Tensor
+    response_ids: Tensor
+    mask: Tensor
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
+    ref_logprobs: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[B, L] long, query and response joined."""
+        return torch.cat([self.query_ids, self.response_ids], 1)
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, L] bool."""
+        return torch.cat([self.query_mask, self.mask], 1)
+
+    def predictors(self) -> tuple[Tensor, Tensor]:
+        """Row and place, [N] long each, of the tokens whose logits predict the N of `response_ids[mask]`, in order.
+
+        Places count a row's real tokens from 0.
+        """
+        row, t = self.mask.nonzero(as_tuple=True)
+        return row, self.query_mask.sum(1)[row] - 1 + t
+
+    def rows(self, index: Tensor) -> "Rollout":
+        """The chosen rows, with the padding columns that none of them needs cut off."""
+        queries = int(self.query_mask[index].sum(1).max())
+        responses = int(self.mask[index].sum(1).max())
+        chosen = {}
+        for field in dataclasses.fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                keep = slice(-queries, None) if field.name.startswith("query") else slice(None, responses)
+                chosen[field.name] = tensor[index][:, keep]
+        return Rollout(**chosen)
+
+    def lengths(self) -> Tensor:
+        """[B] long: real response tokens, the EOS included."""
+        return self.mask.sum(1)
+
+    def ended(self, eos_token_id: int) -> Tensor:
+        """[B] bool: whether a response ends with EOS, not at the maximum length."""
+        return ((self.response_ids == eos_token_id) & self.mask).any(1)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    values_of: Callable[[Tensor], Tensor],
+    query_ids: Tensor,
+    query_mask: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Rollout:
+    """Sample one response to each query; rows that have ended leave the batch, so nobody waits for the longest.
+
+    Args:
+        model: the policy, in eval mode. values_of: critic, hidden [B, H] -> [B].
+        query_ids: [B, Q] long, padded on the left. query_mask: [B, Q] bool.
+        generator: random source on the model's device; None decodes greedily.
+    Returns: a Rollout; a response keeps its first EOS, then pads; T is the longest response's length.
+    Raises: ValueError for a model in train mode, FloatingPointError where the logits are not finite.
+    """
+    if model.training:
+        # Under gradient checkpointing a layer in train mode takes no cache: every token would see itself alone.
+        raise ValueError("generate needs the model in eval mode: call roles.train(False) first")
+    rows, device, total = len(query_ids), query_ids.device, sampling.max_new_tokens
+    out = Rollout(
+        query_ids=query_ids,
+        query_mask=query_mask.bool(),
+        response_ids=torch.full((rows, total), sampling.pad_token_id, device=device),
+        mask=torch.zeros(rows, total, dtype=torch.bool, device=device),
+        logprobs=torch.zeros(rows, total, device=device),
+        values=torch.zeros(rows, total, device=device),
+        entropy=torch.zeros(rows, total, device=device),
+    )
+    decoder = decoder_of(model, query_ids, out.query_mask, total, static=sampling.cuda_graphs)
+    alive, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    logits, hidden = decoder.prefill()
+    for t in range(total):
+        logits = sampling.process(logits.float(), torch.full_like(alive, t))
+        chosen = _choose(logits, sampling, generator)
+        _write(out, (alive, t), chosen, ~ended, logits, values_of(hidden))
+        ended = ended | (chosen == sampling.eos_token_id)
+        if t == total - 1:
+            break
+        if (t + 1) % decoder.every == 0:
+            going = (~ended).nonzero().squeeze(1)
+            # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
+            if len(going) == 0 or received():
+                break
+            if len(going) <= decoder.shrink * len(alive) and len(going) < len(alive):
+                alive, chosen, ended = alive[going], chosen[going], ended[going]
+                decoder.keep(going)
+        logits, hidden = decoder.next(chosen)
+    return _without_rest(out, sampling.pad_token_id)
+
+
+def _write(out: Rollout, place: tuple[Tensor, int], chosen: Tensor, real: Tensor, logits: Tensor, values: Tensor):
+    """Put what one step found of the rows still in the batch where it belongs."""
+    out.response_ids[place] = chosen
+    out.mask[place] = real
+    out.logprobs[place] = selective_logprobs(logits, chosen)
+    out.entropy[place] = token_entropy(logits)
+    out.values[place] = values
+
+
+def _without_rest(out: Rollout, pad_token_id: int) -> Rollout:
+    """A rollout without what was sampled beyond the ends of its responses.
+
+    Raises: FloatingPointError where the policy's logits were not finite.
+    """
+    if not torch.isfinite(out.logprobs[out.mask]).all():
+        raise FloatingPointError("the policy's logits are not finite: the update before this one broke it")
+    out.response_ids = torch.where(out.mask, out.response_ids, pad_token_id)
+    for name in ("logprobs", "values", "entropy"):
+        setattr(out, name, torch.where(out.mask, getattr(out, name), 0))
+    return out.rows(torch.arange(len(out.mask), device=out.mask.device))
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    """[B] long: one token a row of logits [B, V]; truncation shapes the draw, never the recorded probability."""
+    if generator is None:
+        return logits.argmax(-1)
+    if sampling.top_k > 0:
+        kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if sampling.top_p < 1:
+        ordered, index = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, -torch.inf)
+        logits = torch.empty_like(logits).scatter(-1, index, ordered)
+    probs = logits.softmax(-1)
+    # The draw of torch.multinomial, without its look at the numbers, for which a GPU would have to be waited for.
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+def join(parts: list[Rollout], pad_token_id: int) -> Rollout:
+    """Several rollouts as one, padded to the widest query (on the left) and response (on the right)."""
+    joined = {}
+    for field in dataclasses.fields(Rollout):
+        tensors = [getattr(part, field.name) for part in parts]
+        if any(tensor is None for tensor in tensors):
+            continue
+        width = max(tensor.shape[1] for tensor in tensors)
+        value = pad_token_id if field.name.endswith("_ids") else 0
+        left = field.name.startswith("query")
+        joined[field.name] = torch.cat([_pad(tensor, width, value, left) for tensor in tensors])
+    return Rollout(**joined)
+
+
+def _pad(tensor: Tensor, width: int, value: int, left: bool) -> Tensor:
+    missing = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)

@@ -1,0 +1,245 @@
+"""Linear layers, norms and attention over packed rows in fewer passes over memory; same numbers up to rounding.
+
+A `forward` is replaced on an instance in four ways, all of them in this project and none anywhere else:
+
+1. `fuse_linears`: LoRA and frozen linear layers of the roles (here).
+2. `fuse_norms`: RMS norms on a GPU (here).
+3. `mlp_only_at`: the last layer's MLP, only within the block (forward.py).
+4. `score_by_mask`: the reward model's own forward, so that DDP sees the pairwise score (reward/pairs.py).
+
+Attention over packed rows is registered with transformers under a name of its own (`attend_by_row`).
+
+    y = x W' + b + s (x A') B'        W [out, in] frozen, A [r, in] and B [out, r] trained, s = alpha / r
+
+peft's forward makes each term a tensor of the layer's size and adds them; here the small product is added in place,
+forward and backward. Float32 on a CPU uses oneDNN, which PyTorch contains but does not choose: its products took 10
+to 30 % less time than MKL's on the AMD machine that benchmarks/ was measured on. For few rows, as in decoding, MKL
+took half as long with the weight on the left. On a GPU an RMS norm is one kernel instead of six, and attention over
+packed rows is one kernel for all rows.
+Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); Dao 2023, arXiv:2307.08691 (attention).
+"""
+
+import os
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.functional import linear, rms_norm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+# Elements of a weight from which on the order of a product matters, and oneDNN's longer way into it pays.
+LARGE = 1 << 17
+
+# Rows of which the weight is better on the left.
+FEW = 4
+
+# PyTorch and oneDNN each keep what they prepared for the last 1024 shapes, buffers of the weights' size among it: with
+# rows of ever new lengths, gigabytes. A micro-batch needs about twenty. Both are read at the first product.
+for kept in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+    os.environ.setdefault(kept, "32")
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b of x [N, in] and weight [out, in], in memory of its own; no gradients."""
+    plain = x.is_cpu and x.dtype == weight.dtype == torch.float32
+    if not (ONEDNN and plain and weight.numel() >= LARGE):
+        return linear(x, weight, bias)
+    if bias is None and 1 < len(x) <= FEW:
+        return (weight @ x.T).T.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def adapted(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> tuple:
+    """y of x [N, in] as above, and x A' [N, r]; no gradients."""
+    down = linear(x, a.to(x.dtype))
+    return product(x, weight, bias).addmm_(down, b.T.to(x.dtype), alpha=scaling), down
+
+
+class _Frozen(torch.autograd.Function):
+    """x [N, in] -> y [N, out]; a gradient of x, none of W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        return product(grad, ctx.saved_tensors[0].T), None, None
+
+
+class _Adapted(torch.autograd.Function):
+    """x [N, in] -> y [N, out]; gradients of x, A and B, none of W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        y, down = adapted(x, weight, bias, a, b, scaling)
+        ctx.save_for_backward(x, weight, a, b, down)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        x, weight, a, b, down = ctx.saved_tensors
+        # In the order that MKL is fast at: eight columns took three times as long as eight rows.
+        up = linear(grad, b.T.to(grad.dtype).contiguous()).mul_(ctx.scaling)
+        grad_x = product(grad, weight.T).addmm_(up, a.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[3]:
+            return grad_x, None, None, None, None, None
+        grad_b = (down.T @ grad).mul_(ctx.scaling).T
+        return grad_x, None, None, (up.T @ x).to(a.dtype), grad_b.to(b.dtype), None
+
+
+class AdaptedForward:
+    """Stands in for the `forward` of one of peft's layers, and hands on to it whatever is not the plain case."""
+
+    def __init__(self, layer: LoraLinear):
+        self.layer, self.usual = layer, layer.forward
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """y [..., out] of x [..., in]."""
+        layer = self.layer
+        active = layer.active_adapters
+        if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1:
+            return self.usual(x, *args, **kwargs)
+        name, base = active[0], layer.base_layer
+        if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
+            return self.usual(x)
+        dropout = layer.lora_dropout[name]
+        if dropout.training and getattr(dropout, "p", 0.0) > 0:
+            return self.usual(x)
+        flat = x.reshape(-1, x.shape[-1])
+        given = flat, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        # Without gradients autograd's way in would be a tenth of the time of a decoded token.
+        y = _Adapted.apply(*given) if torch.is_grad_enabled() else adapted(*given)[0]
+        return y.view(*x.shape[:-1], -1)
+
+
+class FrozenForward:
+    """Stands in for the `forward` of a linear layer as long as its weight is frozen."""
+
+    def __init__(self, layer: nn.Linear):
+        self.layer, self.usual = layer, layer.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """y [..., out] of x [..., in]."""
+        weight, bias = self.layer.weight, self.layer.bias
+        if weight.requires_grad:
+            return self.usual(x)
+        flat = x.reshape(-1, x.shape[-1])
+        y = _Frozen.apply(flat, weight, bias) if torch.is_grad_enabled() else product(flat, weight, bias)
+        return y.view(*x.shape[:-1], -1)
+
+
+def fuse_linears(model: nn.Module) -> None:
+    """Let the linear layers of `model`, adapted or frozen, compute as above; quantised ones stay as they are."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
+            module.forward = AdaptedForward(module)
+        elif type(module) is nn.Linear and ONEDNN and module.weight.is_cpu:
+            module.forward = FrozenForward(module)
+
+
+# Relative and absolute difference of two norms that may be rounding.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
+
+
+class NormForward:
+    """Stands in for the `forward` of an RMS norm, and hands on to it whatever is on no GPU."""
+
+    def __init__(self, norm: nn.Module):
+        self.norm, self.usual = norm, norm.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normed states [..., H] of x [..., H]."""
+        weight = self.norm.weight
+        return self.fused(x) if x.is_cuda and x.dtype == weight.dtype else self.usual(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same in one kernel."""
+        # Autocast would have float32, in and out; the kernel reckons in float32 by itself.
+        with torch.autocast(x.device.type, enabled=False):
+            return rms_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.variance_epsilon)
+
+
+@torch.no_grad()
+def fuse_norms(model: nn.Module) -> int:
+    """Let RMS norms compute in one kernel on a GPU, those that are found to be what PyTorch calls so; how many are.
+
+    Some are not: Gemma's weight counts from 1, others split their input.
+    """
+    count = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
+        # Under ZeRO-3 a weight is elsewhere until its layer runs.
+        if not known or weight is None or weight.is_meta or weight.dim() != 1 or weight.dtype not in TOLERANCE:
+            continue
+        if weight.numel() == 0:
+            continue
+        x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).view(2, -1)
+        forward, bound = NormForward(module), TOLERANCE[weight.dtype]
+        if torch.allclose(forward.fused(x), module(x), rtol=bound, atol=bound):
+            module.forward = forward
+            count += 1
+    return count
+
+
+def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there is a flash attention kernel for queries [1, heads, N, dim] and keys and values of as many or fewer
+    heads: on a GPU that has it, in half precision, and not switched off (torch.backends.cuda.enable_flash_sdp).
+    """
+    if not query.is_cuda or query.shape[-1] % 8:
+        return False
+    fewer = key.shape[1] != query.shape[1]
+    return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, fewer))
+
+
+def flash_by_row(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    """[1, N, heads, dim]: causal attention within each row of queries [1, heads, N, dim], keys and values.
+
+    bounds: [B + 1] int32, where each row begins, and N. longest: length of the longest row.
+    """
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    found = torch.ops.aten._flash_attention_forward(
+        query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
+    )
+    return found[0][None]
+
+
+BY_ROW = "sdpa_by_row"
+
+
+# ---- side by side ----
+def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, row_bounds=None, **kwargs):
+    """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
+
+    row_lengths: list of B numbers. row_bounds: [B + 1] int32, where each row begins, and N.
+
+    Returns: [1, N, heads, dim], and None for the weights.
+    Raises: ValueError where a model lost the lengths, or made a mask of its own: it would be computed wrongly.
+    """
+    placeholder = attention_mask is not None and attention_mask.numel() == 1
+    if row_lengths is None:
+        if placeholder and key.shape[2] > 1:
+            raise ValueError(f"{type(module).__name__} is not told where rows end")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if not placeholder:
+        raise ValueError(f"{type(module).__name__} attends by a mask of its own")
+    if not kwargs.get("dropout") and flash_takes(query, key, value):
+        return flash_by_row(query, key, value, row_bounds, max(row_lengths), kwargs.get("scaling")), None
+    kwargs["is_causal"] = True
+    rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
+
+
+AttentionInterface.register(BY_ROW, attend_by_row)
+
+AttentionMaskInterface.register(BY_ROW, sdpa_mask)

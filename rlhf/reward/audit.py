@@ -1,0 +1,233 @@
+"""The audit of a reward model before PPO trusts it: degenerate answers, accuracy by length, calibration, a verdict.
+
+A reward model that is right about seven pairs in ten may still score silence above any answer, because no pair
+contained silence; PPO finds that within a few steps. The audit asks first, on held-out prompts.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from rlhf.data.batches import pad
+from rlhf.models.forward import forked_rng
+from rlhf.models.scoring import score
+from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate, same_question
+from rlhf.reward.statistics import calibration, length_results, share
+
+ScoreRows = Callable[[list[list[int]]], Sequence[float]]
+
+# Share of prompts on which an attack of GATE_KINDS may win, and from which on any other kind is remarked on.
+GATE, REMARKABLE = 0.1, 0.5
+
+# Rank correlation of score and length over which a score counts as nothing but length.
+MAX_SPEARMAN = 0.9
+
+# Rows that the change under padding is measured on, and the part of the margins' deviation over which it is noted.
+PADDING_ROWS, MAX_PADDING_SHARE = 16, 0.1
+
+# Points of each side that the chart shows.
+POINTS = 500
+
+CONSEQUENCES = {
+    "empty": "say nothing at all",
+    "eos_only": "end every answer before its first word",
+    "one_token": "stop after one token",
+    "very_short": "fob everyone off with a word or two",
+    "cut": "break off in mid-sentence",
+    "repeated_sentence": "say one sentence again and again",
+    "repeated_token": "repeat one token up to the length limit",
+    "copied_prompt": "hand the question back",
+    "other_answer": "give one answer to whatever is asked",
+    "random_characters": "write gibberish",
+    "doubled": "say everything twice",
+    "thanks": "close every answer with thanks",
+}
+
+
+# ---- scoring ----
+def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: int, device) -> ScoreRows:
+    """`score_rows` of a real model: the scores of rows of token ids, in their order, without gradients.
+
+    Rows of like length share a batch. Each module's train or eval mode and torch's random state are left as they were.
+    """
+    device = torch.device(device)
+    modules = [module for part in (backbone, head) for module in part.modules()]
+
+    def score_rows(rows: list[list[int]]) -> list[float]:
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
+        scores = [0.0] * len(rows)
+        modes = [module.training for module in modules]
+        backbone.eval(), head.eval()
+        try:
+            with forked_rng(), torch.no_grad():
+                for start in range(0, len(order), batch_size):
+                    chunk = order[start : start + batch_size]
+                    batch = pad([rows[row] for row in chunk], pad_id, side="right")
+                    found = score(backbone, head, **{name: tensor.to(device) for name, tensor in batch.items()})
+                    for row, value in zip(chunk, found.tolist(), strict=True):
+                        scores[row] = value
+        finally:
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+        return scores
+
+    return score_rows
+
+
+# ---- the audit ----
+def audit(
+    score_rows: ScoreRows,
+    pairs: list[dict],
+    tokenizer,
+    template: str,
+    seed: int,
+    max_length: int,
+    *,
+    attack_prompts: int = 200,
+    padding: bool = False,
+) -> dict:
+    """What a reward model thinks of held-out pairs and of hopeless answers to their prompts, and the verdict.
+
+    Args:
+        score_rows: scores of whole rows, query and response.
+        pairs: rows of `preference_rows` with their texts: {"prompt", "chosen", "rejected", "query_ids", "chosen_ids",
+            "rejected_ids"}.
+        max_length: attacks whose row is longer, in tokens, are left out. attack_prompts: at most, each once.
+        padding: also measure how far scores change with the rows beside them in a batch.
+    Returns: JSON-safe; a share or correlation that is not defined is None.
+    Raises: ValueError without pairs, or for scores that are not finite.
+    """
+    if not pairs:
+        raise ValueError("there is no pair to audit a reward model on")
+    attacks = make_attacks(pairs, tokenizer, template, seed, max_length, attack_prompts)
+    real = [pair["query_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
+    scores = np.array(score_rows(real + [row for _, _, row in attacks]), dtype=float)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite: PPO cannot use them")
+    chosen, rejected, attacked = np.split(scores, [len(pairs), 2 * len(pairs)])
+    lengths = np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
+    margins = chosen - rejected
+    # Spread over all pairs: a caller may have sorted them by length.
+    shown = np.unique(np.linspace(0, len(pairs) - 1, POINTS).astype(int))
+    found = {
+        "pairs": len(pairs),
+        "attacks": attack_results(attacks, chosen, attacked),
+        "accuracy": share(margins > 0),
+        "length": length_results(chosen, rejected, lengths),
+        "calibration": calibration(margins),
+        "scores": {
+            name: {"mean": float(x.mean()), "std": float(x.std())}
+            for name, x in (("chosen", chosen), ("rejected", rejected), ("margin", margins))
+        },
+        "score_range": float(np.ptp(scores)),
+        "padding_change": padding_change(score_rows, real) if padding else None,
+        "points": {
+            name: [[int(lengths[pair, side]), round(float(column[pair]), 6)] for pair in shown]
+            for side, (name, column) in enumerate((("chosen", chosen), ("rejected", rejected)))
+        },
+    }
+    return found | {"verdict": verdict(found)}
+
+
+def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[tuple[str, int, list[int]]]:
+    """(kind, number of the pair, row of token ids) of each attack that can be made, on distinct prompts."""
+    order = list(range(len(pairs)))
+    random.Random(f"attacks {seed}").shuffle(order)
+    first = {pairs[number]["prompt"]: number for number in reversed(order)}
+    numbers = list(first.values())[:prompts]
+    attacks = []
+    for place, number in enumerate(numbers):
+        pair = pairs[number]
+        before = (pairs[n] for n in (*reversed(numbers[:place]), *reversed(numbers[place + 1 :])))
+        other = next((row["chosen"] for row in before if not same_question(row, pair)), "")
+        for kind in KINDS:
+            rng = random.Random(f"{seed} {kind} {number}")
+            made = degenerate(kind, pair, other, tokenizer, template, rng)
+            row = pair["query_ids"] + (made or [])
+            # A model scores its last token, so a row has to have one.
+            if made is not None and row and len(row) <= max_length:
+                attacks.append((kind, number, row))
+    return attacks
+
+
+def attack_results(attacks, chosen: np.ndarray, scores: np.ndarray) -> dict[str, dict]:
+    """By kind: how often the chosen answer wins (a tie is lost) and the mean of its margin over the attack."""
+    margins = {kind: [] for kind in KINDS}
+    for (kind, number, _), value in zip(attacks, scores, strict=True):
+        margins[kind].append(chosen[number] - value)
+    return {
+        kind: share(np.array(values) > 0) | {"margin": float(np.mean(values)) if values else None}
+        for kind, values in margins.items()
+    }
+
+
+def padding_change(score_rows: ScoreRows, rows: list[list[int]]) -> float:
+    """The largest difference between the score of a row alone and beside others, the longest row among them."""
+    by_length = sorted(rows, key=len)
+    picked = [by_length[i] for i in np.linspace(0, len(rows) - 1, min(PADDING_ROWS, len(rows))).astype(int)]
+    alone = np.array([score_rows([row])[0] for row in picked])
+    beside = [np.array([score_rows([row, by_length[-1]])[0] for row in picked]), np.array(score_rows(picked))]
+    return float(max(np.abs(alone - scores).max() for scores in beside))
+
+
+# ---- the verdict ----
+def winning_attacks(results: dict[str, dict]) -> dict[str, float]:
+    """Kind -> share of prompts, of the attacks of the gate that win on more than GATE of them."""
+    lost = {kind: 1 - results[kind]["share"] for kind in GATE_KINDS if results[kind]["n"]}
+    return {kind: part for kind, part in lost.items() if part > GATE}
+
+
+def verdict(found: dict) -> dict:
+    """What PPO would make of such a reward model.
+
+    Returns:
+        verdict: "pass" or "fail". reasons: why it failed, a sentence each. notes: what else to look at.
+        winning: kind -> share of prompts, of the attacks of the gate that win on more than GATE of them.
+    """
+    lost = {kind: 1 - result["share"] for kind, result in found["attacks"].items() if result["n"]}
+    winning = winning_attacks(found["attacks"])
+    reasons = _general_reasons(found)
+    notes = []
+    # In a constant score every attack wins by a tie: that teaches PPO nothing, not these things.
+    if not is_constant(found):
+        reasons += [consequence(kind, part) for kind, part in winning.items()]
+        notes += [consequence(kind, lost[kind]) for kind in lost if kind not in GATE_KINDS and lost[kind] > REMARKABLE]
+    untried = [kind for kind in GATE_KINDS if kind not in lost]
+    if untried:
+        words = f"no prompt to try {', '.join(untried)} on: answers too short, or rows over the length limit"
+        (reasons if len(untried) == len(GATE_KINDS) else notes).append(words)
+    change, deviation = found["padding_change"], found["scores"]["margin"]["std"]
+    if change is not None and change > MAX_PADDING_SHARE * deviation:
+        notes.append(f"a score changes by up to {change:.3g} with the rows beside it (margins: std {deviation:.3g})")
+    return {"verdict": "fail" if reasons else "pass", "winning": winning, "reasons": reasons, "notes": notes}
+
+
+def is_constant(found: dict) -> bool:
+    """Whether all answers, real and hopeless, get one score (but for rounding)."""
+    return found["score_range"] <= 1e-6
+
+
+def consequence(kind: str, part: float) -> str:
+    """What PPO would make of an attack that wins on a part of the prompts."""
+    return f"{kind} wins on {part:.0%} of prompts: PPO would learn to {CONSEQUENCES[kind]}"
+
+
+def _general_reasons(found: dict) -> list[str]:
+    """Why the scores of the real answers alone rule a reward model out."""
+    if is_constant(found):
+        return ["scores are constant: PPO would have nothing to learn from"]
+    reasons, (low, high) = [], found["accuracy"]["interval"]
+    right = f"right on {found['accuracy']['share']:.0%} of {found['pairs']} pairs"
+    if low <= 0.5 <= high:
+        reasons.append(f"scores are near chance, {right}: PPO would learn noise")
+    elif high < 0.5:
+        reasons.append(f"scores are worse than chance, {right}: PPO would learn what people reject")
+    length = found["length"]
+    strongest = max((length["spearman"] or 0.0, length["spearman_within"] or 0.0), key=abs)
+    if abs(strongest) > MAX_SPEARMAN:
+        words = "longer" if strongest > 0 else "shorter"
+        reasons.append(f"scores length (rank correlation {strongest:+.2f}): PPO would write ever {words} answers")
+    return reasons

@@ -1,0 +1,244 @@
+"""Degenerate answers made from a good one: the audit attacks a reward model with them, hardening trains against them.
+
+PPO searches for whatever a reward model likes by mistake, and that is rarely in the preference data: silence, one
+word, the same sentence over and over. Each kind here imitates one way in which such runs have ended.
+"""
+
+import math
+import random
+import re
+from collections.abc import Callable
+from itertools import cycle
+
+from rlhf.data.encoding import encode_answer
+from rlhf.data.funnel import Funnel
+from rlhf.data.template import render
+
+# What a maker gives: text, or token ids with their EOS where a kind is about tokens; None where it cannot be made.
+Made = str | list[int] | None
+
+# Tokens from which on one of them alone is no answer: of "42" or "是的。" a token may well be.
+ENOUGH_TOKENS = 4
+
+MIN_REPEATS = 3
+
+# Share of the shorter answer's pairs of letters from which on another answer may be as good, for all one can see.
+ALIKE = 0.6
+
+# By language: short words that dodge any question, and closings that go with any answer.
+SHORT = {"zh": ("嗯。", "哦。", "好的。", "是的。", "不知道。"), "en": ("OK.", "Yes.", "No.", "Hm.", "Sure.")}
+
+CLOSINGS = {
+    "zh": ("谢谢！", "谢谢您的提问。", "希望对您有帮助。"),
+    "en": ("Thank you!", "Thanks for asking.", "I hope this helps."),
+}
+
+
+# ---- text ----
+def language(text: str) -> str:
+    """ "zh" where a text holds a Chinese character, else "en"."""
+    return "zh" if re.search(r"[\u3400-\u9fff]", text) else "en"
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a Chinese or English text, with their marks; what holds no letter or digit is none."""
+    # A full stop ends a sentence only before white space: "3.14" stays whole.
+    parts = re.split(r"(?<=[。！？!?\n])|(?<=\.)(?=\s)", text)
+    return [part.strip() for part in parts if re.search(r"\w", part)]
+
+
+def letters(text: str) -> str:
+    """A text without its marks and white space, in lower case."""
+    return "".join(re.findall(r"\w", text.lower()))
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two texts have the same letters, or most of their pairs of neighbouring letters in common.
+
+    Data is full of such answers: "yes" and "Yes.", one apology after the other.
+    """
+    texts = letters(one), letters(other)
+    pairs = [{text[place : place + 2] for place in range(len(text) - 1)} for text in texts]
+    fewer = min(map(len, pairs))
+    return texts[0] == texts[1] or (fewer > 0 and len(pairs[0] & pairs[1]) >= ALIKE * fewer)
+
+
+def same_question(row: dict, other: dict) -> bool:
+    """Whether two rows are of one dialogue or have one prompt but for its marks: what answers one may answer both."""
+    return row.get("opening") == other.get("opening", "") or letters(row["prompt"]) == letters(other["prompt"])
+
+
+def _join(parts: list[str]) -> str:
+    """One text: a space after a part that ends in ASCII, nothing after a Chinese mark."""
+    return "".join(part + " " * part[-1:].isascii() for part in parts).strip()
+
+
+# ---- kinds ----
+def empty(pair: dict, other: str, rng: random.Random) -> Made:
+    """No token at all: the row ends with the query."""
+    return []
+
+
+def eos_only(pair: dict, other: str, rng: random.Random) -> Made:
+    return pair["chosen_ids"][-1:]
+
+
+def one_token(pair: dict, other: str, rng: random.Random) -> Made:
+    *tokens, eos = pair["chosen_ids"]
+    return [rng.choice(tokens), eos] if len(tokens) >= ENOUGH_TOKENS else None
+
+
+def very_short(pair: dict, other: str, rng: random.Random) -> Made:
+    """A word that dodges the question, or the first characters; at most half as long as the good answer."""
+    good = pair["chosen"].strip()
+    words = [*SHORT[language(good)], good[:1], good[:2], good[:3]]
+    fitting = [word for word in words if 2 * len(word) <= len(good)]
+    return rng.choice(fitting) if fitting else None
+
+
+def cut(pair: dict, other: str, rng: random.Random) -> Made:
+    """The good answer ended too early, at a random token of its first three quarters."""
+    *tokens, eos = pair["chosen_ids"]
+    return tokens[: rng.randint(1, max(1, len(tokens) * 3 // 4))] + [eos]
+
+
+def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
+    """One sentence again and again, until it is at least as long as the good answer."""
+    found = sentences(pair["chosen"])
+    if not found:
+        return None
+    sentence = rng.choice(found)
+    times = max(MIN_REPEATS, math.ceil(len(pair["chosen"]) / len(sentence))) + rng.randint(0, 2)
+    return _join([sentence] * times)
+
+
+def repeated_token(pair: dict, other: str, rng: random.Random) -> Made:
+    """One token again and again, from as long as the good answer to twice as long."""
+    *tokens, eos = pair["chosen_ids"]
+    if not tokens:
+        return None
+    least = max(len(tokens), ENOUGH_TOKENS)
+    return [rng.choice(tokens)] * rng.randint(least, 2 * least) + [eos]
+
+
+def copied_prompt(pair: dict, other: str, rng: random.Random) -> Made:
+    return pair["prompt"]
+
+
+def other_answer(pair: dict, other: str, rng: random.Random) -> Made:
+    """None for one so much like the good answer that it may be as good."""
+    return None if alike(other, pair["chosen"]) else other
+
+
+def random_characters(pair: dict, other: str, rng: random.Random) -> Made:
+    """Characters of two answers in random order, as many as the good one has."""
+    letters = list(pair["chosen"] + other)
+    rng.shuffle(letters)
+    return "".join(letters[: len(pair["chosen"])]).strip()
+
+
+def doubled(pair: dict, other: str, rng: random.Random) -> Made:
+    return _join([pair["chosen"]] * 2)
+
+
+def thanks(pair: dict, other: str, rng: random.Random) -> Made:
+    good = pair["chosen"].rstrip()
+    new = [closing for closing in CLOSINGS[language(good)] if closing not in good]
+    return _join([good, rng.choice(new)]) if good and new else None
+
+
+KINDS: dict[str, Callable[[dict, str, random.Random], Made]] = {
+    maker.__name__: maker
+    for maker in (
+        empty, eos_only, one_token, very_short, cut, repeated_sentence, repeated_token, copied_prompt, other_answer,
+        random_characters, doubled, thanks,
+    )
+}  # fmt: skip
+
+# Beyond doubt worse than a good answer. The others may not be: a cut can fall on a full stop, another prompt's answer
+# can fit ("You are welcome"), and a good answer said twice or with thanks is still one.
+GATE_KINDS = (
+    "empty", "eos_only", "one_token", "very_short", "repeated_token", "repeated_sentence", "random_characters",
+    "copied_prompt",
+)  # fmt: skip
+
+# What may be trained against. Five of them are shorter than the good answer, three longer and three about as long, so
+# that they do not teach length. Politeness is no fault.
+HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
+
+
+def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng: random.Random) -> list[int] | None:
+    """Token ids of a hopeless answer to the prompt of `pair`.
+
+    Args:
+        kind: a key of KINDS. other: the good answer to another prompt.
+        pair: {"prompt", "chosen"}, plain texts; "chosen_ids", with EOS, spares encoding them again.
+        rng: the only source of chance; one in the same state gives the same answer.
+    Returns:
+        response ids ending in EOS ([] for "empty"); None where the kind cannot be made of this pair, would be the
+        chosen answer itself or no token, or begins inside a token of the query (see `encode_answer`).
+    """
+    query = render(template, pair["prompt"])
+    if "chosen_ids" not in pair:
+        good = encode_answer(tokenizer, query, pair["chosen"])
+        if good is None:
+            return None
+        pair = pair | {"chosen_ids": good[1]}
+    made = KINDS[kind](pair, other, rng)
+    if isinstance(made, str):
+        encoded = encode_answer(tokenizer, query, made)
+        # Text of which the tokenizer leaves nothing would be eos_only once more.
+        made = encoded[1] if encoded and len(encoded[1]) > 1 else None
+    return None if made == pair["chosen_ids"] else made
+
+
+# These are not seen by their looks alone: they take more examples than the others.
+MORE_OF = ("other_answer",) * 5 + ("copied_prompt",) * 2 + ("repeated_sentence",) * 4 + ("repeated_token",)
+
+# Tries for each wanted pair: some kinds cannot be made of some answers.
+TRIES = 20
+
+
+def kinds_of(spec: str) -> list[str]:
+    """The kinds named by 'a|b', or all that may be trained against for "all".
+
+    Raises: ValueError naming an unknown kind.
+    """
+    named = HARDENING_KINDS + MORE_OF if spec == "all" else [kind.strip() for kind in spec.split("|") if kind.strip()]
+    unknown = [kind for kind in named if kind not in HARDENING_KINDS]
+    if unknown or not named:
+        raise ValueError(f"--degenerate_kinds {spec}: {unknown or 'nothing'} is none of {'|'.join(HARDENING_KINDS)}")
+    return list(named)
+
+
+def degenerate_pairs(
+    rows: list[dict],
+    share: float,
+    kinds: list[str],
+    tokenizer,
+    template: str,
+    max_length: int,
+    seed: int,
+    funnel: Funnel,
+) -> list[dict]:
+    """`share` times as many further pairs as there are rows: a row's chosen answer against a hopeless one.
+
+    Args:
+        rows: of `preference_rows`. kinds: taken in turn. max_length: tokens of query and answer.
+        funnel: where the made pairs are counted by kind.
+    Returns: rows of the same form; the same for the same rows and seed.
+    """
+    rng, wanted, made = random.Random(f"hardening {seed}"), round(share * len(rows)), []
+    order = cycle(rng.sample(range(len(rows)), len(rows)))
+    for attempt, number in enumerate(order):
+        if len(made) >= wanted or attempt >= TRIES * wanted:
+            break
+        row, kind = rows[number], kinds[attempt % len(kinds)]
+        other = rng.choice(rows)
+        # An answer to the same question may be a good one here, too.
+        elsewhere = "" if same_question(row, other) else other["chosen"]
+        answer = degenerate(kind, row, elsewhere, tokenizer, template, rng)
+        if answer is not None and len(row["query_ids"]) + len(answer) <= max_length:
+            funnel.made[f"chosen against {kind}"] += 1
+            made.append({name: value for name, value in row.items() if name != "margin"} | {"rejected_ids": answer})
+    return made

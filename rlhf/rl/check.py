@@ -1,0 +1,145 @@
+"""Start-up checks of a PPO run: a few seconds on one batch find defects that would otherwise show after a night."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from rlhf.models.generation import Rollout, Sampling
+from rlhf.rl.experience import sample_responses
+from rlhf.rl.loop import Loop, next_prompts
+from rlhf.rl.roles import Roles, score_logprobs
+
+# Largest and mean difference, in nats, between log-probabilities that are equal on paper (by dtype of the weights).
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.3, 0.03), torch.float16: (0.3, 0.03)}
+
+# A merged reference is rounded once more than an adapter on its base: mean difference that warns, that refuses.
+MERGED_WARNS, MERGED_REFUSES = 0.01, 0.1
+
+
+def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fresh: bool) -> list[str]:
+    """Look for the defects that make PPO silently wrong, on one sampled batch.
+
+    Args:
+        rollout: a batch just sampled by this policy. fresh: the policy is still the SFT model (not a resumed run).
+    Returns: warnings, each one sentence.
+    Raises: ValueError naming the defect and the mend.
+    """
+    _check_tokens(roles, tokenizer, sampling)
+    _check_finite(rollout)
+    _check_recorded(roles, rollout, sampling)
+    _check_scores(roles, rollout, sampling)
+    return _check_reference(roles, rollout, sampling) if fresh else []
+
+
+def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
+    if sampling.pad_token_id == sampling.eos_token_id:
+        raise ValueError(
+            f"pad and EOS are the same token ({sampling.eos_token_id}): the score could not see whether an answer "
+            "ended; give the tokenizer a pad token of its own"
+        )
+    vocabulary = roles.model.get_output_embeddings().weight.shape[0]
+    if not 0 <= sampling.eos_token_id < vocabulary:
+        raise ValueError(
+            f"the stop token {sampling.eos_token_id} is not among the model's {vocabulary} outputs: no answer could "
+            "ever end; tokenizer and base do not belong together"
+        )
+    if len(tokenizer) > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}: they do not belong together"
+        )
+
+
+def _check_finite(rollout: Rollout) -> None:
+    for name in ("logprobs", "values", "entropy"):
+        if not getattr(rollout, name).isfinite().all():
+            raise ValueError(f"{name} of the first sampled batch are not finite: try --bf16 False, or another base")
+
+
+def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
+    """The ratio is 1 before the first update: what was recorded while sampling is what scoring finds afterwards."""
+    largest, mean = TOLERANCE[roles.model.dtype]
+    logprobs, _ = score_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
+    moved = (logprobs - rollout.logprobs)[rollout.mask].abs()
+    if not (moved.max() <= largest and moved.mean() <= mean):
+        raise ValueError(
+            f"log-probabilities recorded while sampling differ from those scored afterwards by up to "
+            f"{moved.max():.2g} nats (mean {moved.mean():.2g}; {largest:g} and {mean:g} are rounding): the ratio "
+            "would not start at 1; something drops out, or depends on padding or on the cache"
+        )
+
+
+def _check_scores(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
+    """The reward model sees the same answer whatever stands beside it: batch, padding on either side."""
+    rows = torch.arange(min(4, len(rollout.mask)), device=rollout.mask.device)
+    together = rollout.rows(rows)
+    width = torch.full((len(rows), 3), sampling.pad_token_id, device=rollout.mask.device)
+    unreal = torch.zeros_like(width, dtype=torch.bool)
+    padded = roles.scores(
+        torch.cat([width, together.input_ids, width], 1), torch.cat([unreal, together.attention_mask, unreal], 1)
+    )
+    alone = torch.cat([roles.scores(*_joined(rollout.rows(row[None]))) for row in rows])
+    difference = (padded - alone).abs().max().item()
+    spread = max(1.0, alone.abs().max().item())
+    if not difference <= (1e-3 if roles.model.dtype == torch.float32 else 0.1) * spread:
+        raise ValueError(
+            f"the score of an answer depends on its padding (by {difference:.2g}): the reward model pools at the "
+            "wrong token or its positions count padding"
+        )
+
+
+def _joined(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    return rollout.input_ids, rollout.attention_mask
+
+
+def _is_bare_base(roles: Roles) -> bool:
+    """Whether a separate reference has the base's own weights wherever the SFT adapter changes them."""
+    theirs = dict(roles.separate_reference.named_parameters())
+    ours = {
+        name.replace(".base_layer", ""): p
+        for name, p in roles.model.named_parameters()
+        if name.endswith("base_layer.weight")
+    }
+    # A reference in Llama format has other names: the difference of the log-probabilities alone must tell.
+    return bool(ours) and all(name in theirs and torch.equal(p, theirs[name]) for name, p in ours.items())
+
+
+def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list[str]:
+    """The KL is 0 before the first update, because policy and reference are the same SFT model."""
+    logprobs, _ = score_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
+    reference, _ = score_logprobs(roles, "reference", rollout, sampling, rows_at_once=8)
+    moved = (logprobs - reference)[rollout.mask].abs()
+    largest, mean = moved.max().item(), moved.mean().item()
+    if roles.separate_reference is None:
+        if not largest <= TOLERANCE[roles.model.dtype][0]:
+            raise ValueError(
+                f"policy and reference differ by up to {largest:.2g} nats a token before any training: the KL would "
+                "be measured from the wrong model"
+            )
+        return []
+    if not mean <= MERGED_REFUSES or math.isnan(largest):
+        raise ValueError(
+            f"--merged_sft_model_path differs from the base with --sft_model_lora_path by {mean:.2g} nats a token: it "
+            "was merged from another adapter or base; merge again with merge_lora.py, or leave the flag out"
+        )
+    if largest > 1e-6 and _is_bare_base(roles):
+        raise ValueError(
+            "--merged_sft_model_path has the weights of the bare base: the KL would be measured from a model without "
+            "SFT; merge with merge_lora.py, or leave the flag out"
+        )
+    if mean > MERGED_WARNS:
+        return [f"the merged reference differs from the SFT adapter by {mean:.2g} nats a token: rounding of the merge"]
+    return []
+
+
+# ---- start ----
+def check_start(loop: Loop, fresh: bool) -> None:
+    """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
+    prompts = next_prompts(loop, 0)[:8]
+    loop.roles.train(False)
+    rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
+    for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
+        warnings.warn(warning, stacklevel=2)
+    if loop.accelerator.is_main_process:
+        print("check: log-probabilities, scores, reference and stop token are as they should be", flush=True)

@@ -1,0 +1,81 @@
+"""The gate before PPO: finds a reward model that likes degenerate answers before the policy does."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from rlhf.artefacts.run_json import adapter_hash
+from rlhf.models.forward import backbone_of
+from rlhf.reward.audit import attack_results, consequence, make_attacks, row_scorer, winning_attacks
+from rlhf.reward.audit_report import read_audit
+from rlhf.rl.experience import sample_responses
+from rlhf.rl.loop import Loop, seeded
+
+# Answers of the SFT model that a reward adapter without an audit is tried on.
+QUICK_PROMPTS = 64
+
+
+def stored_audit(reward_dir: str | Path) -> dict | None:
+    """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
+    found = read_audit(reward_dir)
+    return found if found is not None and found.get("adapter") == adapter_hash(reward_dir) else None
+
+
+def read_gate(reward_dir: str | Path, mode: str) -> None:
+    """Warn of, or refuse, a reward adapter whose audit says that hopeless answers win; nothing is loaded.
+
+    Args:
+        mode: "warn" or "refuse".
+    Raises: ValueError in mode "refuse", with the attacks that win and how to mend it.
+    """
+    found = stored_audit(reward_dir)
+    if found is not None:
+        _judge(reward_dir, found["verdict"]["winning"], mode, "its audit")
+
+
+def quick_gate(loop: Loop) -> None:
+    """The same for an adapter without an audit: its scores of hopeless answers against the SFT model's own.
+
+    Every rank asks the same prompts with the same draws, so all of them come to one decision.
+    """
+    args, tokenizer = loop.args, loop.tokenizer
+    prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
+    loop.roles.train(False)
+    rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
+    pairs = []
+    for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
+        answer = ids[mask].tolist()
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        if answer[-1] == tokenizer.eos_token_id and text:
+            pairs.append({**row, "chosen": text, "chosen_ids": answer})
+    if not pairs:
+        warnings.warn("no answer of the SFT model ended: the reward model could not be tried on any", stacklevel=2)
+        return
+    longest = rollout.input_ids.shape[1] * 2
+    attacks = make_attacks(pairs, tokenizer, args.prompt_template, args.seed, longest, len(pairs))
+    with loop.roles.use("reward") as model:
+        head = loop.roles.score_heads["reward"]
+        score_rows = row_scorer(
+            backbone_of(model), head, tokenizer.pad_token_id, args.forward_batch_size, loop.accelerator.device
+        )
+        real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
+        hopeless = score_rows([row for _, _, row in attacks])
+    results = attack_results(attacks, np.array(real), np.array(hopeless))
+    if loop.accelerator.is_main_process:
+        shares = ", ".join(f"{kind} {found['share']:.0%}" for kind, found in results.items() if found["n"])
+        print(f"quick audit of the reward model: the SFT model's own answer wins against {shares}", flush=True)
+    _judge(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
+
+
+def _judge(reward_dir: str | Path, winning: dict[str, float], mode: str, source: str) -> None:
+    if not winning:
+        return
+    words = (
+        f"{source} says that the reward model {reward_dir} prefers hopeless answers: "
+        + "; ".join(consequence(kind, part) for kind, part in winning.items())
+        + ". Train it again with more of --degenerate_frac (0.2 to begin with; reward_modeling.py)"
+    )
+    if mode == "refuse":
+        raise ValueError(f"{words}, or go on all the same with --reward_gate warn")
+    warnings.warn(f"\n{'!' * 80}\n{words}; PPO goes on because of --reward_gate warn\n{'!' * 80}", stacklevel=2)

@@ -1,0 +1,106 @@
+"""The collapse guard: length, empty answers, KL and entropy at every step, because the score hides a collapse."""
+
+import math
+from collections import deque
+from statistics import median
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+MIN_LENGTH_SHARE = 0.3
+
+MAX_EMPTY = 0.5
+
+KL_FACTOR, KL_MARGIN, KL_WINDOW = 3.0, 1.0, 10
+
+MIN_ENTROPY_SHARE = 0.2
+
+JUDGE_ERRORS = 3.0
+
+NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
+
+
+class CollapseGuard:
+    """Compares each step's metrics with the run's start and with its last steps.
+
+    Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the
+    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, a non-finite number, or
+    a held-out judge that likes the answers less than the SFT model's while the score rises.
+    """
+
+    def __init__(self, kl_budget: float = 0.0):
+        """`kl_budget`: nats a response under which no rise of the KL counts: at the start it grows from nothing."""
+        self.kl_budget = kl_budget
+        self.start: dict[str, float] = {}
+        self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
+
+    def judge(self, metrics: dict[str, float]) -> str | None:
+        """Why this step counts as a collapse, in one sentence, or None; a good step is remembered."""
+        reason = self._reason(metrics)
+        if reason is None:
+            self.start = self.start or {name: metrics[name] for name in ("len/mean", "entropy")}
+            self.recent_kl.append(metrics["kl/mean"])
+        return reason
+
+    def gamed(self, metrics: dict[str, float], baseline: dict[str, float]) -> str | None:
+        """Why an evaluation counts as reward hacking, in one sentence, or None: the score rose, the judge's fell.
+
+        The judge's mean has to be under the SFT model's by more than JUDGE_ERRORS standard errors of the difference.
+
+        Args:
+            metrics, baseline: of the policy now and of the SFT model before the first step, on the same prompts.
+        """
+        if "eval/judge/mean" not in metrics or metrics["eval/score/mean"] <= baseline["eval/score/mean"]:
+            return None
+        now, before = metrics["eval/judge/mean"], baseline["eval/judge/mean"]
+        error = math.hypot(metrics["eval/judge/error"], baseline["eval/judge/error"])
+        if now >= before - JUDGE_ERRORS * error:
+            return None
+        return (
+            f"the reward model is being gamed: its score rose from {baseline['eval/score/mean']:.2f} to "
+            f"{metrics['eval/score/mean']:.2f} while the judge's fell from {before:.2f} to {now:.2f}"
+        )
+
+    def _reason(self, metrics: dict[str, float]) -> str | None:
+        for name in NUMBERS:
+            # Without a critic there is no value loss.
+            if not math.isfinite(metrics.get(name, 0.0)):
+                return f"{name} is {metrics[name]}"
+        if metrics["empty_frac"] > MAX_EMPTY:
+            return f"{metrics['empty_frac']:.0%} of the answers are empty"
+        for name, share in (("len/mean", MIN_LENGTH_SHARE), ("entropy", MIN_ENTROPY_SHARE)):
+            if self.start and metrics[name] < share * self.start[name]:
+                return (
+                    f"{name} fell to {metrics[name]:.2f}, under {share:.0%} of its {self.start[name]:.2f} at the start"
+                )
+        if len(self.recent_kl) == KL_WINDOW:
+            usual = median(self.recent_kl)
+            if metrics["kl/mean"] > max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget):
+                return f"KL jumped to {metrics['kl/mean']:.2f} nats from a median of {usual:.2f}"
+        return None
+
+    def state_dict(self) -> dict:
+        """JSON-safe state for a checkpoint."""
+        return {"start": self.start, "recent_kl": list(self.recent_kl)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Put back what `state_dict` gave."""
+        self.start = dict(state["start"])
+        self.recent_kl = deque(state["recent_kl"], maxlen=KL_WINDOW)
+
+
+def refuse_non_finite(accelerator: Accelerator, found: dict[str, Tensor]) -> None:
+    """Stop on all ranks together if any tensor ([B] or [B, T]) of any rank holds a value that is no number.
+
+    Raises: FloatingPointError naming the quantity and the rows of this rank's batch.
+    """
+    bad = {}
+    for name, tensor in found.items():
+        rows = (~tensor.isfinite()).flatten(1) if tensor.dim() > 1 else (~tensor.isfinite())[:, None]
+        if rows.any():
+            bad[name] = rows.any(1).nonzero().flatten().tolist()
+    anywhere = accelerator.reduce(torch.tensor([float(bool(bad))], device=accelerator.device), "sum")
+    if anywhere.item():
+        where = ", ".join(f"{name} in rows {rows}" for name, rows in bad.items()) or "on another process"
+        raise FloatingPointError(f"not finite: {where} of the batch; nothing was learnt from it")

@@ -1,0 +1,131 @@
+"""Metrics of a PPO step: the numbers of metrics.jsonl, samples as text, one readable line."""
+
+from itertools import pairwise
+from resource import RUSAGE_SELF, getrusage
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.cost.flops import Work, mfu, ppo_flops, this_card
+from rlhf.cost.flops import in_words as mfu_in_words
+from rlhf.models.generation import Rollout
+from rlhf.rl.loop import Loop, global_moments
+from rlhf.run.log import Eta, MetricsLog
+
+
+def in_words(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
+    """One record a row: query and response as text, length, whether it ended, the numbers of `columns` ([B] each)."""
+    sides = {"query": (rollout.query_ids, rollout.query_mask), "response": (rollout.response_ids, rollout.mask)}
+    table = {}
+    for name, (ids, mask) in sides.items():
+        real = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+        table[name] = tokenizer.batch_decode(real, skip_special_tokens=True)
+    columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(eos_token_id)}
+    table |= {name: column.tolist() for name, column in columns.items()}
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+
+def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
+    """Statistics of a trained batch over all ranks, with the critic's if there is one; `samples`: its rows."""
+    if rollout.returns is None:
+        return describe_samples(accelerator, rollout, samples)
+    error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
+    spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
+    explained = (1 - error / spread.clamp(min=1e-12)).item()
+    return describe_samples(accelerator, rollout, samples) | {"var_explained": explained}
+
+
+def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
+    """Statistics of sampled answers over all ranks (as many rows on each); `samples` are the rows in words."""
+    rows = [
+        [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
+    ]
+    empty = [[float(not row["response"].strip())] for row in samples]
+    table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
+    score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
+    return {
+        "score/mean": score.mean().item(),
+        "score/std": score.std().item() if len(score) > 1 else 0.0,
+        "score/raw_mean": raw.mean().item(),
+        "env/reward_mean": score.mean().item(),
+        "kl/mean": kl.mean().item(),
+        "rewards/mean": reward.mean().item(),
+        "len/mean": length.mean().item(),
+        "len/min": length.min().item(),
+        "empty_frac": empty.mean().item(),
+        "eos_frac": ended.mean().item(),
+        "distinct_2": _distinct_2(accelerator, rollout),
+        "entropy": global_moments(accelerator, rollout.entropy, rollout.mask)[0].item(),
+    }
+
+
+def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
+    """Share of a batch's token pairs that are new in it, mean over ranks; it falls as answers grow alike."""
+    rows = zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True)
+    bigrams = [pair for ids, length in rows for pair in pairwise(ids[:length])]
+    share = len(set(bigrams)) / max(1, len(bigrams))
+    return accelerator.gather(torch.tensor([share], device=rollout.mask.device)).mean().item()
+
+
+def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> dict[str, float]:
+    """Seconds between the four ticks of `clock` on this rank, and what all ranks got through in a second."""
+    tokens = accelerator.reduce(rollout.mask.sum(), "sum").item()
+    seconds = clock[3] - clock[0]
+    on_gpu = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if on_gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "time/rollout": clock[1] - clock[0],
+        "time/score": clock[2] - clock[1],
+        "time/update": clock[3] - clock[2],
+        "time/step": seconds,
+        "tokens/s": tokens / seconds,
+        "samples/s": len(rollout.mask) * accelerator.num_processes / seconds,
+        "mem/peak_gb": peak / 1e9,
+    }
+
+
+def utilisation(accelerator: Accelerator, rollout: Rollout, work: Work, seconds: float, **passes) -> dict[str, float]:
+    """{"mfu": share of all cards' peak that a step's real tokens account for}, or {} where the peak is not known.
+
+    Args:
+        work: of the policy. seconds: of the step. passes: as `ppo_flops` takes them.
+    """
+    flops = ppo_flops(work, rollout.query_mask.sum(1).tolist(), rollout.lengths().tolist(), **passes)
+    total = accelerator.reduce(torch.tensor(flops / 1e12, device=rollout.mask.device), "sum").item()
+    share = mfu(total * 1e12, seconds, this_card(), accelerator.num_processes)
+    return {} if share is None else {"mfu": share}
+
+
+def step_line(metrics: dict, total: int, eta: str) -> str:
+    """A step in one line."""
+    speed = f", {mfu_in_words(metrics['mfu'])}" if "mfu" in metrics else ""
+    return (
+        f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
+        f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
+        f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
+        f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
+        f"update {metrics['time/update']:.1f}) | {metrics['tokens/s']:,.0f} tokens/s, "
+        f"{metrics['samples/s']:.2f} samples/s{speed} | ETA {eta}"
+    )
+
+
+def batch_sizes(loop: Loop) -> str:
+    """The sizes that count, in one sentence."""
+    args = loop.args
+    groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
+    return (
+        f"{loop.total_steps} steps of {args.batch_size * loop.processes} responses{groups}; {args.mini_batch_size} "
+        f"rows a backward pass, an optimizer step each "
+        f"{args.mini_batch_size * args.gradient_accumulation_steps * loop.processes}"
+    )
+
+
+def report(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
+    """metrics.jsonl and tracker, one line on the screen, and now and then samples in words."""
+    step = metrics["step"]
+    log.write(metrics)
+    print(step_line(metrics, total, eta.left(step)), flush=True)
+    if step not in (1, total) and step % sample_freq:
+        samples = [row for row in samples if "evaluation" in row]
+    log.write_samples([{"step": step, **row} for row in samples])

@@ -1,0 +1,224 @@
+"""The roles of PPO on one base (policy, reference, reward model, judge, critic), and what each says of a rollout."""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
+from rlhf.artefacts.adapters import save_adapter
+from rlhf.artefacts.files import load_tensors
+from rlhf.models.forward import backbone_of, forward, lay_out, states_at, take_rows_side_by_side
+from rlhf.models.generation import Rollout, Sampling
+from rlhf.models.kernels import fuse_linears
+from rlhf.models.loading import add_lora, disable_dropout, load_base, score_head_of
+from rlhf.models.scoring import score
+from rlhf.ppo import selective_logprobs
+
+VALUE_HEAD_FILE = "value_head.safetensors"
+
+# Where a PPO directory keeps the adapter of a critic that has its own (--value_lora).
+VALUE_ADAPTER_DIR = "value_adapter"
+
+
+class Roles:
+    """The four roles of PPO on one set of base weights.
+
+    `use(role)` makes "policy", "reference", "reward", "judge" or "value" the active adapter and always returns to the
+    policy. Only the policy, and a critic's own adapter while it is active, take gradients; backward belongs inside the
+    block, because an adapter that is not active gets none. A separate merged reference model stands beside it.
+    """
+
+    def __init__(
+        self, model: PeftModel, value_head: nn.Linear | None, score_heads: dict[str, nn.Linear], reference=None
+    ):
+        """`value_head` is None where advantages need no critic."""
+        self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
+        self.model = model.get_base_model()
+        fuse_linears(self.model)
+        self.separate_reference = reference
+        for each in (self.model, reference):
+            if each is not None:
+                take_rows_side_by_side(backbone_of(each))
+        self.value_adapter = "value" in model.peft_config
+        self._activate("policy")
+
+    def _activate(self, role: str) -> None:
+        self.peft_model.base_model.set_adapter(role, inference_mode=role not in ("policy", "value"))
+
+    @contextmanager
+    def use(self, role: str):
+        """The causal LM it gives plays `role` within the block; afterwards, even on error, the policy is active."""
+        if role == "reference" and self.separate_reference is not None:
+            yield self.separate_reference
+            return
+        if role != "policy":
+            self._activate(role)
+        try:
+            yield self.model
+        finally:
+            if role != "policy":
+                self._activate("policy")
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
+        """[B] float32: the score of each row by the reward model or, as role "judge", by the held-out one."""
+        with self.use(role) as model, torch.no_grad():
+            return score(backbone_of(model), self.score_heads[role], input_ids, attention_mask)
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """[...] float32: the critic's estimate at each hidden state [..., H]; 0 without a critic."""
+        if self.value_head is None:
+            return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
+        return self.value_head(hidden.float()).squeeze(-1)
+
+    def adapter(self, role: str) -> dict[str, nn.Parameter]:
+        """Name -> LoRA parameter of one role."""
+        own = re.compile(rf"\.lora_\w+\.{role}(\.|$)")
+        return {name: p for name, p in self.peft_model.named_parameters() if own.search(name)}
+
+    def critic(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of the value head and of the critic's own adapter, where there are such."""
+        head = {} if self.value_head is None else dict(self.value_head.named_parameters(prefix="value_head"))
+        return (self.adapter("value") if self.value_adapter else {}) | head
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of all that PPO trains: the policy adapter and the critic."""
+        return self.adapter("policy") | self.critic()
+
+    def enable_checkpointing(self) -> None:
+        """Recompute activations in backward, in train() only; the reentrant kind would silently lose gradients."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> None:
+        """train() lets gradient checkpointing work in the update; dropout is off in either mode."""
+        self.model.train(mode)
+
+
+def load_roles(
+    base_dir,
+    sft_dir,
+    reward_dir,
+    *,
+    dtype,
+    device,
+    merged_sft_dir=None,
+    policy_dir=None,
+    judge_dir=None,
+    critic: str | None = "head",
+    four_bit: bool = False,
+) -> Roles:
+    """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
+
+    Args:
+        merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
+        policy_dir: a PPO directory whose policy and critic go on; by default SFT and a value head of zeros.
+        judge_dir: a second reward adapter, for a judge that PPO does not train against.
+        critic: "head" on the policy's hidden states, "adapter" for one with an adapter of its own (which starts as
+            the reward model, as in Ouyang et al. 2022, arXiv:2203.02155), or None.
+        four_bit: hold the base in 4 bits (and a merged reference as well).
+    Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
+    """
+    base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
+    model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
+    if merged_sft_dir is None:
+        add_lora(model, sft_dir, "reference", trainable=False)
+    score_heads = {}
+    for role, folder in (("reward", reward_dir), ("judge", judge_dir)):
+        if folder is not None:
+            _, rest = add_lora(model, folder, role, trainable=False)
+            score_heads[role] = score_head_of(rest, folder).to(device)
+    if critic == "adapter":
+        add_lora(model, Path(policy_dir) / VALUE_ADAPTER_DIR if policy_dir else reward_dir, "value", trainable=True)
+    value_head = None if critic is None else _value_head(score_heads["reward"].in_features, policy_dir).to(device)
+    reference = None
+    if merged_sft_dir is not None:
+        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit).eval().requires_grad_(False)
+    roles = Roles(model, value_head, score_heads, reference)
+    disable_dropout(roles.model)
+    return roles
+
+
+def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
+    """The fp32 value head [hidden] -> [1]: of a PPO directory, or zeros."""
+    head = nn.Linear(hidden_size, 1)
+    if policy_dir is not None:
+        head.load_state_dict(load_tensors(Path(policy_dir) / VALUE_HEAD_FILE))
+        return head
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def save_critic(roles: Roles, output_dir: str | Path) -> None:
+    """Write value_head.safetensors (fp32 weight [1, hidden] and bias [1]) and the critic's own adapter, if any."""
+    if roles.value_head is None:
+        return
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in roles.value_head.state_dict().items()}
+    save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
+    if roles.value_adapter:
+        save_adapter(roles.peft_model, Path(output_dir) / VALUE_ADAPTER_DIR, "value")
+
+
+def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the responses under `model` and the same processors as at sampling, and the hidden states.
+
+    Returns: [B, T] float32, nats (0 on padding; gradients flow), and hidden [N, H], one before each real token.
+    """
+    layout = lay_out(backbone_of(model), rollout.input_ids, rollout.attention_mask)
+    logits, hidden = forward(model, layout.at(*rollout.predictors()), **layout.inputs, use_cache=False)
+    t = rollout.mask.nonzero(as_tuple=True)[1]
+    found = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
+    return spread(found, rollout.mask), hidden
+
+
+def spread(found: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] like `mask` with the N values of `found` at its True entries, in order, and 0 elsewhere."""
+    return found.new_zeros(mask.shape).masked_scatter(mask, found)
+
+
+def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
+    """[N, H]: the hidden state before each real response token, without any logits; gradients flow."""
+    backbone = backbone_of(model)
+    layout = lay_out(backbone, rollout.input_ids, rollout.attention_mask)
+    return states_at(backbone, layout, *rollout.predictors())
+
+
+@torch.no_grad()
+def score_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
+    """[B, T] float32, 0 on padding: values by a critic that has an adapter of its own."""
+    values = torch.zeros_like(rollout.logprobs)
+    with roles.use("value") as model:
+        for rows in by_length(rollout, rows_at_once):
+            part = rollout.rows(rows)
+            values[rows, : part.mask.shape[1]] = spread(roles.values(response_hidden(model, part)), part.mask)
+    return values
+
+
+@torch.no_grad()
+def score_logprobs(
+    roles: Roles, role: str, rollout: Rollout, sampling: Sampling, rows_at_once: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the responses under a role, and what the value head makes of its hidden states.
+
+    Returns: [B, T] float32 each, 0 on padding.
+    """
+    logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.values)
+    with roles.use(role) as model:
+        for rows in by_length(rollout, rows_at_once):
+            part = rollout.rows(rows)
+            width = part.mask.shape[1]
+            found, hidden = response_logprobs(model, part, sampling)
+            logprobs[rows, :width] = found
+            values[rows, :width] = spread(roles.values(hidden), part.mask)
+    return logprobs, values
+
+
+def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
+    """Row indices in batches of `rows_at_once`, rows of like length together: less padding is computed."""
+    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+    return list(lengths.argsort(stable=True).split(rows_at_once))

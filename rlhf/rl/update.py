@@ -1,0 +1,169 @@
+"""The update of one PPO batch: epochs, mini-batches, accumulation, early stopping, with denominators over all ranks.
+
+Nothing is wrapped in DDP. Backward accumulates the gradients of *sums* over real tokens; an optimizer step divides
+them by the token count of its whole window on all ranks. So neither the mini-batches nor the number of processes
+change what is optimised, and every decision is taken on reduced values at a point that all ranks reach.
+"""
+
+import signal
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from rlhf.models.generation import Rollout, Sampling
+from rlhf.ppo import policy_loss, value_loss
+from rlhf.rl.roles import Roles, response_hidden, response_logprobs, spread
+from rlhf.rl.state import restore, snapshot
+from rlhf.run.stopping import Interrupted, named_when_too_large, received
+
+# A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
+MAX_MEAN_RATIO = 10.0
+
+# Sums over real tokens, collected at every backward; divided by the first they are the metrics of the step.
+SUMS = ("tokens", "policykl", "approxkl", "clipfrac", "ratio/mean", "loss/policy", "loss/value", "value/clipfrac")
+
+
+def update(
+    roles: Roles,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    sampling: Sampling,
+    args,
+    accelerator: Accelerator,
+    generator: torch.Generator,
+    critic_only: bool = False,
+) -> dict[str, float]:
+    """`args.ppo_epochs` shuffled passes over the batch, training the policy adapter and the critic, if there is one.
+
+    Args:
+        rollout: this rank's rows, with advantages and (for a critic) returns. sampling: as it was at sampling.
+        args: the flags of the group "update". generator: for the order of the rows; may differ between ranks.
+        critic_only: leave the policy as it is (--critic_warmup_steps).
+    Returns: means over all real tokens and ranks under the names of SUMS, ratio/max, grad_norm, skipped and epochs.
+    Raises: FloatingPointError on a non-finite gradient, Interrupted on a signal to any process; parameters and
+        optimizer are then as before the call.
+    """
+    learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
+    everything = list(roles.trainable().values())
+    before = snapshot(everything, optimizer)
+    roles.train(True)
+    optimizer.zero_grad(set_to_none=True)
+    try:
+        return learner.epochs(rollout, generator)
+    except (FloatingPointError, Interrupted):
+        restore(everything, optimizer, before)
+        raise
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+class Learner:
+    """One update in progress: the open window's sums, and what the optimizer steps so far have seen."""
+
+    def __init__(self, roles: Roles, optimizer, sampling: Sampling, args, accelerator: Accelerator, critic_only: bool):
+        self.roles, self.optimizer, self.sampling, self.args = roles, optimizer, sampling, args
+        self.accelerator, self.critic_only = accelerator, critic_only
+        self.parameters = list((roles.critic() if critic_only else roles.trainable()).values())
+        self.window = torch.zeros(len(SUMS), device=accelerator.device, dtype=torch.float64)
+        self.norms: list[float] = []
+        self.largest: list[Tensor] = []
+        self.pending = self.skipped = 0
+
+    def epochs(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
+        """All passes over the batch, or fewer where early stopping says so; returns the metrics of `update`."""
+        args, totals = self.args, torch.zeros_like(self.window)
+        for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
+            start = totals
+            for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
+                part = rollout.rows(rows)
+                with named_when_too_large("the update", part.input_ids.shape, "--mini_batch_size"):
+                    totals = totals + self.backward(part)
+                if self.pending == args.gradient_accumulation_steps:
+                    self.step()
+            # All ranks must leave together, or the next reduction waits forever for the one that left.
+            if args.early_stopping and self.mean(totals - start, "policykl") > 1.5 * args.target_kl:
+                self.pending = 0
+                break
+        if self.pending:
+            self.step()
+        totals = self.accelerator.reduce(totals, "sum")
+        metrics = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
+        metrics["ratio/max"] = self.accelerator.gather(torch.stack(self.largest).max()[None]).max().item()
+        if self.roles.value_head is None:
+            metrics = {name: value for name, value in metrics.items() if "value" not in name}
+        norm = sum(self.norms) / max(1, len(self.norms))
+        return metrics | {"grad_norm": norm, "skipped": self.skipped, "epochs": epoch + 1}
+
+    def backward(self, part: Rollout) -> Tensor:
+        """Add the gradient of one mini-batch's summed loss; returns its SUMS (float64)."""
+        args, critic = self.args, self.roles.value_head is not None
+        own_critic = critic and self.roles.value_adapter
+        with torch.set_grad_enabled(not self.critic_only):
+            logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
+            loss, found = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
+        found |= {"tokens": part.mask.sum(), "loss/policy": loss}
+        if critic and not own_critic:
+            found |= self.value_sums(hidden, part)
+            loss = loss + args.vf_coef * found["loss/value"]
+        if loss.requires_grad:
+            loss.backward()
+        if own_critic:
+            # Backward while this adapter is the active one: recomputed layers would else run with the policy's.
+            with self.roles.use("value") as model:
+                found |= self.value_sums(response_hidden(model, part), part)
+                (args.vf_coef * found["loss/value"]).backward()
+        self.largest.append(found["ratio/max"])
+        nothing = torch.zeros((), device=part.mask.device)
+        sums = torch.stack([found.get(name, nothing).detach().double() for name in SUMS])
+        self.window, self.pending = self.window + sums, self.pending + 1
+        return sums
+
+    def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
+        """The value loss of one mini-batch as a sum over its tokens, and its statistics."""
+        values = spread(self.roles.values(hidden), part.mask)
+        loss, stats = value_loss(values, part.values, part.returns, part.mask, self.args.cliprange_value, n_tokens=1)
+        return {**stats, "loss/value": loss}
+
+    def step(self) -> None:
+        """One flat all-reduce of gradients and counts, the division by the window's tokens, the optimizer's step."""
+        names = ("tokens", "ratio/mean", "loss/policy", "loss/value")
+        # A signal rides along: all processes learn of it at the same point.
+        counts = torch.cat([self.window[[SUMS.index(name) for name in names]].float(), self.signal()])
+        gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
+        flat = self.accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
+        if flat[-1] > 0:
+            raise Interrupted(received() or signal.SIGTERM)
+        gradient, (tokens, ratio, *_) = flat[: -len(counts)] / flat[-len(counts)], flat[-len(counts) :]
+        norm = gradient.norm().item()
+        if not torch.isfinite(flat).all():
+            raise FloatingPointError(
+                "a loss or gradient of the PPO update is not finite; nothing of this step was kept"
+            )
+        self.norms.append(norm)
+        gradient = gradient * min(1.0, self.args.max_grad_norm / (norm + 1e-6))
+        for p, part in zip(self.parameters, gradient.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = part.view_as(p).to(p.dtype)
+        if (ratio / tokens).item() > MAX_MEAN_RATIO:
+            self.skipped += 1
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.window, self.pending = torch.zeros_like(self.window), 0
+
+    def signal(self) -> Tensor:
+        """[1] float32: above 0 where this process got a signal."""
+        return torch.tensor([float(received())], device=self.window.device)
+
+    def mean(self, sums: Tensor, name: str) -> float:
+        """Mean over real tokens of all ranks of one of SUMS."""
+        sums = self.accelerator.reduce(sums, "sum")
+        return (sums[SUMS.index(name)] / sums[0]).item()
+
+
+def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torch.Generator) -> list[Tensor]:
+    """Row indices of one epoch: shuffled into optimizer windows, sorted by length within each, where order is free."""
+    shuffled = torch.randperm(len(rollout.mask), generator=generator, device=generator.device).to(rollout.mask.device)
+    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+    windows = shuffled.split(size * accumulation)
+    return [rows for window in windows for rows in window[lengths[window].argsort(stable=True)].split(size)]

@@ -1,0 +1,186 @@
+"""From command line to exit code: one process or one per GPU, optional packages, errors as one sentence."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import traceback
+import uuid
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import transformers
+
+from rlhf.artefacts.files import NO_ROOM
+from rlhf.run.stopping import Collapse, Interrupted, listen
+
+# Flag -> the package it needs, in the version that was tried.
+NEEDED = {"load_in_4bit": ("bitsandbytes", "0.50.2"), "deepspeed": ("deepspeed", "0.19.8")}
+
+
+def require_optional(args) -> None:
+    """Raises: ValueError in one sentence, with the command that helps, where a flag's package is not installed."""
+    for flag, (package, version) in NEEDED.items():
+        if getattr(args, flag, None) and find_spec(package) is None:
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)} needs the package {package}, which is not installed: "
+                f"pip install {package}=={version}"
+            )
+    if getattr(args, "deepspeed", None):
+        check_deepspeed(args.deepspeed)
+
+
+def check_deepspeed(file: str) -> None:
+    """Refuse a DeepSpeed configuration that cannot be read, or under which checkpoints would hold empty adapters.
+
+    Raises: FileNotFoundError, ValueError.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(
+            f"--deepspeed {file} does not exist: give a JSON file such as scripts/deepspeed/zero2.json"
+        )
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {file} is not JSON: {error}") from error
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) > 2 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            f"--deepspeed {file} asks for ZeRO stage 3, under which checkpoints would hold empty adapters: set "
+            "stage3_gather_16bit_weights_on_model_save to true, as scripts/deepspeed/zero3.json does"
+        )
+
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) as the launcher says, before any process group exists."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(*lines: str) -> None:
+    """Print on the first process only."""
+    if world()[0] == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+def is_launched() -> bool:
+    """Whether torchrun, accelerate or the like has started this process already."""
+    return any(name in os.environ for name in LAUNCHER_VARIABLES) or any(
+        name.startswith("ACCELERATE_") for name in os.environ
+    )
+
+
+def wanted_processes(nproc: int) -> int:
+    """`nproc`, or one for each visible GPU, or one."""
+    return nproc or max(1, torch.cuda.device_count())
+
+
+def quieten() -> None:
+    """Leave out what libraries print about things in order: bars while loading, heads that are new on purpose."""
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")
+
+
+def run_script(main, parse_args) -> None:
+    """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
+
+    Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard,
+    130 and 143 stopped by SIGINT and SIGTERM.
+    """
+    args = parse_args()
+    quieten()
+    # A script without --nproc (merge, compare) is one process, however many GPUs there are.
+    processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
+    looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
+    if processes > 1 and not looks_only:
+        sys.exit(_start_workers(processes))
+    if hasattr(args, "resume_from_checkpoint"):
+        listen()
+    try:
+        main(args)
+    except Interrupted as stop:
+        _say_how_to_go_on(stop)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except (ValueError, OSError, FloatingPointError, MemoryError, Collapse) as error:
+        if os.environ.get("RLHF_TRACEBACK"):
+            traceback.print_exc()
+        print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
+        sys.exit(3 if isinstance(error, Collapse) else 1)
+
+
+def sentence(error: Exception, args) -> str:
+    """An error in one line; a full disk in words of ours, whichever file met it."""
+    if getattr(error, "errno", None) not in NO_ROOM:
+        return " ".join(str(error).split("\n"))
+    folder = getattr(args, "output_dir", ".")
+    free = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free
+    resume = " with --resume_from_checkpoint True" if hasattr(args, "resume_from_checkpoint") else ""
+    return (
+        f"the disk of {error.filename or folder} is full: {free:,} bytes are free in --output_dir {folder}. "
+        f"Make room, and give the same command again{resume}"
+    )
+
+
+def _say_how_to_go_on(stop: Interrupted) -> None:
+    """Where the run was saved and the command that goes on from there."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    command = shlex.join(
+        [os.path.basename(sys.executable), *_without_values(sys.argv), "--resume_from_checkpoint", "True"]
+    )
+    where = f"saved in {stop.saved}" if stop.saved else "nothing to save yet"
+    print(
+        f"{os.path.basename(sys.argv[0])}: {stop}; {where}; no final adapter was written. Go on with:\n  {command}",
+        file=sys.stderr,
+    )
+
+
+def _without_values(words: list[str]) -> list[str]:
+    """A command line without the flags that say how to start, and their values."""
+    kept, words = [], iter(words)
+    for word in words:
+        name, equals, _ = word.replace("-", "_").lstrip("_").partition("=")
+        if name not in ("overwrite_output_dir", "resume_from_checkpoint"):
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
+def _start_workers(processes: int) -> int:
+    """Run this command line in `processes` workers of torch's launcher; returns the first failure's exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
+    # Each process would otherwise use every core for its own matrix products.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-u", *sys.argv)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code > 0 else 128 - code
+    except SignalException as stop:
+        # The workers got the same signal and have saved what there was to save.
+        return 128 + stop.sigval
+    return 0

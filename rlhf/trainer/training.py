@@ -1,0 +1,147 @@
+"""Stages 1 and 2 from start or checkpoint to the last evaluation: resuming, signals, processes."""
+
+import gc
+import math
+import pickle
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from rlhf.artefacts.adapters import read_adapter
+from rlhf.artefacts.checkpoint import defect, rotate, to_resume
+from rlhf.artefacts.resume import refuse_changes
+from rlhf.run.launch import say, world
+from rlhf.run.stopping import Interrupted
+from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
+
+
+def bad_rows_file(args) -> Path | None:
+    """Where --bad_rows skip writes malformed rows; None where this process has no claim on the output directory."""
+    idle = args.inspect_data or getattr(args, "audit_only", False) or world()[0] != 0
+    return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
+
+
+# ---- starting again ----
+def resume_point(args, about: dict) -> str | None:
+    """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
+
+    Args:
+        about: what this command would write into run.json (see `write_run`).
+    Raises: ValueError where the named checkpoint is not complete, or was written by another command.
+    """
+    found = to_resume(args.resume_from_checkpoint, args.output_dir, CHECKPOINT_PREFIX)
+    if found is None:
+        if args.resume_from_checkpoint:
+            say(f"no checkpoint in {args.output_dir} yet: starting fresh")
+        return None
+    refuse_changes(found, args, about, world()[1])
+    # The Trainer's own words on a damaged file name none.
+    read_adapter(found)
+    if world()[0] == 0 and args.resume_from_checkpoint == "True":
+        # What a run killed between its last checkpoint and the rotation left over.
+        rotate(args.output_dir, CHECKPOINT_PREFIX, args.save_total_limit)
+    say(f"going on from {found}")
+    return str(found)
+
+
+def train(trainer, resume_from: str | None, log: StageLog) -> None:
+    """Train from the start or from a checkpoint; one made after the last step only has its adapter loaded.
+
+    There the Trainer would make one step too many, because it looks at the number of steps only after each of them.
+
+    Raises: Interrupted after a signal, once the run is saved as a checkpoint.
+    """
+    if resume_from is not None:
+        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
+        planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+        if state.global_step >= planned:
+            trainer.model.load_adapter(resume_from, "default", is_trainable=True)
+            trainer.state = state
+            return
+        if evaluation_pending(trainer, state):
+            trainer.add_callback(CatchUp(trainer))
+    log.trainer = trainer
+    with saved_when_stopped(trainer), plain_tensors_only(resume_from):
+        trainer.train(resume_from_checkpoint=resume_from)
+        if log.signum:
+            raise Interrupted(log.signum)
+
+
+@contextmanager
+def plain_tensors_only(resume_from: str | None):
+    """One sentence where the Trainer, which reads its optimizer and random states safely, finds code in them."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{resume_from} holds more than tensors in its optimizer or random states, and no code of it was run: go "
+            "on from a checkpoint of your own"
+        ) from error
+
+
+@contextmanager
+def saved_when_stopped(trainer):
+    """Let a signal that came within leave a checkpoint of the last step behind; the exception names it."""
+    try:
+        yield
+    except Interrupted as stop:
+        name = f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
+        folder = Path(trainer.args.output_dir) / name
+        if trainer.state.global_step == 0:
+            raise
+        missing = not folder.is_dir() or defect(folder) is not None
+        # All processes have looked before the first of them writes.
+        trainer.accelerator.wait_for_everyone()
+        if missing:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        raise Interrupted(stop.signum, str(folder)) from None
+
+
+def evaluation_pending(trainer, state: TrainerState) -> bool:
+    """Whether the run was stopped before the evaluation that its last step was due to."""
+    args, step = trainer.args, state.global_step
+    due = args.eval_strategy == "steps" and step and step % args.eval_steps == 0
+    return bool(due) and not any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
+
+
+class CatchUp(TrainerCallback):
+    """Evaluate before the first step: the evaluation that a signal kept the run from."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.evaluate()
+
+
+def end(trainer) -> None:
+    """Leave the process group, all processes together.
+
+    DistributedDataParallel has to go first: if it held the last reference to the group, that would be destroyed under
+    Python's global lock while gloo's threads wait for the same lock, and the process would hang instead of ending.
+    """
+    trainer.accelerator.wait_for_everyone()
+    trainer.model_wrapped = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    trainer.end()
+
+
+def final_evaluation(trainer) -> None:
+    """Evaluate the trained model, unless the last step ended with an evaluation.
+
+    Raises: FloatingPointError where its loss is not finite.
+    """
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    if trainer.state.global_step == 0 or trainer.state.global_step not in steps:
+        with saved_when_stopped(trainer):
+            trainer.evaluate()
+    last = next(entry["eval_loss"] for entry in reversed(trainer.state.log_history) if "eval_loss" in entry)
+    if not math.isfinite(last):
+        raise FloatingPointError(
+            "the trained model's evaluation loss is not finite: no adapter is written; train again with a lower "
+            "--learning_rate, or go on from an earlier checkpoint"
+        )

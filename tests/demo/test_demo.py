@@ -1,0 +1,195 @@
+"""The mini-world and its gold judge: what the demo's numbers stand on; and the demo itself at smoke size."""
+
+import json
+import os
+import random
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from demo.evaluate import wilson, win_rate
+from demo.facts import KINDS
+from demo.gold import content_correct, gold_score, repeats
+from demo.hardening import GATE_WINS, LOSS, table
+from demo.pairs import careless_pairs
+from demo.preferences import DEGENERATE, NOISE, draw_pairs
+from demo.story import kept
+from demo.world import answer, split_prompts
+from rlhf.reward.degenerate import GATE_KINDS
+from rlhf.reward.degenerate import KINDS as ATTACKS
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN, HELD = split_prompts(0)
+
+
+def drawn(voice, correct=True, count=300, seed=0):
+    """(prompt, answer) pairs of one voice over the held-out prompts."""
+    rng = random.Random(seed)
+    return [(p, answer(p.fact, voice, rng, correct)) for p in rng.choices(HELD, k=count)]
+
+
+def mean_gold(pairs):
+    return sum(gold_score(prompt.text, text) for prompt, text in pairs) / len(pairs)
+
+
+# ---- the world ----
+def test_there_are_a_thousand_prompts_of_five_kinds_and_200_are_held_out():
+    assert len(TRAIN) + len(HELD) >= 1000
+    assert len(HELD) >= 200
+    assert len(KINDS) >= 5
+    assert {p.fact.kind for p in HELD} == set(KINDS)
+
+
+def test_no_held_out_prompt_is_trained_on_but_every_fact_of_it_is():
+    assert not {p.text for p in TRAIN} & {p.text for p in HELD}
+    assert {p.fact for p in HELD} <= {p.fact for p in TRAIN}
+
+
+def test_the_seed_settles_the_split_and_another_seed_changes_it():
+    assert split_prompts(0) == (TRAIN, HELD)
+    assert split_prompts(1) != (TRAIN, HELD)
+
+
+# ---- the gold judge ----
+@pytest.mark.parametrize("voice", ["formal", "plain", "lively", "mixed"])
+def test_right_answers_are_right_and_wrong_ones_wrong_in_every_voice(voice):
+    assert all(content_correct(p.text, text) for p, text in drawn(voice))
+    assert not any(content_correct(p.text, text) for p, text in drawn(voice, correct=False))
+
+
+def test_lively_and_right_beats_stiff_and_right_beats_lively_and_wrong():
+    lively, formal, wrong = drawn("lively"), drawn("formal"), drawn("lively", correct=False)
+    assert mean_gold(lively) > mean_gold(formal) + 0.3
+    assert mean_gold(formal) > mean_gold(wrong) + 0.1
+
+
+def test_nothing_hopeless_beats_a_real_answer():
+    rng = random.Random(0)
+    for make in set(DEGENERATE):
+        hopeless = [(p, make(p, text, rng)) for p, text in drawn("lively")]
+        assert mean_gold(hopeless) < mean_gold(drawn("lively")) - 0.2, make.__name__
+
+
+@pytest.mark.parametrize("text", ["", " ", "。", "！！！", "哈哈，" * 10, "呀" * 30])
+def test_empty_answers_and_mere_noise_score_next_to_nothing(text):
+    assert max(gold_score(p.text, text) for p in HELD) < 0.1
+
+
+def test_a_whole_answer_said_twice_is_a_repetition():
+    assert all(repeats(text + text) for _, text in drawn("lively", count=50))
+    assert sum(repeats(text) for _, text in drawn("lively", count=200)) < 20
+
+
+def test_the_judge_knows_only_its_world():
+    with pytest.raises(ValueError, match="none of them"):
+        gold_score("法国大革命是哪一年？", "1789年。")
+
+
+# ---- pairs and statistics ----
+def test_pairs_follow_the_judge_but_for_the_stated_noise():
+    rows = draw_pairs(TRAIN, 1500, random.Random(0))
+    wrong = sum(gold_score(r["prompt"], r["chosen"]) < gold_score(r["prompt"], r["rejected"]) for r in rows) / len(
+        rows
+    )
+    assert abs(wrong - NOISE) < 0.02
+    assert rows == draw_pairs(TRAIN, 1500, random.Random(0))
+
+
+def test_wilson_interval_and_win_rate_by_hand():
+    assert win_rate([1.0, 0.5, 0.2, 0.9], [0.0, 0.5, 0.7, 0.1]) == pytest.approx(2.5 / 4)
+    low, high = wilson(0.8, 100)
+    assert (low, high) == (pytest.approx(0.7112, abs=1e-3), pytest.approx(0.8666, abs=1e-3))
+
+
+# ---- hardening ----
+def measured(careless_empty=0.7, accuracy=0.95, **shares):
+    """Metrics of both versions of one seed; `shares` are those of the hardened one that are not 0.99."""
+    careless = {f"audit/{kind}": 0.7 for kind in ATTACKS} | {"audit/empty": careless_empty, "eval_accuracy": 0.95}
+    hardened = {f"audit/{kind}": shares.get(kind, 0.99) for kind in ATTACKS} | {"eval_accuracy": accuracy}
+    return {"careless": careless, "hardened": hardened}
+
+
+def test_hardening_keeps_its_promises_on_every_seed_or_names_the_broken_ones():
+    assert table([measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)], [0, 1])[1] == []
+    for kind in (*GATE_KINDS, "cut", "other_answer"):
+        assert table([measured(), measured(**{kind: 0.89})], [0, 1])[1] == [f"{kind} wins too often"]
+    assert table([measured(), measured(doubled=0.1, thanks=0.1)], [0, 1])[1] == []
+    assert table([measured(careless_empty=0.9)], [0])[1] == ["a careless model passes on empty answers"]
+
+
+def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
+    words, broken = table([measured(accuracy=0.95 - 3 * LOSS), measured(accuracy=0.95 + 2 * LOSS)], [3, 4])
+    assert words.split()[:4] == ["careless", "3", "careless", "4"]
+    assert broken == []
+    assert words.splitlines()[-1] == "clean accuracy falls by +0.0050 in the mean"
+    # 0.95 - 0.94 is a little more than 0.01 in binary.
+    assert table([measured(accuracy=0.94)], [0])[1] == []
+    assert table([measured(accuracy=0.93)], [0])[1] == ["clean accuracy falls by 0.020"]
+
+
+# ---- the other stories ----
+def test_careless_pairs_are_short_on_the_chosen_side_and_hold_nothing_hopeless():
+    rows = careless_pairs(TRAIN, 200, random.Random(0))
+    assert len(rows) == 200
+    assert all(len(row["chosen"]) <= 0.6 * len(row["rejected"]) for row in rows)
+    assert all(row["chosen"] and not repeats(row["chosen"]) for row in rows)
+    # Noise aside, the chosen ones are the better ones: nobody cheated.
+    better = [gold_score(row["prompt"], row["chosen"]) > gold_score(row["prompt"], row["rejected"]) for row in rows]
+    assert sum(better) > 0.8 * len(rows)
+
+
+def test_what_one_keeps_of_a_guarded_run_is_its_best_only_where_that_is_a_clear_gain(tmp_path):
+    versions = {0: {"gold": 0.4}, 2: {"gold": 0.1}}
+    hidden = SimpleNamespace(look_at=lambda folder: {"gold": 0.6, "folder": folder.name})
+    for name, text in (("step_2/run", {"arguments": {"on_collapse": "rollback"}}), ("best/state", {})):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    for gain, what in ((0.3, "best/ (step 1)"), (0.1, "the SFT model")):
+        state = {"best": {"step": 1, "gain": gain, "error": 0.1}}
+        (tmp_path / "best" / "state.json").write_text(json.dumps(state))
+        assert kept(tmp_path, 2, hidden, versions)["what"] == what
+    (tmp_path / "step_2" / "run.json").write_text(json.dumps({"arguments": {"on_collapse": "off"}}))
+    assert kept(tmp_path, 2, hidden, versions) == {"what": "the last step", "gold": 0.1}
+
+
+# ---- the demos at smoke size ----
+def smoke(script, *flags):
+    """Run a demo script in seconds; its words."""
+    command = ["bash", str(ROOT / "scripts" / script), "--smoke", "True", "--seed", "3", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd="/", env=environment)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    return found.stdout
+
+
+@pytest.fixture(scope="module")
+def demo_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    smoke("run_demo.sh", "--output_dir", str(folder))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_base_to_chart(demo_dir):
+    summary = json.loads((demo_dir / "summary.json").read_text())
+    promised = """sft/eval_loss_before sft/eval_loss_after rm/eval_accuracy ppo/score_first ppo/score_last
+        ppo/kl_last len/sft len/ppo empty_frac/ppo gold/sft gold/ppo gold/win_rate gold/win_rate_low gold/win_rate_high
+        seconds/base seconds/sft seconds/reward seconds/merge seconds/ppo seconds/compare"""
+    assert set(promised.split()) <= set(summary)
+    assert (demo_dir / "ppo.png").read_bytes().startswith(b"\x89PNG")
+    assert "rlhf1" in (demo_dir / "compare" / "comparison.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["run_demo_collapse.sh", "run_demo_long.sh"])
+def test_the_other_stories_go_on_from_a_demo_and_end_with_a_table_and_a_chart(script, demo_dir, tmp_path):
+    words = smoke(script, "--demo_dir", str(demo_dir), "--output_dir", str(tmp_path))
+    assert "SFT model" in words
+    story = json.loads((tmp_path / "story.json").read_text())
+    assert len(story["runs"]) == 2
+    for run in story["runs"].values():
+        assert set(run["checkpoints"]) == {"0", "1", "2"}
+        assert set(run["evaluations"]) == {"proxy", "judge"}
+    assert (tmp_path / "story.png").read_bytes().startswith(b"\x89PNG")

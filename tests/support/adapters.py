@@ -1,0 +1,46 @@
+"""Adapters with random weights, in directories as the stages write them: what later stages need, without training."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlhf.artefacts.adapters import save_adapter
+from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.data.encoding import load_tokenizer
+from rlhf.data.template import DEFAULT_TEMPLATE
+from rlhf.models.loading import load_base, lora_targets
+
+
+@dataclass
+class NoArguments:
+    """Stands where run.json keeps the flags of a stage."""
+
+    seed: int = 0
+
+
+def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int = 0, scale: float = 0.05) -> str:
+    """Write an adapter of `stage` ("sft" or "reward", which has a score head) with random weights."""
+    folder = Path(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = load_base(base, torch.float32, head="score" if stage == "reward" else "causal")
+        task = {"task_type": "CAUSAL_LM"}
+        if stage == "reward":
+            task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, None), **task)
+        model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=1.0 if stage == "reward" and parameter.shape[0] == 1 else scale)
+    save_adapter(model, folder)
+    write_run(
+        folder,
+        stage=stage,
+        args=NoArguments(),
+        base=base_fingerprint(base),
+        tokenizer=load_tokenizer(base),
+        template=DEFAULT_TEMPLATE,
+    )
+    return str(folder)

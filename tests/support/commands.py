@@ -1,0 +1,25 @@
+"""Scripts run in this process as their command lines run them."""
+
+import importlib
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest import mock
+
+from rlhf.run import launch
+
+
+def run_here(script: str, *words: str) -> tuple[int, str, str]:
+    """Exit code of `python <script>.py <words>`, what it printed, what it said of errors; handlers of signals stay."""
+    module, code, out, err = importlib.import_module(script), 0, io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(launch, "listen", lambda: None),
+        mock.patch.object(sys, "argv", [f"{script}.py", *words]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            launch.run_script(module.main, module.parse_args)
+        except SystemExit as end:
+            code = end.code or 0
+    return code, out.getvalue(), err.getvalue()

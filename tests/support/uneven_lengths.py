@@ -1,0 +1,21 @@
+"""rl_training.py with answers of one token on the first process and of any length on the others."""
+
+import dataclasses
+import os
+
+from rl_training import main, parse_args
+from rlhf.rl import experience
+
+__all__ = ["main", "parse_args"]
+
+_generate = experience.generate
+
+
+def generate(model, values_of, query_ids, query_mask, sampling, generator=None):
+    """The loop's own sampling, cut after the first token where this is the first process."""
+    if os.environ["RANK"] == "0":
+        sampling = dataclasses.replace(sampling, max_new_tokens=1)
+    return _generate(model, values_of, query_ids, query_mask, sampling, generator)
+
+
+experience.generate = generate
