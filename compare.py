@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from rlhf.artefacts.adapters import check_adapter
 from rlhf.artefacts.run_json import base_fingerprint, load_run
-from rlhf.compare.answers import BASE, Versions, Writing, row_seeds
+from rlhf.compare.answers import BASE, AnswerSettings, Versions, row_seeds
 from rlhf.compare.tables import print_answers, print_table, write_csv, write_html, write_markdown
 from rlhf.data.dialogues import BadRow, Unusable
 from rlhf.data.encoding import encode, load_tokenizer
@@ -200,7 +200,7 @@ def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
 # ---- the table ----
 def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> Versions:
     """The base once, with every adapter on it."""
-    writing = Writing(**{name: getattr(args, name) for name in Writing.__dataclass_fields__})
+    writing = AnswerSettings(**{name: getattr(args, name) for name in AnswerSettings.__dataclass_fields__})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     versions = Versions(base_dir, tokenizer, writing, pick_dtype(args.bf16), device)
     for name, path in args.versions.items():

@@ -29,7 +29,7 @@ from rlhf.data.encoding import inspect_rows, load_tokenizer, preference_rows
 from rlhf.data.funnel import one_half, subset
 from rlhf.data.reading import data_fingerprint, load_splits
 from rlhf.flags import flag, parse
-from rlhf.models.forward import backbone_of, forked_rng, take_rows_side_by_side
+from rlhf.models.forward import backbone_of, enable_packing, forked_rng
 from rlhf.models.loading import load_base, lora_targets, pick_dtype, resolve_model
 from rlhf.reward.audit_report import audit_adapter, audit_model
 from rlhf.reward.degenerate import degenerate_pairs, kinds_of
@@ -42,14 +42,14 @@ from rlhf.reward.pairs import (
     score_by_mask,
     shared_length,
 )
-from rlhf.run.launch import require_optional, run_script, say, world
+from rlhf.run.launch import rank_and_size, require_optional, run_script, say
 from rlhf.run.log import read_metrics
-from rlhf.run.stopping import named_when_too_large
+from rlhf.run.stopping import explain_out_of_memory
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 from rlhf.trainer.stage_trainer import (
-    in_pieces,
+    gathered,
+    is_zero3,
     save_checkpoint,
-    trained_weights_whole,
     training_arguments,
     writing_checkpoint,
 )
@@ -83,7 +83,9 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
         None, help="column with how much better the chosen answer is: the loss asks for that margin", group="data"
     )
     degenerate_frac: float = flag(
-        0.0, help="hardening: further training pairs against hopeless answers, as a share of the data's", group="data"
+        0.0,
+        help="hardening: further training pairs against degenerate answers, as a share of the data's",
+        group="data",
     )
     degenerate_kinds: str = flag("all", help="of them, as 'eos_only|cut|...' (rlhf/degenerate.py)", group="data")
     # ---- audit ----
@@ -164,7 +166,7 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     model.score.float()
     score_by_mask(model)
     if not args.share_prompt:
-        take_rows_side_by_side(backbone_of(model))
+        enable_packing(backbone_of(model))
     config = LoraConfig(
         # peft puts the score head among `modules_to_save` for this task type.
         task_type="SEQ_CLS",
@@ -262,7 +264,7 @@ class RewardTrainer(Trainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         shape = inputs["input_ids"].shape
-        with named_when_too_large("a training batch", shape, "--per_device_train_batch_size or --max_length"):
+        with explain_out_of_memory("a training batch", shape, "--per_device_train_batch_size or --max_length"):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -335,7 +337,7 @@ def main(args: ScriptArguments) -> None:
     if args.audit_only:
         audit_adapter(args, model_dir, tokenizer, base, load_data(args, tokenizer)[1])
         return
-    if world()[0] == 0 and not args.inspect_data:
+    if rank_and_size()[0] == 0 and not args.inspect_data:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     rows, eval_rows, about_data = load_data(args, tokenizer)
     if args.inspect_data:
@@ -349,7 +351,7 @@ def main(args: ScriptArguments) -> None:
     model = build_model(args, model_dir)
     file = open_log(args, resume_from)
     lengths = [shared_length(row) if args.share_prompt else pair_length(row) for row in rows]
-    processes = world()[1]
+    processes = rank_and_size()[1]
     sampler = LengthGroupedSampler(
         lengths, args.per_device_train_batch_size * processes, args.seed, filled=processes > 1
     )
@@ -360,7 +362,7 @@ def main(args: ScriptArguments) -> None:
     train(trainer, resume_from, log)
     if eval_rows:
         final_evaluation(trainer)
-    with trained_weights_whole(model):
+    with gathered(model):
         if file is not None:
             finish(args, model, about, eval_rows)
             file.close()
@@ -374,7 +376,7 @@ def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list
     check_saved(model, args.output_dir)
     metrics = last_metrics(args)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    if args.audit and in_pieces():
+    if args.audit and is_zero3():
         say(f"no audit: under ZeRO-3 one process alone cannot make it; --audit_only True does, of {args.output_dir}")
     elif args.audit and eval_rows:
         inner = model.get_base_model()

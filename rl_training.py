@@ -24,7 +24,7 @@ from rlhf.artefacts.checkpoint import to_resume
 from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.artefacts.resume import finished_run, refuse_changes
 from rlhf.artefacts.run_json import base_fingerprint
-from rlhf.cost.flops import work_of
+from rlhf.cost.flops import flop_counts
 from rlhf.cost.plan import plan_ppo
 from rlhf.data.encoding import inspect_rows, load_tokenizer, prompt_rows
 from rlhf.data.funnel import Funnel, subset
@@ -46,20 +46,20 @@ from rlhf.rl.experience import (
 )
 from rlhf.rl.gate import quick_gate, read_gate, stored_audit
 from rlhf.rl.guard import CollapseGuard, refuse_non_finite
-from rlhf.rl.loop import Loop, next_prompts
-from rlhf.rl.metrics import batch_sizes, describe, in_words, report, timings, utilisation
+from rlhf.rl.loop import PPOLoop, next_prompts
+from rlhf.rl.metrics import batch_sizes, describe, log_step, sample_records, timings, utilisation
 from rlhf.rl.roles import Roles, load_roles
 from rlhf.rl.state import (
-    Moment,
-    back_to,
-    keep,
-    latest_good,
-    moment,
-    recover,
+    Snapshot,
+    last_good,
+    loop_weights,
+    restore,
     resume,
+    roll_back,
     save_checkpoint,
     save_interrupted,
     save_stage,
+    snapshot,
 )
 from rlhf.rl.update import update
 from rlhf.run.launch import require_optional, run_script
@@ -114,7 +114,7 @@ def load_prompts(
 
 
 # ---- one step ----
-def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
+def train_step(loop: PPOLoop, step: int) -> tuple[dict, list[dict]]:
     """One PPO step. Returns its metrics, the same on every rank, and this rank's rows in words."""
     args, clock = loop.args, [time.perf_counter()]
     loop.roles.train(False)
@@ -140,7 +140,7 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     )
     clock.append(time.perf_counter())
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
-    samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     metrics = {"step": step + 1, **describe(loop.accelerator, rollout, samples), **moved}
     metrics |= {
         "kl_coef": loop.kl_controller.value,
@@ -151,7 +151,7 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     metrics |= utilisation(
         loop.accelerator,
         rollout,
-        work_of(loop.roles.model, loop.roles.model.config),
+        flop_counts(loop.roles.model, loop.roles.model.config),
         metrics["time/step"],
         passes=2 + recomputes(loop) + loop.roles.value_adapter,
         epochs=moved["epochs"],
@@ -161,7 +161,7 @@ def train_step(loop: Loop, step: int) -> tuple[dict, list[dict]]:
     return metrics, samples
 
 
-def measure_start(loop: Loop, fresh: bool) -> None:
+def measure_start(loop: PPOLoop, fresh: bool) -> None:
     """What is known before the first step: the SFT model's scores and evaluation (once), and that all is in order."""
     args = loop.args
     if args.reward_transform == "standardize" and not loop.reward_stats:
@@ -221,11 +221,13 @@ def make_optimizer(args: ScriptArguments, roles: Roles) -> torch.optim.Optimizer
     return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=trained[0].device.type == "cuda")
 
 
-def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None) -> Loop:
+def make_loop(
+    args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None
+) -> PPOLoop:
     """Everything the steps share: roles, what trains them, how they sample, what is watched."""
     roles = make_roles(args, accelerator.device, start)
     adaptive = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
-    return Loop(
+    return PPOLoop(
         args=args,
         accelerator=accelerator,
         tokenizer=tokenizer,
@@ -250,18 +252,18 @@ def make_loop(args: ScriptArguments, accelerator: Accelerator, tokenizer, prompt
 
 
 # ---- training ----
-def train(loop: Loop, done: int, run: dict) -> dict:
+def train(loop: PPOLoop, done: int, run: dict) -> dict:
     """Steps `done` to the end, each reported and every save_freq-th saved; returns the last step's metrics."""
     args, total = loop.args, loop.total_steps
     log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if loop.accelerator.is_main_process else None
     eta, metrics = Eta(total, done), {"step": done} | (log.last if log else {})
-    loop.good = loop.good or keep(loop)
+    loop.last_good = loop.last_good or loop_weights(loop)
     try:
         for step in range(done, total):
-            start = moment(loop)
+            start = snapshot(loop)
             try:
                 found, samples = train_step(loop, step)
-                reason = inspect(loop, found, samples)
+                reason = evaluate_and_guard(loop, found, samples)
             except Interrupted as stop:
                 raise Interrupted(stop.signum, save_interrupted(loop, start, run, metrics | {"step": step})) from None
             except FloatingPointError as error:
@@ -269,13 +271,13 @@ def train(loop: Loop, done: int, run: dict) -> dict:
                 continue
             metrics = found
             if log:
-                report(log, metrics, samples, total, eta, args.sample_freq)
+                log_step(log, metrics, samples, total, eta, args.sample_freq)
             if reason is None:
-                loop.good = latest_good(loop, metrics, start.weights)
+                loop.last_good = last_good(loop, metrics, start.weights)
                 save_what_is_due(loop, step, run, metrics)
             else:
                 # What was measured belongs to weights that are given up: nothing of this step is saved.
-                recover(loop, reason)
+                roll_back(loop, reason)
     finally:
         if log:
             log.close()
@@ -283,9 +285,9 @@ def train(loop: Loop, done: int, run: dict) -> dict:
     return metrics
 
 
-def skip_or_stop(loop: Loop, start: Moment, error: FloatingPointError) -> None:
+def skip_or_stop(loop: PPOLoop, start: Snapshot, error: FloatingPointError) -> None:
     """A number that is not finite: the run as before the step, which is left out or ends the run (--on_non_finite)."""
-    back_to(loop, start)
+    restore(loop, start)
     if loop.args.on_non_finite == "stop":
         raise error
     loop.left_out += 1
@@ -293,23 +295,23 @@ def skip_or_stop(loop: Loop, start: Moment, error: FloatingPointError) -> None:
         print(f"left out, step {loop.left_out} of this kind: {error}", flush=True)
 
 
-def inspect(loop: Loop, metrics: dict, samples: list[dict]) -> str | None:
+def evaluate_and_guard(loop: PPOLoop, metrics: dict, samples: list[dict]) -> str | None:
     """Evaluate where it is due (into `metrics` and `samples`); the guard's reason to give this step up, or None."""
     args, step = loop.args, metrics["step"]
     if step == 1:
         metrics |= {f"eval_start/{name.removeprefix('eval/')}": value for name, value in loop.baseline.items()}
-    reason = None if args.on_collapse == "off" else loop.guard.judge(metrics)
+    reason = None if args.on_collapse == "off" else loop.guard.check_step(metrics)
     if reason is None and args.eval_freq and step % args.eval_freq == 0:
         found, answers = evaluate(loop)
         metrics |= found
         samples += [{"evaluation": True, **row} for row in answers]
-        reason = None if args.on_collapse == "off" else loop.guard.gamed(metrics, loop.baseline)
+        reason = None if args.on_collapse == "off" else loop.guard.check_evaluation(metrics, loop.baseline)
     if reason is not None:
         metrics["guard"] = reason
     return reason
 
 
-def save_what_is_due(loop: Loop, step: int, run: dict, metrics: dict) -> None:
+def save_what_is_due(loop: PPOLoop, step: int, run: dict, metrics: dict) -> None:
     """best/ after the best evaluation so far, step_<n>/ every save_freq steps."""
     if "eval/score/mean" in metrics and is_best(loop, metrics, step + 1):
         save_checkpoint(loop, "best", run, metrics)
@@ -317,7 +319,7 @@ def save_what_is_due(loop: Loop, step: int, run: dict, metrics: dict) -> None:
         save_checkpoint(loop, f"step_{step + 1}", run, metrics)
 
 
-def closing_words(loop: Loop) -> str:
+def closing_words(loop: PPOLoop) -> str:
     """Where the result is, and which evaluation was the best."""
     words = f"policy adapter saved in {loop.args.output_dir}, chart in {loop.args.output_dir}/chart.png"
     return f"{words}\n{best_in_words(loop)}" if loop.best else words

@@ -32,14 +32,14 @@ from rlhf.flags import flag, parse
 from rlhf.models.forward import forked_rng
 from rlhf.models.generation import Sampling, generate
 from rlhf.models.loading import continue_adapter, load_base, lora_targets, pick_dtype, resolve_model
-from rlhf.run.launch import require_optional, run_script, say, world
+from rlhf.run.launch import rank_and_size, require_optional, run_script, say
 from rlhf.run.log import MetricsLog, read_metrics
-from rlhf.run.stopping import named_when_too_large
+from rlhf.run.stopping import explain_out_of_memory
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 from rlhf.trainer.stage_trainer import (
-    in_pieces,
+    gathered,
+    is_zero3,
     save_checkpoint,
-    trained_weights_whole,
     training_arguments,
     writing_checkpoint,
 )
@@ -131,7 +131,7 @@ class SupervisedTrainer(SFTTrainer):
 
     def training_step(self, model, inputs, *args, **kwargs):
         shape = inputs["input_ids"].shape
-        with named_when_too_large("a training batch", shape, "--per_device_train_batch_size or --max_length"):
+        with explain_out_of_memory("a training batch", shape, "--per_device_train_batch_size or --max_length"):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -228,7 +228,7 @@ def show_samples(args: ScriptArguments, trainer, prompts: list[str], log: Metric
     """Print a few answers and keep them in samples.jsonl; " ..." ends one that did not stop by itself."""
     if log is None or not prompts or not args.sample_max_new_tokens:
         return
-    if in_pieces():
+    if is_zero3():
         say("no sample answers: under ZeRO-3 one process alone cannot write them")
         return
     step, answers = trainer.state.global_step, sample_answers(args, trainer.model, trainer.processing_class, prompts)
@@ -265,7 +265,7 @@ def main(args: ScriptArguments) -> None:
             template=args.prompt_template,
             flag="--previous_lora_weights",
         )
-    if world()[0] == 0 and not args.inspect_data:
+    if rank_and_size()[0] == 0 and not args.inspect_data:
         claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     rows, eval_rows, prompts, about_data = load_data(args, tokenizer)
     if args.inspect_data:
@@ -279,7 +279,7 @@ def main(args: ScriptArguments) -> None:
     model = build_model(args, model_dir)
     file = open_log(args, resume_from)
     lengths = [len(row["input_ids"]) for row in rows]
-    processes = world()[1]
+    processes = rank_and_size()[1]
     sampler = LengthGroupedSampler(
         lengths, args.per_device_train_batch_size * processes, args.seed, filled=processes > 1
     )
@@ -293,7 +293,7 @@ def main(args: ScriptArguments) -> None:
     if eval_rows:
         final_evaluation(trainer)
     show_samples(args, trainer, prompts, file)
-    with trained_weights_whole(model):
+    with gathered(model):
         if file is not None:
             tokenizer.save_pretrained(args.output_dir)
             save_adapter(model, args.output_dir)

@@ -55,7 +55,7 @@ from benchmarks.gpu_workload import (
 )
 from benchmarks.model import PAD, tokenizer
 from rlhf.arguments import LoraArguments
-from rlhf.cost.flops import this_card, training_flops, work_of
+from rlhf.cost.flops import flop_counts, this_card, training_flops
 from rlhf.cost.memory import Precision
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.flags import flag, parse
@@ -63,8 +63,8 @@ from rlhf.models.forward import forward
 from rlhf.models.loading import pick_dtype
 from rlhf.reward.pairs import PairCollator, SharedPromptCollator
 from rlhf.rl.experience import recomputes
-from rlhf.rl.state import moment
-from rlhf.run.launch import quieten
+from rlhf.rl.state import snapshot
+from rlhf.run.launch import silence_libraries
 
 EPOCHS = 4
 # GB that one row may leave behind before the next one's peak means something else.
@@ -158,7 +158,7 @@ def supervised(bench: Bench, checkpointing: bool) -> list[Row]:
     encoded = sft_rows(rows, bench.all_steps * rows.count, base.config.vocab_size)
     seconds, peak = (supervised_by_trainer if ours else supervised_by_hand)(bench, model, encoded)
     lengths = [rows.query + rows.answer] * rows.count
-    flops = training_flops(work_of(model, base.config), lengths, rows.count * rows.answer, checkpointing)
+    flops = training_flops(flop_counts(model, base.config), lengths, rows.count * rows.answer, checkpointing)
     name = f"SFT {rows.count} x {lengths[0]}{', checkpointing' if checkpointing else ''}"
     return [Row(name if ours else f"{name} (no trl)", seconds, rows.count, sum(lengths), peak, Cost.of(flops))]
 
@@ -224,7 +224,7 @@ def reward(bench: Bench, share_prompt: bool) -> list[Row]:
             data_collator=(SharedPromptCollator if share_prompt else PairCollator)(PAD),
         )
         seconds, peak = timed_training(bench, trainer)
-    whole, work = rows.query + rows.answer, work_of(model, model.config)
+    whole, work = rows.query + rows.answer, flop_counts(model, model.config)
     flops = training_flops(work, [whole] * (2 * rows.count), 0, checkpointing=False)
     if share_prompt:
         flops -= training_flops(work, [rows.query] * rows.count, 0, checkpointing=False)
@@ -271,7 +271,7 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
         for step in range(bench.all_steps):
             meter.read()
             # What a run keeps to fall back on is part of its step.
-            kept = moment(loop)
+            kept = snapshot(loop)
             rl_training.train_step(loop, step)
             meter.read()
             del kept
@@ -279,7 +279,7 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
         raise ValueError("rl_training.train_step reads its clock more or less than four times: PHASES is wrong")
     args, model = loop.args, loop.roles.model
     precision = Precision(bench.dtype.itemsize, args.load_in_4bit)
-    work, again = work_of(model, model.config), recomputes(loop)
+    work, again = flop_counts(model, model.config), recomputes(loop)
     costs = ppo_costs(work, precision, rows, again, EPOCHS, args.gradient_checkpointing)
     costs["step"] = costs["rollout"] + costs["score"] + costs["update"]
     found = []
@@ -342,7 +342,7 @@ def measure(bench: Bench, part: str, case: Callable[[Bench], list[Row]]) -> list
 
 def main(args: Arguments) -> list[Row]:
     """Each part's rows as they are found; returns them."""
-    quieten()
+    silence_libraries()
     start = time.perf_counter()
     name = this_card() if args.device == "cuda" else ""
     bench = Bench(args, Card.of(name, args.peak_tflops, args.bandwidth_tb))

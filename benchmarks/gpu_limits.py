@@ -7,7 +7,7 @@ all rows once for every token of a row, and does so little with them that memory
 from dataclasses import dataclass
 
 from benchmarks.gpu_workload import Rows
-from rlhf.cost.flops import Work, forward_flops, peak_tflops, training_flops
+from rlhf.cost.flops import FlopCounts, forward_flops, peak_tflops, training_flops
 from rlhf.cost.memory import BYTES_4BIT, Precision
 
 # Of the memory, 1e12 bytes a second, as the makers state it. The first name that the card's own contains counts.
@@ -67,7 +67,7 @@ class Cost:
         return None if card.flops is None else self.flops / seconds / card.flops
 
 
-def decoding_bytes(work: Work, precision: Precision, rows: Rows) -> float:
+def decoding_bytes(work: FlopCounts, precision: Precision, rows: Rows) -> float:
     """Weights, and keys and values of the tokens so far, for every answer token but the first, which prefill gives.
 
     sum over t = 1 .. answer - 1 of  weights + rows * (query + t) * 2 * attention * size
@@ -80,7 +80,7 @@ def decoding_bytes(work: Work, precision: Precision, rows: Rows) -> float:
 
 
 def ppo_costs(
-    work: Work, precision: Precision, rows: Rows, recomputed: bool, epochs: int, checkpointing: bool
+    work: FlopCounts, precision: Precision, rows: Rows, recomputed: bool, epochs: int, checkpointing: bool
 ) -> dict:
     """Phase -> Cost of one PPO step of answers all equally long.
 

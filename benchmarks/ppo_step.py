@@ -37,7 +37,7 @@ from benchmarks.model import config  # noqa: E402
 from benchmarks.peers.worker import MARK  # noqa: E402
 from benchmarks.ppo_workload import SETTINGS, STEPS, WORKLOADS, write_workload  # noqa: E402
 from rlhf.flags import flag, parse  # noqa: E402
-from rlhf.run.launch import quieten  # noqa: E402
+from rlhf.run.launch import silence_libraries  # noqa: E402
 
 PEERS = {"trl07": "classic TRL 0.7.11", "trl112": "TRL 1.12.0"}
 PHASES = ("rollout", "score", "update", "total")
@@ -189,7 +189,7 @@ def table(workload: dict, runs: dict[str, dict], rates: list[float]) -> str:
 
 def main(args: Arguments) -> None:
     """Peers' environments where needed, then each workload's runs and its table."""
-    quieten()
+    silence_libraries()
     torch.set_num_threads(args.threads or os.cpu_count())
     peers = {"all": list(PEERS), "none": []}.get(args.peers, [args.peers])
     if peers:

@@ -27,9 +27,9 @@ from benchmarks.common import TRAINING, Clock, group_by_length, lora, machine, r
 from benchmarks.model import EOS, PAD, VOCABULARY, score_model, tokenizer
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.flags import flag, parse
-from rlhf.models.forward import backbone_of, take_rows_side_by_side
+from rlhf.models.forward import backbone_of, enable_packing
 from rlhf.reward.pairs import PairCollator, SharedPromptCollator
-from rlhf.run.launch import quieten
+from rlhf.run.launch import silence_libraries
 
 BATCH, MAX_LENGTH = 8, 512
 # Mean and deviation of the logarithm of the lengths in tokens, and how the answers' go together.
@@ -83,7 +83,7 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> Traine
     shared = "shared" in name
     reward_modeling.score_by_mask(model)
     if not shared:
-        take_rows_side_by_side(backbone_of(model))
+        enable_packing(backbone_of(model))
     lengths = [(reward_modeling.shared_length if shared else reward_modeling.pair_length)(row) for row in rows]
     return reward_modeling.RewardTrainer(
         get_peft_model(model, lora("SEQ_CLS")),
@@ -99,7 +99,7 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> Traine
 
 def main(args: Arguments) -> None:
     """Take turns, print the table."""
-    quieten()
+    silence_libraries()
     disable_progress_bars()
     torch.set_num_threads(args.threads or os.cpu_count())
     rows = draw_rows(args.pairs)

@@ -25,7 +25,7 @@ from benchmarks.common import TRAINING, Clock, group_by_length, lora, machine, r
 from benchmarks.model import EOS, VOCABULARY, causal_model, tokenizer
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.flags import flag, parse
-from rlhf.run.launch import quieten
+from rlhf.run.launch import silence_libraries
 
 BATCH, MAX_LENGTH = 8, 512
 # Mean and deviation of the logarithm of the lengths in tokens, and the longest answer: the set's own tail is short.
@@ -76,7 +76,7 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> SFTTra
 
 def main(args: Arguments) -> None:
     """Take turns, print the table."""
-    quieten()
+    silence_libraries()
     disable_progress_bars()
     torch.set_num_threads(args.threads or os.cpu_count())
     rows = draw_rows(args.rows)

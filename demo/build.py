@@ -34,7 +34,7 @@ class Arguments:
     sft_rows: int = flag(1500, help="formal answers for SFT")
     pairs: int = flag(13000, help="preference pairs, a half for each of two reward models")
     eval_pairs: int = flag(600, help="preference pairs on held-out prompts")
-    degenerate_share: float = flag(DEGENERATE_SHARE, help="share of pairs with a hopeless answer on one side")
+    degenerate_share: float = flag(DEGENERATE_SHARE, help="share of pairs with a degenerate answer on one side")
 
     def __post_init__(self):
         for name in ("base_pages", "sft_rows", "pairs", "eval_pairs"):

@@ -16,14 +16,14 @@ from rlhf.artefacts.run_json import load_run
 from rlhf.flags import flag, parse
 from rlhf.run.launch import run_script
 
-# Careless are pairs without any hopeless answer, of which only those are kept whose chosen answer has at most this
+# Careless are pairs without any degenerate answer, of which only those are kept whose chosen answer has at most this
 # share of the other's characters. Nobody meant it: people happened to compare brisk answers with long-winded ones, and
 # nobody looked at the lengths afterwards.
 SHORTER = 0.6
 
 
 def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
-    """`count` rows {"prompt", "chosen", "rejected"}, all of them real answers: nobody writes hopeless ones."""
+    """`count` rows {"prompt", "chosen", "rejected"}, all of them real answers: nobody writes degenerate ones."""
     return draw_pairs(prompts, count, rng, degenerate_share=0.0)
 
 
@@ -49,7 +49,7 @@ class Arguments:
     """Flags of demo/pairs.py."""
 
     kind: str = flag(
-        "fresh", help="fresh: as the demo's own; clean: none hopeless; careless: see SHORTER", choices=list(KINDS)
+        "fresh", help="fresh: as the demo's own; clean: none degenerate; careless: see SHORTER", choices=list(KINDS)
     )
     demo_dir: str = flag("runs/demo", help="a finished demo: its split of the prompts is used")
     output_dir: str = flag("runs/demo_collapse", help="where the pairs go")

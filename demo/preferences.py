@@ -10,7 +10,7 @@ from demo.world import Prompt, all_prompts, answer
 # Who writes the answers that people compare, and how often what is said is not so.
 VOICE_SHARES = {"lively": 0.35, "formal": 0.25, "mixed": 0.3, "plain": 0.1}
 WRONG_SHARE = 0.3
-# Share of pairs with a hopeless answer on one side. A reward model that never sees one may come to love it.
+# Share of pairs with a degenerate answer on one side. A reward model that never sees one may come to love it.
 DEGENERATE_SHARE = 0.25
 # Share of pairs whose choice is turned round, and the least difference in gold score that people notice.
 NOISE = 0.05

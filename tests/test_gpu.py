@@ -26,7 +26,7 @@ import rl_training
 import sft_training
 from rlhf.artefacts.run_json import load_run
 from rlhf.models import kernels
-from rlhf.models.forward import backbone_of, lay_out, states_at, take_rows_side_by_side
+from rlhf.models.forward import backbone_of, enable_packing, hidden_at, pack
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.models.kernels import fuse_norms
 from rlhf.rl.roles import load_roles, response_logprobs
@@ -167,10 +167,10 @@ def test_kernels_of_half_precision_compute_rows_and_norms_as_they_are_alone(requ
         if fused:
             assert fuse_norms(model) == 2 * model.config.num_hidden_layers + 1
             assert all(hasattr(module.forward, "fused") for module in model.modules() if type(module) is LlamaRMSNorm)
-            assert take_rows_side_by_side(backbone)
+            assert enable_packing(backbone)
             calls.clear()
         model.zero_grad()
-        states = states_at(backbone, lay_out(backbone, ids, real), *real.nonzero(as_tuple=True))
+        states = hidden_at(backbone, pack(backbone, ids, real), *real.nonzero(as_tuple=True))
         states.float().square().mean().backward()
         gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
         found.append([states.detach().float(), *gradients])

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 import rl_training
 from benchmarks.peers.worker import Movement, read_workload, report, say, steps_in_turn
 from rlhf.data.encoding import load_tokenizer
-from rlhf.rl.state import moment
-from rlhf.run.launch import quieten
+from rlhf.rl.state import snapshot
+from rlhf.run.launch import silence_libraries
 
 
 def arguments(workload: dict, folder) -> rl_training.ScriptArguments:
@@ -37,14 +37,14 @@ def arguments(workload: dict, folder) -> rl_training.ScriptArguments:
 def main() -> None:
     """Run the steps, report."""
     workload, folder = read_workload()
-    quieten()
+    silence_libraries()
     args = arguments(workload, folder)
     rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
     loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
     movement = Movement(loop.roles.adapter("policy").values())
     for step in steps_in_turn(workload["steps"]):
         start = time.perf_counter()
-        kept = moment(loop)
+        kept = snapshot(loop)
         metrics, _ = rl_training.train_step(loop, step)
         found = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
         say(**found, total=time.perf_counter() - start, tokens=metrics["len/mean"] * args.batch_size)

@@ -16,20 +16,20 @@ MANIFEST = "MANIFEST.json"
 
 
 def publish(
-    output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None, least: int = 0
+    output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None, min_bytes: int = 0
 ) -> Path:
     """Let `write(folder)` fill a temporary folder, list its files with their hashes, and give it its name at once.
 
     A reader finds a complete folder of that name, or none, whenever the process dies.
 
     Args:
-        about: what the manifest says beside the files (step, processes, base). least: bytes it will take at least.
+        about: what the manifest says beside the files (step, processes, base). min_bytes: bytes it will take at least.
     Raises: DiskFull in one sentence; what stood under the name before is still there.
     """
-    least = max(least, size_of_another(output_dir / name))
+    min_bytes = max(min_bytes, size_of_another(output_dir / name))
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
     try:
-        with readable_when_full(scratch, name, least):
+        with readable_when_full(scratch, name, min_bytes):
             write(scratch)
             write_manifest(scratch, about)
         scratch.chmod(0o755)
@@ -49,14 +49,14 @@ def publish(
 
 
 @contextmanager
-def complete_or_gone(folder: Path, least: int = 0):
+def complete_or_gone(folder: Path, min_bytes: int = 0):
     """Fill a checkpoint's folder in place: a failure within removes it; on a full disk `DiskFull` says what it needs.
 
     Args:
-        least: bytes that it will take at least, as far as known.
+        min_bytes: bytes that it will take at least, as far as known.
     """
     try:
-        with readable_when_full(folder, folder.name, max(least, size_of_another(folder))):
+        with readable_when_full(folder, folder.name, max(min_bytes, size_of_another(folder))):
             yield
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +70,7 @@ def size_of_another(folder: Path) -> int:
 
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:
-    """List the files of a finished checkpoint with size and sha256, all on disk by then; `defect` goes by the list."""
+    """List the files of a finished checkpoint with size and sha256, all on disk by then."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
     for path in found:
         _sync(path)
@@ -98,7 +98,7 @@ def _entry(file: Path) -> dict:
 def rotate(output_dir: str | Path, prefix: str, limit: int | None) -> None:
     """Remove the oldest checkpoints over `limit`, once the newest is known to be complete."""
     folders = numbered(output_dir, prefix)
-    if limit is None or len(folders) <= limit or defect(folders[-1]) is not None:
+    if limit is None or len(folders) <= limit or why_incomplete(folders[-1]) is not None:
         return
     for folder in folders[:-limit]:
         # Without its manifest first: killed half way through, the rest is no checkpoint any more.
@@ -117,7 +117,7 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
-def defect(folder: Path) -> str | None:
+def why_incomplete(folder: Path) -> str | None:
     """Why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
         listed = dict(read_manifest(folder)["files"])
@@ -136,21 +136,21 @@ def defect(folder: Path) -> str | None:
 def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | None:
     """The complete checkpoint with the highest number, or None; incomplete ones are reported and passed over."""
     for folder in reversed(numbered(output_dir, prefix)):
-        reason = defect(folder)
+        reason = why_incomplete(folder)
         if reason is None:
             return folder
         print(f"ignoring checkpoint {folder}: {reason}", flush=True)
     return None
 
 
-def to_resume(wish: str | None, output_dir: str | Path, prefix: str = "step_") -> Path | None:
+def to_resume(asked: str | None, output_dir: str | Path, prefix: str = "step_") -> Path | None:
     """The checkpoint of `--resume_from_checkpoint`: newest complete one for "True" (None if there is none), or a path.
 
     Raises: ValueError naming what is wrong with a checkpoint that was asked for by its path.
     """
-    if wish in (None, "True"):
-        return newest_complete(output_dir, prefix) if wish else None
-    reason = defect(Path(wish))
+    if asked in (None, "True"):
+        return newest_complete(output_dir, prefix) if asked else None
+    reason = why_incomplete(Path(asked))
     if reason:
-        raise ValueError(f"--resume_from_checkpoint {wish} cannot be used: {reason}")
-    return Path(wish)
+        raise ValueError(f"--resume_from_checkpoint {asked} cannot be used: {reason}")
+    return Path(asked)

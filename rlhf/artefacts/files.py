@@ -40,12 +40,12 @@ def write_json(path: Path | str, content: dict) -> None:
 
 
 @contextmanager
-def readable_when_full(folder: Path, name: str, least: int = 0, mend: str = GO_ON):
+def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = GO_ON):
     """Turn what libraries raise on a full disk (OSError, SafetensorError, RuntimeError) into one `DiskFull`.
 
     Args:
         folder: what is being filled; it will be removed when that fails. name: of the whole, in the message.
-        least: bytes that the whole will take at least, as far as known. mend: what the user is told to do.
+        min_bytes: bytes that the whole will take at least, as far as known. mend: what the user is told to do.
     """
     try:
         yield
@@ -54,8 +54,8 @@ def readable_when_full(folder: Path, name: str, least: int = 0, mend: str = GO_O
             raise
         free = shutil.disk_usage(folder.parent).free + size_of(folder)
         raise DiskFull(
-            f"the disk of {folder.parent} is full: {name} needs at least {max(least, free + 1):,} bytes and {free:,} "
-            f"are free; what was begun is removed. {mend}"
+            f"the disk of {folder.parent} is full: {name} needs at least {max(min_bytes, free + 1):,} bytes and "
+            f"{free:,} are free; what was begun is removed. {mend}"
         ) from error
 
 

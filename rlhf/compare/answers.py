@@ -27,7 +27,7 @@ REWARD_MODEL = "reward model"
 
 
 @dataclass(frozen=True)
-class Writing:
+class AnswerSettings:
     """How answers are written; the defaults of compare.py's flags of the same names."""
 
     max_new_tokens: int = 256
@@ -39,7 +39,7 @@ class Writing:
 
 
 @dataclass
-class Cell:
+class Answer:
     """One answer: text, tokens (EOS included), whether it ended by itself, and its score if there is one."""
 
     text: str
@@ -53,7 +53,7 @@ class Cell:
         return ", ".join(parts + ([] if self.score is None else [f"score {self.score:.3f}"]))
 
 
-class Choice(LogitsProcessor):
+class GumbelSampler(LogitsProcessor):
     """Last processor of a greedy `generate`: adds each row's own Gumbel noise, so that the argmax is a draw (or not).
 
     The pad id is forbidden: otherwise a repetition penalty, which looks at padded prompts, would depend on the batch.
@@ -77,7 +77,7 @@ class Choice(LogitsProcessor):
 class Versions:
     """One base in memory with every adapter on it; `use(name)` makes one of them answer."""
 
-    def __init__(self, base_dir: str, tokenizer, writing: Writing, dtype: torch.dtype, device: str):
+    def __init__(self, base_dir: str, tokenizer, writing: AnswerSettings, dtype: torch.dtype, device: str):
         self.tokenizer, self.writing = tokenizer, writing
         self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
         self.score_head: nn.Linear | None = None
@@ -123,7 +123,7 @@ class Versions:
             yield self.model.get_base_model()
 
     @torch.no_grad()
-    def answers(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Cell]:
+    def answers(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
         """One answer of version `name` to each query, in batches of --batch_size; the seeds are of the rows' noise."""
         cells = []
         for start in range(0, len(queries), self.writing.batch_size):
@@ -131,7 +131,7 @@ class Versions:
             cells += self._batch(name, queries[rows], seeds[rows])
         return cells
 
-    def _batch(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Cell]:
+    def _batch(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
         input_ids, attention_mask = self._padded(queries, left=True)
         with self.use(name) as model:
             written = model.generate(
@@ -144,7 +144,7 @@ class Versions:
         for query, row in zip(queries, written, strict=True):
             ended = eos in row
             answer = row[: row.index(eos)] if ended else row
-            cells.append(Cell(self.tokenizer.decode(answer).strip(), len(answer) + ended, ended))
+            cells.append(Answer(self.tokenizer.decode(answer).strip(), len(answer) + ended, ended))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
             finished.append(query + answer + [eos])
         if self.score_head is not None:
@@ -162,7 +162,7 @@ class Versions:
             chosen.append(TemperatureLogitsWarper(writing.temperature))
         if writing.do_sample and writing.top_p < 1:
             chosen.append(TopPLogitsWarper(writing.top_p))
-        chosen.append(Choice(seeds if writing.do_sample else None, self.tokenizer.pad_token_id))
+        chosen.append(GumbelSampler(seeds if writing.do_sample else None, self.tokenizer.pad_token_id))
         return chosen
 
     def _padded(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:

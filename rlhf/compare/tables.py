@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from statistics import mean
 
-from rlhf.compare.answers import Cell
+from rlhf.compare.answers import Answer
 from rlhf.run.terminal import labelled, printable
 
 # Version name -> its answers, one a prompt.
-Columns = dict[str, list[Cell]]
+Columns = dict[str, list[Answer]]
 
 
 def summarize(columns: Columns) -> list[list[str]]:
@@ -112,7 +112,7 @@ def print_table(prompts: list[str], columns: Columns) -> None:
     print("\n".join(labelled(rows, width)))
 
 
-def print_answers(cells: dict[str, Cell]) -> None:
+def print_answers(cells: dict[str, Answer]) -> None:
     """Answers of some versions to one prompt."""
     width = shutil.get_terminal_size((100, 40)).columns
     rows = []

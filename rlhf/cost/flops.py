@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
 
 
 @dataclass(frozen=True)
-class Work:
+class FlopCounts:
     """What a model's operations are counted by.
 
     body: parameters of the layers' matrices; head: of the output layer; trained: of adapters; attention: width of all
@@ -37,7 +37,7 @@ class Work:
     attention: int
 
 
-def work_of(model: nn.Module, config) -> Work:
+def flop_counts(model: nn.Module, config) -> FlopCounts:
     """Counts of a model with its adapters (on any device): matrices only; embeddings and score heads aside."""
     head = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads
@@ -49,10 +49,12 @@ def work_of(model: nn.Module, config) -> Work:
         if isinstance(module, nn.Linear) and "lora_" not in name and module.out_features > 1
     )
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    return Work(body - (head if output is not None else 0), head, trained, config.num_hidden_layers * heads * size)
+    return FlopCounts(
+        body - (head if output is not None else 0), head, trained, config.num_hidden_layers * heads * size
+    )
 
 
-def forward_flops(work: Work, lengths: Sequence[int], head_positions: int) -> float:
+def forward_flops(work: FlopCounts, lengths: Sequence[int], head_positions: int) -> float:
     """Operations of one forward over sequences of these lengths (real tokens; padding is waste, not work).
 
         2 * body * tokens + 2 * head * head_positions + attention * sum of length * (length + 1) * 2
@@ -66,7 +68,7 @@ def forward_flops(work: Work, lengths: Sequence[int], head_positions: int) -> fl
     return 2.0 * work.body * sum(lengths) + 2.0 * work.head * head_positions + 2.0 * work.attention * seen
 
 
-def training_flops(work: Work, lengths: Sequence[int], head_positions: int, checkpointing: bool) -> float:
+def training_flops(work: FlopCounts, lengths: Sequence[int], head_positions: int, checkpointing: bool) -> float:
     """Operations of forward and backward with frozen weights, of which only the gradient of the inputs is needed.
 
         2 * forward + attention + 4 * trained * tokens;  with checkpointing the layers' forward once more
@@ -80,7 +82,9 @@ def training_flops(work: Work, lengths: Sequence[int], head_positions: int, chec
     return 2 * forward + attention + 4.0 * work.trained * sum(lengths) + (layers if checkpointing else 0)
 
 
-def ppo_flops(work: Work, queries: Sequence[int], responses: Sequence[int], passes: int, epochs: int, checkpointing):
+def ppo_flops(
+    work: FlopCounts, queries: Sequence[int], responses: Sequence[int], passes: int, epochs: int, checkpointing
+):
     """Operations of one PPO step.
 
     Args:
@@ -93,7 +97,7 @@ def ppo_flops(work: Work, queries: Sequence[int], responses: Sequence[int], pass
     return (1 + passes) * forward + epochs * training_flops(work, lengths, tokens, checkpointing)
 
 
-def in_words(share: float) -> str:
+def format_mfu(share: float) -> str:
     """An MFU for the step line."""
     return f"MFU {share:.1%}"
 

@@ -23,7 +23,7 @@ TRAINED_EXTRA = 3
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A decoder as memory sees it. `linear`: parameters of the matrices in its layers; `parameters`: all."""
 
     layers: int
@@ -37,7 +37,7 @@ class Shape:
     linear: int
 
     @classmethod
-    def of(cls, config, parameters: int, linear: int) -> "Shape":
+    def of(cls, config, parameters: int, linear: int) -> "ModelShape":
         """From a configuration under transformers' usual names."""
         heads = config.num_attention_heads
         return cls(
@@ -62,7 +62,7 @@ class Precision:
 
 
 # ---- what stays ----
-def weight_bytes(shape: Shape, precision: Precision) -> float:
+def weight_bytes(shape: ModelShape, precision: Precision) -> float:
     """The base: size * parameters, or BYTES_4BIT for the layers' matrices and `size` for the rest."""
     if not precision.four_bit:
         return precision.size * shape.parameters
@@ -79,13 +79,13 @@ def trained_bytes(parameters: int) -> int:
     return TRAINED_EXTRA * FP32 * parameters
 
 
-def cache_bytes(shape: Shape, precision: Precision, rows: int, tokens: int) -> int:
+def cache_bytes(shape: ModelShape, precision: Precision, rows: int, tokens: int) -> int:
     """Keys and values of a rollout: 2 * layers * kv_heads * head_dim * size for every token of every row."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * precision.size * rows * tokens
 
 
 # ---- what comes and goes ----
-def layer_bytes(shape: Shape, precision: Precision) -> int:
+def layer_bytes(shape: ModelShape, precision: Precision) -> int:
     """What one layer keeps of a token for backward, weights frozen and LoRA on the attention's input.
 
         8 * hidden                              both norms see their input in float32
@@ -99,7 +99,7 @@ def layer_bytes(shape: Shape, precision: Precision) -> int:
     return 12 * shape.hidden + precision.size * (attention + 3 * shape.intermediate)
 
 
-def activation_bytes(shape: Shape, precision: Precision, tokens: int, checkpointing: bool) -> int:
+def activation_bytes(shape: ModelShape, precision: Precision, tokens: int, checkpointing: bool) -> int:
     """What the layers keep of `tokens` (padding included) until backward.
 
     checkpointing: size * hidden for each layer's input, and one layer in full;  else every layer in full
@@ -108,21 +108,21 @@ def activation_bytes(shape: Shape, precision: Precision, tokens: int, checkpoint
     return shape.layers * precision.size * shape.hidden * tokens + full if checkpointing else shape.layers * full
 
 
-def logits_bytes(shape: Shape, precision: Precision, positions: int, gradient: bool) -> int:
+def logits_bytes(shape: ModelShape, precision: Precision, positions: int, gradient: bool) -> int:
     """Logits as the model gives them and, in training, their gradient: size * 1 or 2 for every entry; and in float32
     the logits and the softmax of ROWS_AT_ONCE positions, all that `selective_logprobs` has of them at a time."""
     at_once = 2 * FP32 * min(ROWS_AT_ONCE, positions)
     return (precision.size * (1 + gradient) * positions + at_once) * shape.vocab
 
 
-def forward_bytes(shape: Shape, precision: Precision, tokens: int) -> int:
+def forward_bytes(shape: ModelShape, precision: Precision, tokens: int) -> int:
     """The widest moment of a layer without gradient: both halves of the MLP beside four copies of the states."""
     return precision.size * (2 * shape.intermediate + 4 * shape.hidden) * tokens
 
 
 # ---- a stage ----
 @dataclass(frozen=True)
-class Needs:
+class MemoryNeeds:
     """Bytes by what stays in memory, and by phase what comes on top of it while that phase lasts."""
 
     roles: dict[str, float]
@@ -137,14 +137,14 @@ class Needs:
         return {size: self.peak() <= size * 1e9 for size in CARDS_GB}
 
 
-def fused_head_bytes(shape: Shape, positions: int) -> int:
+def fused_head_bytes(shape: ModelShape, positions: int) -> int:
     """TRL's fused output layer: one float32 tile of logits, 4 * min(4096, positions) * min(32768, vocab)."""
     return FP32 * min(4096, positions) * min(32768, shape.vocab)
 
 
 def trainer_needs(
-    shape: Shape, precision: Precision, adapter: int, tokens: int, checkpointing: bool, head: bool
-) -> Needs:
+    shape: ModelShape, precision: Precision, adapter: int, tokens: int, checkpointing: bool, head: bool
+) -> MemoryNeeds:
     """SFT (with an output `head`) or reward training (a score head only, which costs nothing).
 
     Args:
@@ -157,7 +157,7 @@ def trainer_needs(
         "runtime": RUNTIME_BYTES,
     }
     update = activation_bytes(shape, precision, tokens, checkpointing)
-    return Needs(roles, {"update": update + (fused_head_bytes(shape, tokens) if head else 0)})
+    return MemoryNeeds(roles, {"update": update + (fused_head_bytes(shape, tokens) if head else 0)})
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class PpoSizes:
 
 
 def ppo_needs(
-    shape: Shape, precision: Precision, adapters: dict[str, int], trained: int, sizes: PpoSizes, bases: int = 1
-) -> Needs:
+    shape: ModelShape, precision: Precision, adapters: dict[str, int], trained: int, sizes: PpoSizes, bases: int = 1
+) -> MemoryNeeds:
     """PPO: `bases` copies of the base (2 with a merged reference), adapters on the first, three phases.
 
     Args:
@@ -199,4 +199,4 @@ def ppo_needs(
         + logits_bytes(shape, precision, scored * sizes.response, gradient=False),
         "update": update + logits_bytes(shape, precision, sizes.mini_batch * sizes.response, gradient=True),
     }
-    return Needs(roles, phases)
+    return MemoryNeeds(roles, phases)

@@ -10,10 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.arguments import LoraArguments
-from rlhf.cost.memory import GIB, Needs, PpoSizes, Precision, Shape, lora_parameters, ppo_needs, trainer_needs
+from rlhf.cost.memory import (
+    GIB,
+    MemoryNeeds,
+    ModelShape,
+    PpoSizes,
+    Precision,
+    lora_parameters,
+    ppo_needs,
+    trainer_needs,
+)
 from rlhf.data.reading import load_rows
 from rlhf.models.loading import lora_targets
-from rlhf.run.launch import is_launched, wanted_processes, world
+from rlhf.run.launch import is_launched, rank_and_size, wanted_processes
 
 
 def skeleton(name: str, flag: str) -> nn.Module:
@@ -29,11 +38,11 @@ def skeleton(name: str, flag: str) -> nn.Module:
         return AutoModelForCausalLM.from_config(config)
 
 
-def shape_of(model: nn.Module) -> Shape:
+def shape_of(model: nn.Module) -> ModelShape:
     """Sizes of a skeleton."""
     output = model.get_output_embeddings()
     matrices = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]
-    return Shape.of(
+    return ModelShape.of(
         model.config, sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in matrices)
     )
 
@@ -59,7 +68,7 @@ def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
 
 def processes(args) -> int:
     """Processes that this command would run in."""
-    return world()[1] if is_launched() else wanted_processes(args.nproc)
+    return rank_and_size()[1] if is_launched() else wanted_processes(args.nproc)
 
 
 def precision_of(args) -> Precision:
@@ -76,7 +85,7 @@ def gib(needed: float) -> str:
     return f"{needed / GIB:.2f}"
 
 
-def table(title: str, parameters: dict[str, str], needs: Needs, steps: list[str]) -> str:
+def table(title: str, parameters: dict[str, str], needs: MemoryNeeds, steps: list[str]) -> str:
     """All that the plan says."""
     kinds = [("parameters", parameters)]
     kinds.append(("always in memory, GiB", {name: gib(size) for name, size in needs.roles.items()}))

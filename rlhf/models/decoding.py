@@ -23,11 +23,11 @@ def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, to
 
     `static` allows the one of static shapes, which only a GPU gains from.
     """
-    kind = StaticDecoder if static and query_ids.is_cuda and fits_static(model) else GrowingDecoder
+    kind = StaticDecoder if static and query_ids.is_cuda and supports_static_cache(model) else GrowingDecoder
     return kind(model, query_ids, query_mask, total)
 
 
-def fits_static(model: PreTrainedModel) -> bool:
+def supports_static_cache(model: PreTrainedModel) -> bool:
     """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
     attention = model.config._attn_implementation
     if not getattr(model, "_can_compile_fullgraph", False) or attention not in ("sdpa", BY_ROW):
@@ -39,7 +39,7 @@ def fits_static(model: PreTrainedModel) -> bool:
     return all(type(layer) is StaticLayer for layer in layers)
 
 
-def last(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None):
+def next_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None):
     """Logits [B, V] and hidden [B, H] after the new tokens [B, L].
 
     Args:
@@ -119,12 +119,12 @@ class GrowingDecoder:
         """Logits [B, V] and hidden [B, H] after the queries, the short ones apart from the long ones."""
         parts = parts_by_length(self.mask.sum(1))
         if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
-            return last(self.model, self.query_ids, self.mask, self.cache)
+            return next_logits(self.model, self.query_ids, self.mask, self.cache)
         found, (total, end) = [], self.mask.shape
         for rows in parts:
             width = max(1, int(self.mask[rows].sum(1).max()))
             cache = DynamicCache(config=self.model.config)
-            found.append(last(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
+            found.append(next_logits(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
             for layer, part in zip(self.cache.layers, cache.layers, strict=True):
                 layer.place(rows, total, end, part)
         order = torch.cat(parts).argsort()
@@ -133,7 +133,7 @@ class GrowingDecoder:
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The same after one more token [B] a row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
-        return last(self.model, tokens[:, None], self.mask, self.cache)
+        return next_logits(self.model, tokens[:, None], self.mask, self.cache)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -167,7 +167,7 @@ class StaticDecoder:
 
     def prefill(self) -> tuple[Tensor, Tensor]:
         """Logits [B, V] and hidden [B, H] after the queries."""
-        return last(self.model, self.query_ids, self.query_mask, self.cache)
+        return next_logits(self.model, self.query_ids, self.query_mask, self.cache)
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The same after one more token [B] a row; the next call overwrites what this one gave."""
@@ -196,7 +196,7 @@ class StaticDecoder:
             self.graph, self.record = None, lambda: None
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        return last(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
+        return next_logits(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in memory of their own."""

@@ -49,7 +49,7 @@ def forward(model: PreTrainedModel, pick, input_ids: Tensor, **inputs) -> tuple[
 
     hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
-        with feed_forward_at(backbone_of(model), pick) if input_ids.shape[1] > 1 else nullcontext():
+        with mlp_only_at(backbone_of(model), pick) if input_ids.shape[1] > 1 else nullcontext():
             logits = model(input_ids=input_ids, **inputs).logits
     finally:
         hook.remove()
@@ -95,7 +95,7 @@ def parts_by_length(lengths: Tensor) -> list[Tensor]:
 
 
 @dataclass
-class Layout:
+class Packed:
     """What a decoder is given for rows [B, L], and where their real tokens stand in what it gives back.
 
     inputs: its arguments. starts: [B], where each row begins in one sequence; None where rows pad on the right.
@@ -104,20 +104,20 @@ class Layout:
     inputs: dict[str, Any]
     starts: Tensor | None = None
 
-    def at(self, row: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    def index(self, row: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Index of the hidden states of tokens; `row` and `place` (which counts real tokens from 0) are long."""
         if self.starts is None:
             return row, place
         return torch.zeros_like(row), self.starts[row] + place
 
 
-def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Layout:
+def pack(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Packed:
     """The real tokens of rows [B, L], padded on either side, in the way this model is known to take them.
 
     Raises: ValueError for a row without a token, whose place would be that of its neighbour's.
     """
     if backbone.config._attn_implementation != BY_ROW:
-        return Layout({"input_ids": compact(input_ids, attention_mask)})
+        return Packed({"input_ids": compact(input_ids, attention_mask)})
     real = attention_mask.bool()
     lengths = real.sum(1)
     row_lengths = lengths.tolist()
@@ -131,18 +131,18 @@ def lay_out(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor
         # Of four dimensions, so that transformers makes no mask [N, N] that nobody would look at.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=real.device),
     }
-    return Layout(inputs, lengths.cumsum(0) - lengths)
+    return Packed(inputs, lengths.cumsum(0) - lengths)
 
 
-def states_at(backbone: nn.Module, layout: Layout, row: Tensor, place: Tensor) -> Tensor:
+def hidden_at(backbone: nn.Module, packed: Packed, row: Tensor, place: Tensor) -> Tensor:
     """[*, H]: last hidden states of a decoder without a head at these places of rows; gradients flow."""
-    pick = layout.at(row, place)
-    with feed_forward_at(backbone, pick):
-        return backbone(**layout.inputs, use_cache=False).last_hidden_state[pick]
+    pick = packed.index(row, place)
+    with mlp_only_at(backbone, pick):
+        return backbone(**packed.inputs, use_cache=False).last_hidden_state[pick]
 
 
-def take_rows_side_by_side(backbone: PreTrainedModel) -> bool:
-    """Let `lay_out` put a decoder's rows side by side, if a trial shows that each is computed as if it were alone."""
+def enable_packing(backbone: PreTrainedModel) -> bool:
+    """Let `pack` put a decoder's rows side by side, if a trial shows that each is computed as if it were alone."""
     config, text = backbone.config, backbone.config.get_text_config()
     # What a window does shows in rows longer than it only.
     other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
@@ -169,7 +169,7 @@ def _keeps_rows_apart(backbone: PreTrainedModel, ids: Tensor, alone: Tensor) -> 
     mask = torch.ones_like(ids).bool()
     mask[1, 4:] = False
     try:
-        difference = (_states(backbone, lay_out(backbone, ids, mask).inputs) - alone).norm(dim=1)
+        difference = (_states(backbone, pack(backbone, ids, mask).inputs) - alone).norm(dim=1)
     except (TypeError, ValueError, IndexError, RuntimeError):
         # Takes no further arguments, or looks into the mask: there are as many ways as architectures.
         return False
@@ -184,13 +184,13 @@ def _states(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 # ---- only where it is asked for ----
 @contextmanager
-def feed_forward_at(backbone: nn.Module, pick):
+def mlp_only_at(backbone: nn.Module, pick):
     """Within the block the last layer's feed-forward part computes at the places `pick` of [B, L] only.
 
     Nothing comes after it that looks at other places: their last hidden states, which are wrong within the block, are
     those that nobody asks for. That spares two thirds of a layer for every prompt token, forward and backward.
     """
-    part = _last_feed_forward(backbone)
+    part = _last_mlp(backbone)
     if part is None:
         yield
         return
@@ -214,7 +214,7 @@ def feed_forward_at(backbone: nn.Module, pick):
             part.forward = replaced
 
 
-def _last_feed_forward(backbone: nn.Module) -> nn.Module | None:
+def _last_mlp(backbone: nn.Module) -> nn.Module | None:
     """The feed-forward part of the last layer, where there is one that takes hidden states and nothing else."""
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList):

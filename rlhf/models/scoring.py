@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from rlhf.models.forward import lay_out, parts_by_length, states_at
+from rlhf.models.forward import hidden_at, pack, parts_by_length
 
 
 def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -22,9 +22,9 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
 
 def last_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, H]: the hidden state of the last real token of each row."""
-    layout = lay_out(backbone, input_ids, attention_mask)
+    packed = pack(backbone, input_ids, attention_mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)
-    return states_at(backbone, layout, rows, attention_mask.sum(1) - 1)
+    return hidden_at(backbone, packed, rows, attention_mask.sum(1) - 1)
 
 
 def score_in_parts(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

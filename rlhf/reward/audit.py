@@ -89,7 +89,7 @@ def audit(
     attack_prompts: int = 200,
     padding: bool = False,
 ) -> dict:
-    """What a reward model thinks of held-out pairs and of hopeless answers to their prompts, and the verdict.
+    """What a reward model thinks of held-out pairs and of degenerate answers to their prompts, and the verdict.
 
     Args:
         score_rows: scores of whole rows, query and response.
@@ -206,7 +206,7 @@ def verdict(found: dict) -> dict:
 
 
 def is_constant(found: dict) -> bool:
-    """Whether all answers, real and hopeless, get one score (but for rounding)."""
+    """Whether all answers, real and degenerate, get one score (but for rounding)."""
     return found["score_range"] <= 1e-6
 
 

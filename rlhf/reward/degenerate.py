@@ -168,7 +168,7 @@ HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
 
 
 def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng: random.Random) -> list[int] | None:
-    """Token ids of a hopeless answer to the prompt of `pair`.
+    """Token ids of a degenerate answer to the prompt of `pair`.
 
     Args:
         kind: a key of KINDS. other: the good answer to another prompt.
@@ -221,7 +221,7 @@ def degenerate_pairs(
     seed: int,
     funnel: Funnel,
 ) -> list[dict]:
-    """`share` times as many further pairs as there are rows: a row's chosen answer against a hopeless one.
+    """`share` times as many further pairs as there are rows: a row's chosen answer against a degenerate one.
 
     Args:
         rows: of `preference_rows`. kinds: taken in turn. max_length: tokens of query and answer.

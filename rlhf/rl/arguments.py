@@ -145,7 +145,7 @@ class WatchFlags:
     )
     reward_gate: str = flag(
         "warn",
-        help="where hopeless answers win in the audit of the reward model (a quick one at the start, if it has none)",
+        help="where degenerate answers win in the audit of the reward model (without one, a quick one at the start)",
         group="watch",
         choices=["warn", "refuse"],
     )

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.rl.experience import sample_responses
-from rlhf.rl.loop import Loop, next_prompts
-from rlhf.rl.roles import Roles, score_logprobs
+from rlhf.rl.loop import PPOLoop, next_prompts
+from rlhf.rl.roles import Roles, role_logprobs
 
 # Largest and mean difference, in nats, between log-probabilities that are equal on paper (by dtype of the weights).
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.3, 0.03), torch.float16: (0.3, 0.03)}
@@ -60,7 +60,7 @@ def _check_finite(rollout: Rollout) -> None:
 def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
     """The ratio is 1 before the first update: what was recorded while sampling is what scoring finds afterwards."""
     largest, mean = TOLERANCE[roles.model.dtype]
-    logprobs, _ = score_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
+    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
     moved = (logprobs - rollout.logprobs)[rollout.mask].abs()
     if not (moved.max() <= largest and moved.mean() <= mean):
         raise ValueError(
@@ -107,8 +107,8 @@ def _is_bare_base(roles: Roles) -> bool:
 
 def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list[str]:
     """The KL is 0 before the first update, because policy and reference are the same SFT model."""
-    logprobs, _ = score_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
-    reference, _ = score_logprobs(roles, "reference", rollout, sampling, rows_at_once=8)
+    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
+    reference, _ = role_logprobs(roles, "reference", rollout, sampling, rows_at_once=8)
     moved = (logprobs - reference)[rollout.mask].abs()
     largest, mean = moved.max().item(), moved.mean().item()
     if roles.separate_reference is None:
@@ -134,7 +134,7 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
 
 
 # ---- start ----
-def check_start(loop: Loop, fresh: bool) -> None:
+def check_start(loop: PPOLoop, fresh: bool) -> None:
     """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
     prompts = next_prompts(loop, 0)[:8]
     loop.roles.train(False)

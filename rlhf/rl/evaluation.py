@@ -5,8 +5,8 @@ import math
 import torch
 
 from rlhf.rl.experience import record_logprobs, sample_responses, score_responses, transform_scores
-from rlhf.rl.loop import Loop, global_moments, next_prompts
-from rlhf.rl.metrics import describe_samples, in_words
+from rlhf.rl.loop import PPOLoop, global_moments, next_prompts
+from rlhf.rl.metrics import describe_samples, sample_records
 
 # Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
 STATISTICS_SAMPLES = 128
@@ -18,7 +18,7 @@ SHOWN = 8
 CLEAR = 2.0
 
 
-def evaluate(loop: Loop) -> tuple[dict[str, float], list[dict]]:
+def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
     """The policy on the held-out prompts: metrics over all ranks under eval/, and some of this rank's answers."""
     rank = loop.accelerator.process_index
     # As many on every rank, so that they gather; the few left over are not asked.
@@ -33,7 +33,7 @@ def evaluate(loop: Loop) -> tuple[dict[str, float], list[dict]]:
     judged = None
     if loop.args.judge_lora_path:
         judged = columns["judge"] = score_responses(loop, rollout, "judge")
-    samples = in_words(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     found = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
         found["judge/mean"], found["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
@@ -47,7 +47,7 @@ def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
     return x.mean().item(), error.item()
 
 
-def is_best(loop: Loop, metrics: dict, step: int) -> bool:
+def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
     """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
     judge, name = loop.args.judge_lora_path, criterion(loop)
     value = metrics[f"eval/{name}/mean"]
@@ -61,12 +61,12 @@ def is_best(loop: Loop, metrics: dict, step: int) -> bool:
     return True
 
 
-def criterion(loop: Loop) -> str:
+def criterion(loop: PPOLoop) -> str:
     """What best/ is chosen by: "judge" where there is one, else "score"."""
     return "judge" if loop.args.judge_lora_path else "score"
 
 
-def best_in_words(loop: Loop) -> str:
+def best_in_words(loop: PPOLoop) -> str:
     """Which evaluation was the best, and whether that is more than chance."""
     best, name = loop.best, criterion(loop)
     words = (
@@ -78,7 +78,7 @@ def best_in_words(loop: Loop) -> str:
     return words
 
 
-def measure_sft_scores(loop: Loop) -> dict[str, float]:
+def measure_sft_scores(loop: PPOLoop) -> dict[str, float]:
     """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
     batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.processes)))
     loop.roles.train(False)

@@ -6,17 +6,17 @@ from torch import Tensor
 from rlhf.data.batches import collate_prompts
 from rlhf.models.generation import Rollout, generate, join
 from rlhf.ppo import gae, group_advantages, token_rewards, whiten
-from rlhf.rl.loop import Loop, global_moments
-from rlhf.rl.roles import by_length, score_logprobs, score_values
-from rlhf.run.stopping import named_when_too_large, stop_if_agreed
+from rlhf.rl.loop import PPOLoop, global_moments
+from rlhf.rl.roles import by_length, critic_values, role_logprobs
+from rlhf.run.stopping import explain_out_of_memory, stop_if_agreed
 
 
-def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator) -> Rollout:
+def sample_responses(loop: PPOLoop, prompts: list[dict], generator: torch.Generator) -> Rollout:
     """One response to each prompt, under the policy as it is now."""
     batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
     ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
     at_once = len(prompts) if loop.args.batched_gen else 1
-    with named_when_too_large(
+    with explain_out_of_memory(
         "sampling", ids.shape, "--batch_size or --output_max_length, or give --batched_gen False"
     ):
         parts = [
@@ -28,7 +28,7 @@ def sample_responses(loop: Loop, prompts: list[dict], generator: torch.Generator
 
 
 @torch.no_grad()
-def score_responses(loop: Loop, rollout: Rollout, role: str = "reward") -> Tensor:
+def score_responses(loop: PPOLoop, rollout: Rollout, role: str = "reward") -> Tensor:
     """[B] float32: the reward model's (or the judge's) own score of each row, on the token ids themselves."""
     scores = torch.empty(len(rollout.mask), device=rollout.mask.device)
     for rows in by_length(rollout, loop.args.forward_batch_size):
@@ -37,25 +37,25 @@ def score_responses(loop: Loop, rollout: Rollout, role: str = "reward") -> Tenso
     return scores
 
 
-def recomputes(loop: Loop) -> bool:
+def recomputes(loop: PPOLoop) -> bool:
     """Whether the policy's log-probabilities are computed again before the update, not kept from sampling."""
     asked = loop.args.old_logprobs
     return asked == "recomputed" or (asked == "auto" and loop.roles.model.dtype != torch.float32)
 
 
 @torch.no_grad()
-def record_logprobs(loop: Loop, rollout: Rollout) -> None:
+def record_logprobs(loop: PPOLoop, rollout: Rollout) -> None:
     """Fill in the reference's log-probabilities, a separate critic's values and, where asked, the policy's anew."""
     args, roles = loop.args, loop.roles
     if recomputes(loop):
-        logprobs, values = score_logprobs(roles, "policy", rollout, loop.sampling, args.mini_batch_size)
+        logprobs, values = role_logprobs(roles, "policy", rollout, loop.sampling, args.mini_batch_size)
         rollout.logprobs, rollout.values = logprobs, values
     if roles.value_adapter:
-        rollout.values = score_values(roles, rollout, args.forward_batch_size)
-    rollout.ref_logprobs, _ = score_logprobs(roles, "reference", rollout, loop.sampling, args.forward_batch_size)
+        rollout.values = critic_values(roles, rollout, args.forward_batch_size)
+    rollout.ref_logprobs, _ = role_logprobs(roles, "reference", rollout, loop.sampling, args.forward_batch_size)
 
 
-def transform_scores(loop: Loop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
+def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
     """[B] float32: what PPO maximises, from the reward model's own scores."""
     args, scores = loop.args, raw_scores
     if args.reward_transform == "sigmoid":
@@ -67,7 +67,7 @@ def transform_scores(loop: Loop, raw_scores: Tensor, rollout: Rollout) -> Tensor
     return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
 
 
-def set_advantages(loop: Loop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
+def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Fill in the advantages and, for a critic, the returns; gives back rewards and kl, [B, T] each.
 
     The price of KL is in the rewards whatever the advantages are made of.

@@ -10,7 +10,7 @@ from rlhf.models.forward import backbone_of
 from rlhf.reward.audit import attack_results, consequence, make_attacks, row_scorer, winning_attacks
 from rlhf.reward.audit_report import read_audit
 from rlhf.rl.experience import sample_responses
-from rlhf.rl.loop import Loop, seeded
+from rlhf.rl.loop import PPOLoop, seeded
 
 # Answers of the SFT model that a reward adapter without an audit is tried on.
 QUICK_PROMPTS = 64
@@ -23,7 +23,7 @@ def stored_audit(reward_dir: str | Path) -> dict | None:
 
 
 def read_gate(reward_dir: str | Path, mode: str) -> None:
-    """Warn of, or refuse, a reward adapter whose audit says that hopeless answers win; nothing is loaded.
+    """Warn of, or refuse, a reward adapter whose audit says that degenerate answers win; nothing is loaded.
 
     Args:
         mode: "warn" or "refuse".
@@ -31,11 +31,11 @@ def read_gate(reward_dir: str | Path, mode: str) -> None:
     """
     found = stored_audit(reward_dir)
     if found is not None:
-        _judge(reward_dir, found["verdict"]["winning"], mode, "its audit")
+        _warn_or_refuse(reward_dir, found["verdict"]["winning"], mode, "its audit")
 
 
-def quick_gate(loop: Loop) -> None:
-    """The same for an adapter without an audit: its scores of hopeless answers against the SFT model's own.
+def quick_gate(loop: PPOLoop) -> None:
+    """The same for an adapter without an audit: its scores of degenerate answers against the SFT model's own.
 
     Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
@@ -60,19 +60,19 @@ def quick_gate(loop: Loop) -> None:
             backbone_of(model), head, tokenizer.pad_token_id, args.forward_batch_size, loop.accelerator.device
         )
         real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
-        hopeless = score_rows([row for _, _, row in attacks])
-    results = attack_results(attacks, np.array(real), np.array(hopeless))
+        degenerate = score_rows([row for _, _, row in attacks])
+    results = attack_results(attacks, np.array(real), np.array(degenerate))
     if loop.accelerator.is_main_process:
         shares = ", ".join(f"{kind} {found['share']:.0%}" for kind, found in results.items() if found["n"])
         print(f"quick audit of the reward model: the SFT model's own answer wins against {shares}", flush=True)
-    _judge(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
+    _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
 
 
-def _judge(reward_dir: str | Path, winning: dict[str, float], mode: str, source: str) -> None:
+def _warn_or_refuse(reward_dir: str | Path, winning: dict[str, float], mode: str, source: str) -> None:
     if not winning:
         return
     words = (
-        f"{source} says that the reward model {reward_dir} prefers hopeless answers: "
+        f"{source} says that the reward model {reward_dir} prefers degenerate answers: "
         + "; ".join(consequence(kind, part) for kind, part in winning.items())
         + ". Train it again with more of --degenerate_frac (0.2 to begin with; reward_modeling.py)"
     )

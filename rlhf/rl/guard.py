@@ -35,7 +35,7 @@ class CollapseGuard:
         self.start: dict[str, float] = {}
         self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
 
-    def judge(self, metrics: dict[str, float]) -> str | None:
+    def check_step(self, metrics: dict[str, float]) -> str | None:
         """Why this step counts as a collapse, in one sentence, or None; a good step is remembered."""
         reason = self._reason(metrics)
         if reason is None:
@@ -43,7 +43,7 @@ class CollapseGuard:
             self.recent_kl.append(metrics["kl/mean"])
         return reason
 
-    def gamed(self, metrics: dict[str, float], baseline: dict[str, float]) -> str | None:
+    def check_evaluation(self, metrics: dict[str, float], baseline: dict[str, float]) -> str | None:
         """Why an evaluation counts as reward hacking, in one sentence, or None: the score rose, the judge's fell.
 
         The judge's mean has to be under the SFT model's by more than JUDGE_ERRORS standard errors of the difference.

@@ -17,7 +17,7 @@ from rlhf.rl.roles import Roles
 
 
 @dataclass
-class Loop:
+class PPOLoop:
     """What the functions of a step share: the roles, what trains them, and the little that a restart brings back."""
 
     args: Any
@@ -37,7 +37,7 @@ class Loop:
     # Steps left out because of numbers that were not finite.
     left_out: int = 0
     # Weights and optimizer to go back to after a collapse, of rlhf.update.snapshot.
-    good: tuple | None = None
+    last_good: tuple | None = None
 
     @property
     def processes(self) -> int:
@@ -72,7 +72,7 @@ def seeded(device, *place) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def next_prompts(loop: Loop, step: int) -> list[dict]:
+def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
     """This rank's prompts of a step: consecutive slices of a fresh permutation of the data for each pass over it.
 
     With a group size above 1 each stands that many times, side by side.

@@ -7,14 +7,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from rlhf.cost.flops import Work, mfu, ppo_flops, this_card
-from rlhf.cost.flops import in_words as mfu_in_words
+from rlhf.cost.flops import FlopCounts, format_mfu, mfu, ppo_flops, this_card
 from rlhf.models.generation import Rollout
-from rlhf.rl.loop import Loop, global_moments
+from rlhf.rl.loop import PPOLoop, global_moments
 from rlhf.run.log import Eta, MetricsLog
 
 
-def in_words(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
+def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
     """One record a row: query and response as text, length, whether it ended, the numbers of `columns` ([B] each)."""
     sides = {"query": (rollout.query_ids, rollout.query_mask), "response": (rollout.response_ids, rollout.mask)}
     table = {}
@@ -85,7 +84,9 @@ def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> d
     }
 
 
-def utilisation(accelerator: Accelerator, rollout: Rollout, work: Work, seconds: float, **passes) -> dict[str, float]:
+def utilisation(
+    accelerator: Accelerator, rollout: Rollout, work: FlopCounts, seconds: float, **passes
+) -> dict[str, float]:
     """{"mfu": share of all cards' peak that a step's real tokens account for}, or {} where the peak is not known.
 
     Args:
@@ -99,7 +100,7 @@ def utilisation(accelerator: Accelerator, rollout: Rollout, work: Work, seconds:
 
 def step_line(metrics: dict, total: int, eta: str) -> str:
     """A step in one line."""
-    speed = f", {mfu_in_words(metrics['mfu'])}" if "mfu" in metrics else ""
+    speed = f", {format_mfu(metrics['mfu'])}" if "mfu" in metrics else ""
     return (
         f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
         f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
@@ -110,7 +111,7 @@ def step_line(metrics: dict, total: int, eta: str) -> str:
     )
 
 
-def batch_sizes(loop: Loop) -> str:
+def batch_sizes(loop: PPOLoop) -> str:
     """The sizes that count, in one sentence."""
     args = loop.args
     groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
@@ -121,7 +122,7 @@ def batch_sizes(loop: Loop) -> str:
     )
 
 
-def report(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
+def log_step(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
     """metrics.jsonl and tracker, one line on the screen, and now and then samples in words."""
     step = metrics["step"]
     log.write(metrics)

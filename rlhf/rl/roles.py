@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.files import load_tensors
-from rlhf.models.forward import backbone_of, forward, lay_out, states_at, take_rows_side_by_side
+from rlhf.models.forward import backbone_of, enable_packing, forward, hidden_at, pack
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.models.kernels import fuse_linears
 from rlhf.models.loading import add_lora, disable_dropout, load_base, score_head_of
@@ -44,7 +44,7 @@ class Roles:
         self.separate_reference = reference
         for each in (self.model, reference):
             if each is not None:
-                take_rows_side_by_side(backbone_of(each))
+                enable_packing(backbone_of(each))
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")
 
@@ -169,14 +169,14 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
 
     Returns: [B, T] float32, nats (0 on padding; gradients flow), and hidden [N, H], one before each real token.
     """
-    layout = lay_out(backbone_of(model), rollout.input_ids, rollout.attention_mask)
-    logits, hidden = forward(model, layout.at(*rollout.predictors()), **layout.inputs, use_cache=False)
+    packed = pack(backbone_of(model), rollout.input_ids, rollout.attention_mask)
+    logits, hidden = forward(model, packed.index(*rollout.predictors()), **packed.inputs, use_cache=False)
     t = rollout.mask.nonzero(as_tuple=True)[1]
     found = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
-    return spread(found, rollout.mask), hidden
+    return scatter_by_mask(found, rollout.mask), hidden
 
 
-def spread(found: Tensor, mask: Tensor) -> Tensor:
+def scatter_by_mask(found: Tensor, mask: Tensor) -> Tensor:
     """[B, T] like `mask` with the N values of `found` at its True entries, in order, and 0 elsewhere."""
     return found.new_zeros(mask.shape).masked_scatter(mask, found)
 
@@ -184,23 +184,23 @@ def spread(found: Tensor, mask: Tensor) -> Tensor:
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """[N, H]: the hidden state before each real response token, without any logits; gradients flow."""
     backbone = backbone_of(model)
-    layout = lay_out(backbone, rollout.input_ids, rollout.attention_mask)
-    return states_at(backbone, layout, *rollout.predictors())
+    packed = pack(backbone, rollout.input_ids, rollout.attention_mask)
+    return hidden_at(backbone, packed, *rollout.predictors())
 
 
 @torch.no_grad()
-def score_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
+def critic_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
     """[B, T] float32, 0 on padding: values by a critic that has an adapter of its own."""
     values = torch.zeros_like(rollout.logprobs)
     with roles.use("value") as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
-            values[rows, : part.mask.shape[1]] = spread(roles.values(response_hidden(model, part)), part.mask)
+            values[rows, : part.mask.shape[1]] = scatter_by_mask(roles.values(response_hidden(model, part)), part.mask)
     return values
 
 
 @torch.no_grad()
-def score_logprobs(
+def role_logprobs(
     roles: Roles, role: str, rollout: Rollout, sampling: Sampling, rows_at_once: int
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the responses under a role, and what the value head makes of its hidden states.
@@ -214,7 +214,7 @@ def score_logprobs(
             width = part.mask.shape[1]
             found, hidden = response_logprobs(model, part, sampling)
             logprobs[rows, :width] = found
-            values[rows, :width] = spread(roles.values(hidden), part.mask)
+            values[rows, :width] = scatter_by_mask(roles.values(hidden), part.mask)
     return logprobs, values
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.ppo import policy_loss, value_loss
-from rlhf.rl.roles import Roles, response_hidden, response_logprobs, spread
-from rlhf.rl.state import restore, snapshot
-from rlhf.run.stopping import Interrupted, named_when_too_large, received
+from rlhf.rl.roles import Roles, response_hidden, response_logprobs, scatter_by_mask
+from rlhf.rl.state import copy_weights, restore_weights
+from rlhf.run.stopping import Interrupted, explain_out_of_memory, received
 
 # A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
 MAX_MEAN_RATIO = 10.0
@@ -46,13 +46,13 @@ def update(
     """
     learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
     everything = list(roles.trainable().values())
-    before = snapshot(everything, optimizer)
+    before = copy_weights(everything, optimizer)
     roles.train(True)
     optimizer.zero_grad(set_to_none=True)
     try:
         return learner.epochs(rollout, generator)
     except (FloatingPointError, Interrupted):
-        restore(everything, optimizer, before)
+        restore_weights(everything, optimizer, before)
         raise
     finally:
         optimizer.zero_grad(set_to_none=True)
@@ -77,7 +77,7 @@ class Learner:
             start = totals
             for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
                 part = rollout.rows(rows)
-                with named_when_too_large("the update", part.input_ids.shape, "--mini_batch_size"):
+                with explain_out_of_memory("the update", part.input_ids.shape, "--mini_batch_size"):
                     totals = totals + self.backward(part)
                 if self.pending == args.gradient_accumulation_steps:
                     self.step()
@@ -121,7 +121,7 @@ class Learner:
 
     def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
         """The value loss of one mini-batch as a sum over its tokens, and its statistics."""
-        values = spread(self.roles.values(hidden), part.mask)
+        values = scatter_by_mask(self.roles.values(hidden), part.mask)
         loss, stats = value_loss(values, part.values, part.returns, part.mask, self.args.cliprange_value, n_tokens=1)
         return {**stats, "loss/value": loss}
 

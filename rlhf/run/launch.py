@@ -58,14 +58,14 @@ def check_deepspeed(file: str) -> None:
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
-def world() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """(rank, number of processes) as the launcher says, before any process group exists."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def say(*lines: str) -> None:
     """Print on the first process only."""
-    if world()[0] == 0:
+    if rank_and_size()[0] == 0:
         print(*lines, sep="\n", flush=True)
 
 
@@ -81,7 +81,7 @@ def wanted_processes(nproc: int) -> int:
     return nproc or max(1, torch.cuda.device_count())
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Leave out what libraries print about things in order: bars while loading, heads that are new on purpose."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -95,7 +95,7 @@ def run_script(main, parse_args) -> None:
     130 and 143 stopped by SIGINT and SIGTERM.
     """
     args = parse_args()
-    quieten()
+    silence_libraries()
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
     processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
     looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)

@@ -72,7 +72,7 @@ SIGNS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAIL
 
 
 @contextmanager
-def named_when_too_large(what: str, shape: Iterable[int], flags: str):
+def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
     """Turn an allocation that failed within into a MemoryError with the batch's shape and the flags to turn.
 
     Args:

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from rlhf.artefacts.checkpoint import complete_or_gone, read_manifest, rotate, write_manifest
-from rlhf.cost.flops import in_words, mfu, this_card, training_flops, work_of
+from rlhf.cost.flops import flop_counts, format_mfu, mfu, this_card, training_flops
 from rlhf.data.batches import LengthGroupedSampler
-from rlhf.run.launch import say, world
+from rlhf.run.launch import rank_and_size, say
 from rlhf.run.log import Eta, MetricsLog
 from rlhf.run.stopping import agreed, stop_if_agreed
 
@@ -21,7 +21,7 @@ CHECKPOINT_PREFIX = "checkpoint-"
 # ---- processes ----
 def announce_batches(args, rows: int, unit: str) -> None:
     """Say how many rows an optimizer step sees on all processes together."""
-    processes = world()[1]
+    processes = rank_and_size()[1]
     size = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
     say(
         f"{rows:,} {unit}; {size} a step = {args.per_device_train_batch_size} a device x {processes} process(es) "
@@ -31,7 +31,7 @@ def announce_batches(args, rows: int, unit: str) -> None:
 
 def open_log(args, resume_from: str | None) -> MetricsLog | None:
     """metrics.jsonl cut back to the checkpoint, as later steps will be run again; None but on the first process."""
-    if world()[0] != 0:
+    if rank_and_size()[0] != 0:
         return None
     done = 0
     if resume_from is None:
@@ -77,7 +77,7 @@ class StageLog(TrainerCallback):
         self.epoch = state.epoch or 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.work = work_of(model, model.config)
+        self.work = flop_counts(model, model.config)
         self.eta = Eta(state.max_steps, state.global_step)
         self._restart_clock(state)
 
@@ -131,7 +131,7 @@ class StageLog(TrainerCallback):
                 f"step {state.global_step}/{state.max_steps} | loss {logs['loss']:.4f} | "
                 f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | "
                 f"{record['tokens/s']:,} tokens/s, {record['samples/s']:.1f} samples/s"
-                f"{', ' + in_words(record['mfu']) if 'mfu' in record else ''} | {record['time/step']:.2f} s/step | "
+                f"{', ' + format_mfu(record['mfu']) if 'mfu' in record else ''} | {record['time/step']:.2f} s/step | "
                 f"ETA {self.eta.left(state.global_step)}",
                 flush=True,
             )
@@ -150,7 +150,7 @@ class StageLog(TrainerCallback):
         sequences = max(1, round(rows * self.sequences))
         head = tokens if self.sequences == 1 else 0
         flops = training_flops(self.work, [tokens / sequences] * sequences, head, self.flags.gradient_checkpointing)
-        share = mfu(flops, seconds, this_card(), world()[1])
+        share = mfu(flops, seconds, this_card(), rank_and_size()[1])
         return found if share is None else found | {"mfu": share}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -166,7 +166,7 @@ class StageLog(TrainerCallback):
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
         if self.log is not None:
-            about = {"step": state.global_step, "processes": world()[1]}
+            about = {"step": state.global_step, "processes": rank_and_size()[1]}
             folder = Path(args.output_dir) / f"{CHECKPOINT_PREFIX}{state.global_step}"
             with complete_or_gone(folder):
                 write_manifest(folder, about)

@@ -8,7 +8,7 @@ import torch
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.artefacts.adapters import save_adapter
-from rlhf.artefacts.checkpoint import complete_or_gone, defect
+from rlhf.artefacts.checkpoint import complete_or_gone, why_incomplete
 from rlhf.artefacts.run_json import write_run
 from rlhf.models.loading import pick_dtype
 from rlhf.trainer.log import CHECKPOINT_PREFIX
@@ -58,15 +58,15 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
 
 
 # ---- weights in pieces ----
-def in_pieces() -> bool:
+def is_zero3() -> bool:
     """Whether DeepSpeed spreads the weights over the processes (ZeRO-3): a forward is then a matter of all of them."""
     return is_deepspeed_zero3_enabled()
 
 
 @contextmanager
-def trained_weights_whole(model):
+def gathered(model):
     """Within the block, which all processes have to enter, each of them holds all of what is trained."""
-    if not in_pieces():
+    if not is_zero3():
         yield
         return
     import deepspeed
@@ -80,7 +80,7 @@ def save_checkpoint(trainer, output_dir: str | None, state_dict: dict | None) ->
     """What a Trainer stage writes of its model: adapter, tokenizer and run.json, no pickled arguments beside them."""
     if trainer.args.should_save:
         folder = output_dir or trainer.args.output_dir
-        save_adapter(trainer.model, folder, state_dict=state_dict if in_pieces() else None)
+        save_adapter(trainer.model, folder, state_dict=state_dict if is_zero3() else None)
         trainer.processing_class.save_pretrained(folder)
         write_run(folder, **trainer.about)
 
@@ -89,10 +89,10 @@ def save_checkpoint(trainer, output_dir: str | None, state_dict: dict | None) ->
 def writing_checkpoint(trainer):
     """Where the Trainer writes its next checkpoint in place: the folder is empty before, and gone after a failure."""
     folder = Path(trainer.args.output_dir) / f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
-    if trainer.args.should_save and folder.is_dir() and defect(folder) is not None:
+    if trainer.args.should_save and folder.is_dir() and why_incomplete(folder) is not None:
         # A killed run's leftovers would be listed as parts of this checkpoint.
         shutil.rmtree(folder)
     # The adapter and Adam's two moments of it.
-    least = 3 * sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    with complete_or_gone(folder, least):
+    min_bytes = 3 * sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    with complete_or_gone(folder, min_bytes):
         yield

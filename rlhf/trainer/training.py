@@ -10,16 +10,16 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts.adapters import read_adapter
-from rlhf.artefacts.checkpoint import defect, rotate, to_resume
+from rlhf.artefacts.checkpoint import rotate, to_resume, why_incomplete
 from rlhf.artefacts.resume import refuse_changes
-from rlhf.run.launch import say, world
+from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
 
 
 def bad_rows_file(args) -> Path | None:
     """Where --bad_rows skip writes malformed rows; None where this process has no claim on the output directory."""
-    idle = args.inspect_data or getattr(args, "audit_only", False) or world()[0] != 0
+    idle = args.inspect_data or getattr(args, "audit_only", False) or rank_and_size()[0] != 0
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
 
 
@@ -36,10 +36,10 @@ def resume_point(args, about: dict) -> str | None:
         if args.resume_from_checkpoint:
             say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
-    refuse_changes(found, args, about, world()[1])
+    refuse_changes(found, args, about, rank_and_size()[1])
     # The Trainer's own words on a damaged file name none.
     read_adapter(found)
-    if world()[0] == 0 and args.resume_from_checkpoint == "True":
+    if rank_and_size()[0] == 0 and args.resume_from_checkpoint == "True":
         # What a run killed between its last checkpoint and the rotation left over.
         rotate(args.output_dir, CHECKPOINT_PREFIX, args.save_total_limit)
     say(f"going on from {found}")
@@ -91,7 +91,7 @@ def saved_when_stopped(trainer):
         folder = Path(trainer.args.output_dir) / name
         if trainer.state.global_step == 0:
             raise
-        missing = not folder.is_dir() or defect(folder) is not None
+        missing = not folder.is_dir() or why_incomplete(folder) is not None
         # All processes have looked before the first of them writes.
         trainer.accelerator.wait_for_everyone()
         if missing:

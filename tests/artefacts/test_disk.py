@@ -10,7 +10,7 @@ import pytest
 from adapters import random_adapter
 from forked import KILL, ends_the_same
 
-from rlhf.artefacts.checkpoint import defect, numbered
+from rlhf.artefacts.checkpoint import numbered, why_incomplete
 
 pytestmark = pytest.mark.slow
 NAMES = ("sft", "reward", "ppo")
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_costs_nothing_that_was_there
     assert abs(int(needed.replace(",", "")) - checkpoint) < 0.2 * checkpoint
     assert f"the disk of {disk / 'out'} is full" in zygote.complaint()
     kept = numbered(disk / "out", stages[name].prefix)
-    assert kept and not any(map(defect, kept))
+    assert kept and not any(map(why_incomplete, kept))
     assert leftovers(disk) == []
     assert not (disk / "out" / "adapter_model.safetensors").exists()
     mount(disk, "remount,size=16m")

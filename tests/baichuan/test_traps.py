@@ -15,12 +15,19 @@ import rl_training
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.data.encoding import load_tokenizer
-from rlhf.models.forward import backbone_of, forward, lay_out
+from rlhf.models.forward import backbone_of, forward, pack
 from rlhf.models.generation import Rollout, Sampling, generate
 from rlhf.models.loading import add_lora, load_base, lora_targets
 from rlhf.models.scoring import score
 from rlhf.rl.check import MERGED_WARNS, check_run
-from rlhf.rl.roles import VALUE_HEAD_FILE, load_roles, response_hidden, response_logprobs, score_logprobs, spread
+from rlhf.rl.roles import (
+    VALUE_HEAD_FILE,
+    load_roles,
+    response_hidden,
+    response_logprobs,
+    role_logprobs,
+    scatter_by_mask,
+)
 from rlhf.rl.update import update
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
@@ -67,7 +74,7 @@ def drawn(roles, rows=4):
         advantages=torch.randn(rows, 8, generator=g) * mask,
         returns=torch.randn(rows, 8, generator=g) * mask,
     )
-    rollout.logprobs, rollout.values = score_logprobs(roles, "policy", rollout, SAMPLING, rows)
+    rollout.logprobs, rollout.values = role_logprobs(roles, "policy", rollout, SAMPLING, rows)
     return rollout
 
 
@@ -116,7 +123,7 @@ def test_peft_makes_an_adapter_trainable_by_activating_it_and_a_role_in_use_take
 def judgements(roles, rollout):
     """What every role but the policy makes of a rollout."""
     found = {role: roles.scores(rollout.input_ids, rollout.attention_mask, role) for role in ("reward", "judge")}
-    return found | {"reference": score_logprobs(roles, "reference", rollout, SAMPLING, 2)[0]}
+    return found | {"reference": role_logprobs(roles, "reference", rollout, SAMPLING, 2)[0]}
 
 
 def test_scoring_by_other_roles_between_forward_and_backward_changes_no_gradient_under_checkpointing(base, adapters):
@@ -130,7 +137,7 @@ def test_scoring_by_other_roles_between_forward_and_backward_changes_no_gradient
         logprobs, hidden = response_logprobs(roles.model, rollout, SAMPLING)
         if checkpointing:
             torch.testing.assert_close(judgements(roles, rollout), expected, **TOLERANCE)
-        ((logprobs + spread(roles.values(hidden), rollout.mask)) * rollout.mask).mean().backward()
+        ((logprobs + scatter_by_mask(roles.values(hidden), rollout.mask)) * rollout.mask).mean().backward()
         return {name: p.grad for name, p in roles.trainable().items()}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -345,7 +352,7 @@ def reference_difference(base, adapters, merged_dir, dtype=torch.float32):
     """Per real token: |log-probability under the reference adapter - the same under the separate model|."""
     shared, separate = load(base, adapters, dtype), load(base, adapters, dtype, merged_sft_dir=merged_dir)
     rollout = drawn(shared)
-    one, other = (score_logprobs(roles, "reference", rollout, SAMPLING, 4)[0] for roles in (shared, separate))
+    one, other = (role_logprobs(roles, "reference", rollout, SAMPLING, 4)[0] for roles in (shared, separate))
     return (one - other)[rollout.mask].abs()
 
 
@@ -376,10 +383,10 @@ def test_logits_logprobs_and_values_equal_those_of_the_separately_loaded_policy_
     plain = {"policy": alone(base, adapters["policy"]), "reference": alone(base, adapters["sft"])}
     differ = []
     for role in ("policy", "reference", "policy"):
-        logprobs, values = score_logprobs(roles, role, rollout, SAMPLING, 3)
+        logprobs, values = role_logprobs(roles, role, rollout, SAMPLING, 3)
         with roles.use(role) as model:
-            layout = lay_out(backbone_of(model), rollout.input_ids, rollout.attention_mask)
-            logits = forward(model, layout.at(*rollout.predictors()), **layout.inputs)[0]
+            packed = pack(backbone_of(model), rollout.input_ids, rollout.attention_mask)
+            logits = forward(model, packed.index(*rollout.predictors()), **packed.inputs)[0]
             logits = logits.split(rollout.lengths().tolist())
         for row, ids in enumerate(real_rows(rollout)):
             n = int(rollout.mask[row].sum())
@@ -401,7 +408,7 @@ def test_values_of_a_critic_with_an_adapter_equal_those_of_the_separately_loaded
     roles = load(base, adapters, critic="adapter")
     rollout = drawn(roles)
     with roles.use("value") as model:
-        values = spread(roles.values(response_hidden(model, rollout)), rollout.mask)
+        values = scatter_by_mask(roles.values(response_hidden(model, rollout)), rollout.mask)
     plain = alone(base, f"{adapters['policy']}/value_adapter")
     head = load_file(f"{adapters['policy']}/{VALUE_HEAD_FILE}")
     for row, ids in enumerate(real_rows(rollout)):

@@ -14,7 +14,7 @@ from benchmarks.gpu_measure import Meter, Row, Target, cells
 from benchmarks.gpu_workload import Rows
 from benchmarks.model import EOS, VOCABULARY, causal_model, config
 from benchmarks.ppo_workload import SETTINGS, prompts, set_chance_of_eos
-from rlhf.cost.flops import Work
+from rlhf.cost.flops import FlopCounts
 from rlhf.cost.memory import Precision
 
 
@@ -124,7 +124,7 @@ def test_the_meter_leaves_the_first_step_out_and_tells_phases_apart():
 
 
 def test_decoding_reads_weights_and_the_tokens_so_far_once_a_token():
-    work = Work(body=1000, head=100, trained=0, attention=8)
+    work = FlopCounts(body=1000, head=100, trained=0, attention=8)
     # Of four tokens prefill gives the first; the others look at 4, 5 and 6 tokens in each of two rows.
     cache = 2 * (4 + 5 + 6) * 2 * 8 * 2
     assert decoding_bytes(work, Precision(2), Rows(2, 3, 4)) == 3 * 2 * 1100 + cache

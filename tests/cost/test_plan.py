@@ -29,7 +29,7 @@ from rlhf.run.log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, SFT_7B = Precision(2), {"layers": 32, "hidden": 4096, "intermediate": 11008, "heads": 32, "kv_heads": 32}
-SEVEN_B = plan.Shape(**SFT_7B, head_dim=128, vocab=64000, parameters=7_000_559_616, linear=6_476_005_376)
+SEVEN_B = plan.ModelShape(**SFT_7B, head_dim=128, vocab=64000, parameters=7_000_559_616, linear=6_476_005_376)
 # r = 8 on W_pack.
 ADAPTER = 32 * 8 * (4096 + 3 * 4096)
 
@@ -125,7 +125,7 @@ def test_counted_operations_are_those_torch_counts(checkpointing):
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     ids = torch.randint(5, 1999, (2, 64))
-    work = flops.work_of(model, base.config)
+    work = flops.flop_counts(model, base.config)
     with FlopCounterMode(display=False) as counted:
         logits, _ = forward(base, (slice(None), slice(31, 63)), ids)
         forward_only = counted.get_total_flops()
@@ -142,7 +142,7 @@ def test_counted_operations_are_those_torch_counts(checkpointing):
 
 
 def test_a_ppo_step_is_its_passes_and_epochs():
-    work = flops.Work(body=1000, head=100, trained=10, attention=0)
+    work = flops.FlopCounts(body=1000, head=100, trained=10, attention=0)
     found = flops.ppo_flops(work, [3, 2], [2, 1], passes=2, epochs=4, checkpointing=False)
     assert found == 3 * (2000 * 8 + 200 * 3) + 4 * (2 * (2000 * 8 + 200 * 3) + 4 * 10 * 8)
 

@@ -68,8 +68,8 @@ def test_lively_and_right_beats_stiff_and_right_beats_lively_and_wrong():
 def test_nothing_hopeless_beats_a_real_answer():
     rng = random.Random(0)
     for make in set(DEGENERATE):
-        hopeless = [(p, make(p, text, rng)) for p, text in drawn("lively")]
-        assert mean_gold(hopeless) < mean_gold(drawn("lively")) - 0.2, make.__name__
+        degenerate = [(p, make(p, text, rng)) for p, text in drawn("lively")]
+        assert mean_gold(degenerate) < mean_gold(drawn("lively")) - 0.2, make.__name__
 
 
 @pytest.mark.parametrize("text", ["", " ", "。", "！！！", "哈哈，" * 10, "呀" * 30])

@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 import conftest  # noqa: E402
 from forked import KILL, Stage, Zygote, make_stages, result  # noqa: E402
 
-from rlhf.artefacts.checkpoint import defect, numbered  # noqa: E402
+from rlhf.artefacts.checkpoint import numbered, why_incomplete  # noqa: E402
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer  # noqa: E402
 
 IN_START = 0.25
@@ -55,7 +55,7 @@ def seconds_of(zygote: Zygote, stage: Stage, out: Path) -> tuple[float, float]:
 def half_written(out: Path, prefix: str) -> bool:
     """Whether a kill fell while a checkpoint was written, moved into its place or removed."""
     scratch = [path for path in out.glob(".*") if path.name != ".lock"]
-    return bool(scratch) or any(defect(folder) for folder in numbered(out, prefix))
+    return bool(scratch) or any(why_incomplete(folder) for folder in numbered(out, prefix))
 
 
 def endure(zygote: Zygote, stage: Stage, folder: Path, kills: int, rng: random.Random) -> tuple[str, bool]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models import kernels
-from rlhf.models.forward import backbone_of, lay_out, states_at, take_rows_side_by_side
+from rlhf.models.forward import backbone_of, enable_packing, hidden_at, pack
 from rlhf.models.kernels import BY_ROW, TOLERANCE, NormForward, fuse_norms
 
 
@@ -97,7 +97,7 @@ def test_all_rows_in_one_kernel_give_the_states_and_gradients_of_each(request, m
     backbone = backbone_of(model)
     torch.manual_seed(0)
     ids, real = torch.randint(3, 400, (5, 12)), torch.arange(12) < torch.tensor([12, 7, 1, 3, 9])[:, None]
-    assert take_rows_side_by_side(backbone)
+    assert enable_packing(backbone)
     found, calls = [], []
     for flash in (False, True):
         if flash:
@@ -107,7 +107,7 @@ def test_all_rows_in_one_kernel_give_the_states_and_gradients_of_each(request, m
                 lambda *args, **kwargs: calls.append(1) or flash_attention(*args, **kwargs),
             )  # fmt: skip
         model.zero_grad()
-        states = states_at(backbone, lay_out(backbone, ids, real), *real.nonzero(as_tuple=True))
+        states = hidden_at(backbone, pack(backbone, ids, real), *real.nonzero(as_tuple=True))
         states.square().sum().backward()
         found.append([states, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
     assert len(calls) == model.config.num_hidden_layers and len(found[0]) > 10
@@ -122,5 +122,5 @@ def test_a_kernel_that_computes_something_else_is_not_used(request, monkeypatch)
     monkeypatch.setattr(
         torch.ops.aten, "_flash_attention_forward", lambda query, *args, **kwargs: (torch.zeros_like(query),)
     )
-    assert not take_rows_side_by_side(backbone)
+    assert not enable_packing(backbone)
     assert backbone.config._attn_implementation == "sdpa" != BY_ROW

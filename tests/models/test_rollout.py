@@ -10,12 +10,12 @@ from transformers import DynamicCache
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.data.batches import collate_prompts
 from rlhf.data.encoding import encode, load_tokenizer
-from rlhf.models.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, fits_static, roomy_cache
-from rlhf.models.forward import backbone_of, lay_out
+from rlhf.models.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, roomy_cache, supports_static_cache
+from rlhf.models.forward import backbone_of, pack
 from rlhf.models.generation import Rollout, Sampling, _choose, generate, join
 from rlhf.models.kernels import BY_ROW
 from rlhf.models.loading import load_base
-from rlhf.rl.roles import by_length, load_roles, response_logprobs, score_logprobs
+from rlhf.rl.roles import by_length, load_roles, response_logprobs, role_logprobs
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = ", "The cat likes"]
@@ -97,7 +97,7 @@ def test_greedy_tokens_equal_those_of_transformers_generate(roles, tokenizer):
 def test_what_was_recorded_while_sampling_equals_what_is_scored_afterwards(roles, tokenizer, changed):
     eos = likely_eos(roles, tokenizer)
     rollout, settings = sample(roles, tokenizer, eos_token_id=eos, **changed)
-    logprobs, values = score_logprobs(roles, "policy", rollout, settings, rows_at_once=3)
+    logprobs, values = role_logprobs(roles, "policy", rollout, settings, rows_at_once=3)
     torch.testing.assert_close(logprobs, rollout.logprobs, **TOLERANCE)
     torch.testing.assert_close(values, rollout.values, **TOLERANCE)
 
@@ -169,14 +169,14 @@ def test_laid_out_rows_hold_each_query_and_response_side_by_side_and_name_what_p
     rollout, _ = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
     assert roles.model.config._attn_implementation == BY_ROW
     monkeypatch.setattr(roles.model.config, "_attn_implementation", attention)
-    layout = lay_out(backbone_of(roles.model), rollout.input_ids, rollout.attention_mask)
-    ids, (row, column) = layout.inputs["input_ids"], layout.at(*rollout.predictors())
+    packed = pack(backbone_of(roles.model), rollout.input_ids, rollout.attention_mask)
+    ids, (row, column) = packed.inputs["input_ids"], packed.index(*rollout.predictors())
     assert ids[row, column + 1].tolist() == rollout.response_ids[rollout.mask].tolist()
     lengths = rollout.attention_mask.sum(1).tolist()
     if attention == BY_ROW:
-        assert layout.inputs["row_lengths"] == lengths
+        assert packed.inputs["row_lengths"] == lengths
         assert ids[0].tolist() == rollout.input_ids[rollout.attention_mask].tolist()
-        assert layout.inputs["position_ids"][0].tolist() == [place for n in lengths for place in range(n)]
+        assert packed.inputs["position_ids"][0].tolist() == [place for n in lengths for place in range(n)]
     else:
         for number, real in enumerate(rollout.input_ids[rollout.attention_mask].split(lengths)):
             assert ids[number, : len(real)].tolist() == real.tolist()
@@ -201,7 +201,7 @@ def test_a_roomy_cache_holds_what_a_growing_one_does_also_after_rows_have_left(r
 
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_static_shapes_sample_what_growing_ones_do(roles, tokenizer, monkeypatch, seed):
-    assert fits_static(roles.model)
+    assert supports_static_cache(roles.model)
     eos, kept = likely_eos(roles, tokenizer), []
     # Draws are by place in the batch: rows that ended stay in both, so that the others draw the same.
     for kind in (GrowingDecoder, StaticDecoder):

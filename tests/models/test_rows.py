@@ -20,15 +20,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rlhf.models.decoding import GrowingDecoder, last
+from rlhf.models.decoding import GrowingDecoder, next_logits
 from rlhf.models.forward import (
     backbone_of,
-    feed_forward_at,
+    enable_packing,
     forward,
-    lay_out,
+    hidden_at,
+    mlp_only_at,
+    pack,
     parts_by_length,
-    states_at,
-    take_rows_side_by_side,
 )
 from rlhf.models.kernels import BY_ROW
 
@@ -73,8 +73,8 @@ def test_states_and_gradients_are_those_of_each_row_alone(request, base, attenti
         [backbone(input_ids=row[keep][None]).last_hidden_state[0] for row, keep in zip(ids, real, strict=True)]
     )
     if attention == BY_ROW:
-        assert take_rows_side_by_side(backbone_of(model))
-    together = states_at(backbone, lay_out(backbone, ids, real), *places(real))
+        assert enable_packing(backbone_of(model))
+    together = hidden_at(backbone, pack(backbone, ids, real), *places(real))
     found = []
     for states in (alone, together):
         model.zero_grad()
@@ -89,10 +89,10 @@ def test_states_and_gradients_are_those_of_each_row_alone(request, base, attenti
 @torch.no_grad()
 def test_padding_on_either_side_changes_no_state(request):
     model, ids, real = model_and_rows(request, "tiny_base")
-    assert take_rows_side_by_side(backbone_of(model))
+    assert enable_packing(backbone_of(model))
     backbone = backbone_of(model)
-    right = states_at(backbone, lay_out(backbone, ids, real), *last_places(real))
-    left = states_at(backbone, lay_out(backbone, ids.flip(1), real.flip(1)), *last_places(real))
+    right = hidden_at(backbone, pack(backbone, ids, real), *last_places(real))
+    left = hidden_at(backbone, pack(backbone, ids.flip(1), real.flip(1)), *last_places(real))
     expected = [
         backbone(input_ids=row[keep].flip(0)[None]).last_hidden_state[0, -1]
         for row, keep in zip(ids, real, strict=True)
@@ -107,10 +107,10 @@ def test_models_are_taken_at_their_word_only_after_a_trial(request):
     usual = backbone.forward
     # One whose attention never hears where rows end.
     backbone.forward = lambda row_lengths=None, **inputs: usual(**inputs)
-    assert not take_rows_side_by_side(backbone_of(model))
+    assert not enable_packing(backbone_of(model))
     assert model.config._attn_implementation == "sdpa"
     backbone.forward = usual
-    assert take_rows_side_by_side(backbone_of(model))
+    assert enable_packing(backbone_of(model))
 
 
 SMALL = {
@@ -161,27 +161,27 @@ def falcon(**settings):
 def test_every_architecture_gives_the_states_of_each_row_alone_whether_it_takes_them_side_by_side_or_not(build, takes):
     torch.manual_seed(0)
     model = build().eval()
-    assert take_rows_side_by_side(backbone_of(model)) is takes
+    assert enable_packing(backbone_of(model)) is takes
     backbone = backbone_of(model)
     for lengths in ([8, 3, 5, 1], [4, 7], [6]):
         ids, real = torch.randint(3, 50, (len(lengths), 8)), torch.arange(8) < torch.tensor(lengths)[:, None]
         alone = [row[keep][None] for row, keep in zip(ids, real, strict=True)]
-        layout = lay_out(backbone, ids, real)
+        packed = pack(backbone, ids, real)
         expected = torch.cat([backbone(input_ids=row).last_hidden_state[0] for row in alone])
-        torch.testing.assert_close(states_at(backbone, layout, *places(real)), expected, **TOLERANCE)
+        torch.testing.assert_close(hidden_at(backbone, packed, *places(real)), expected, **TOLERANCE)
         expected = torch.cat([model(input_ids=row).logits[0] for row in alone])
-        logits, _ = forward(model, layout.at(*places(real)), **layout.inputs, use_cache=False)
+        logits, _ = forward(model, packed.index(*places(real)), **packed.inputs, use_cache=False)
         torch.testing.assert_close(logits, expected, **TOLERANCE)
 
 
 def test_what_would_be_computed_wrongly_is_refused(request):
     model, ids, real = model_and_rows(request, "tiny_llama")
-    assert take_rows_side_by_side(backbone_of(model))
+    assert enable_packing(backbone_of(model))
     backbone = backbone_of(model)
     real[3] = False
     with pytest.raises(ValueError, match="no token"):
-        lay_out(backbone, ids, real)
-    inputs = lay_out(backbone, ids[:3], real[:3]).inputs
+        pack(backbone, ids, real)
+    inputs = pack(backbone, ids[:3], real[:3]).inputs
     with pytest.raises(ValueError, match="where rows end"):
         backbone(**inputs | {"row_lengths": None})
     with pytest.raises(ValueError, match="mask of its own"):
@@ -198,21 +198,21 @@ def test_the_last_feed_forward_part_sees_only_the_places_asked_for(request, base
         forward(model, (slice(None), -1), ids, use_cache=False)
         model(input_ids=ids)
         assert seen == [16, 16, 16 * 12]
-        assert take_rows_side_by_side(backbone_of(model))
+        assert enable_packing(backbone_of(model))
         seen.clear()
-        states_at(backbone_of(model), lay_out(backbone_of(model), ids, real), *last_places(real))
+        hidden_at(backbone_of(model), pack(backbone_of(model), ids, real), *last_places(real))
     assert seen == [16]
 
 
 def test_the_usual_forward_is_back_after_the_block_also_after_an_error(request):
     model, *_ = model_and_rows(request, "tiny_base")
     part = backbone_of(model).layers[-1].mlp
-    with pytest.raises(ZeroDivisionError), feed_forward_at(backbone_of(model), (slice(None), -1)):
+    with pytest.raises(ZeroDivisionError), mlp_only_at(backbone_of(model), (slice(None), -1)):
         assert "forward" in vars(part)
         raise ZeroDivisionError
     assert "forward" not in vars(part)
     part.forward = kept = part.forward
-    with feed_forward_at(backbone_of(model), (slice(None), -1)):
+    with mlp_only_at(backbone_of(model), (slice(None), -1)):
         assert part.forward is not kept
     assert part.forward is kept
 
@@ -234,10 +234,10 @@ def test_queries_in_parts_give_what_they_give_in_one_batch_and_decoding_goes_on_
     # Padded on the left, as queries are.
     ids, mask = ids.flip(1), real.flip(1)
     whole = DynamicCache(config=model.config)
-    expected = [last(model, ids, mask, whole)]
+    expected = [next_logits(model, ids, mask, whole)]
     tokens = torch.arange(3, 19)
     longer = torch.cat([mask, mask.new_ones(16, 1)], 1)
-    expected.append(last(model, tokens[:, None], longer, whole))
+    expected.append(next_logits(model, tokens[:, None], longer, whole))
     decoder = GrowingDecoder(model, ids, mask, 4)
     widths = []
     model.register_forward_pre_hook(

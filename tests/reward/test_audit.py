@@ -1,4 +1,4 @@
-"""The audit of a reward model: planted scores get the verdict they deserve, hopeless answers are what they claim."""
+"""The audit of a reward model: planted scores get the verdict they deserve, degenerate answers are what they claim."""
 
 import itertools
 import json
@@ -64,7 +64,7 @@ def is_chinese(text):
     return any("一" <= character <= "鿿" for character in text)
 
 
-# ---- hopeless answers ----
+# ---- degenerate answers ----
 def test_the_gate_and_hardening_name_the_kinds_they_should():
     assert list(KINDS) == [
         "empty", "eos_only", "one_token", "very_short", "cut", "repeated_sentence", "repeated_token", "copied_prompt",

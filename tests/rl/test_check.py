@@ -12,7 +12,7 @@ from rlhf.models.generation import Sampling, generate
 from rlhf.models.loading import load_base
 from rlhf.rl import check
 from rlhf.rl.check import check_run
-from rlhf.rl.roles import load_roles, score_logprobs
+from rlhf.rl.roles import load_roles, role_logprobs
 
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = "]
 
@@ -120,6 +120,6 @@ def test_the_bare_base_as_merged_reference_is_refused_however_little_sft_changed
         if ".lora_B.policy." in name:
             parameter.data *= 1e-2
     with torch.no_grad():
-        logprobs, _ = score_logprobs(run["roles"], "policy", run["rollout"], run["sampling"], rows_at_once=8)
+        logprobs, _ = role_logprobs(run["roles"], "policy", run["rollout"], run["sampling"], rows_at_once=8)
     run["rollout"].logprobs = logprobs
     refused(run, "weights of the bare base")

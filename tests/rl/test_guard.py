@@ -24,10 +24,10 @@ def judged(*steps, healthy=10):
     """What the guard says of the last step, after some healthy ones."""
     guard = CollapseGuard()
     for _ in range(healthy):
-        assert guard.judge(HEALTHY) is None
+        assert guard.check_step(HEALTHY) is None
     for step in steps[:-1]:
-        guard.judge(HEALTHY | step)
-    return guard.judge(HEALTHY | steps[-1])
+        guard.check_step(HEALTHY | step)
+    return guard.check_step(HEALTHY | steps[-1])
 
 
 @pytest.mark.parametrize(
@@ -55,17 +55,17 @@ def test_what_is_only_near_a_collapse_is_none(step):
 def test_a_kl_far_over_a_tiny_median_but_under_a_nat_is_no_jump():
     guard = CollapseGuard()
     for _ in range(10):
-        guard.judge(HEALTHY | {"kl/mean": 0.01})
-    assert guard.judge(HEALTHY | {"kl/mean": 0.9}) is None
-    assert "KL jumped" in guard.judge(HEALTHY | {"kl/mean": 1.2})
+        guard.check_step(HEALTHY | {"kl/mean": 0.01})
+    assert guard.check_step(HEALTHY | {"kl/mean": 0.9}) is None
+    assert "KL jumped" in guard.check_step(HEALTHY | {"kl/mean": 1.2})
 
 
 def test_no_rise_of_the_kl_counts_within_its_budget():
     guard = CollapseGuard(kl_budget=6.0)
     for _ in range(10):
-        guard.judge(HEALTHY | {"kl/mean": 0.8})
-    assert guard.judge(HEALTHY | {"kl/mean": 5.9}) is None
-    assert "KL jumped" in guard.judge(HEALTHY | {"kl/mean": 6.1})
+        guard.check_step(HEALTHY | {"kl/mean": 0.8})
+    assert guard.check_step(HEALTHY | {"kl/mean": 5.9}) is None
+    assert "KL jumped" in guard.check_step(HEALTHY | {"kl/mean": 6.1})
 
 
 def test_a_collapsed_step_does_not_become_the_measure_of_the_next(capsys):
@@ -75,10 +75,10 @@ def test_a_collapsed_step_does_not_become_the_measure_of_the_next(capsys):
 def test_the_state_survives_a_restart_as_json():
     guard, again = CollapseGuard(), CollapseGuard()
     for _ in range(10):
-        guard.judge(HEALTHY)
+        guard.check_step(HEALTHY)
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     for step in ({"len/mean": 5.0}, {"kl/mean": 3.5}, {"entropy": 0.1}):
-        assert again.judge(HEALTHY | step) == guard.judge(HEALTHY | step) is not None
+        assert again.check_step(HEALTHY | step) == guard.check_step(HEALTHY | step) is not None
 
 
 BEFORE = {"eval/score/mean": 0.0, "eval/judge/mean": 2.0, "eval/judge/error": 0.1}
@@ -90,14 +90,14 @@ BEFORE = {"eval/score/mean": 0.0, "eval/judge/mean": 2.0, "eval/judge/error": 0.
 )
 def test_a_score_that_rises_while_the_judges_falls_clearly_is_called_gaming(score, judge, gamed):
     now = {"eval/score/mean": score, "eval/judge/mean": judge, "eval/judge/error": 0.1}
-    reason = CollapseGuard().gamed(now, BEFORE)
+    reason = CollapseGuard().check_evaluation(now, BEFORE)
     assert (reason is not None) == gamed
     if gamed:
         assert "rose from 0.00 to 1.00 while the judge's fell from 2.00 to 1.50" in reason
 
 
 def test_without_a_judge_nobody_can_say_that_the_reward_model_is_gamed():
-    assert CollapseGuard().gamed({"eval/score/mean": 1.0}, BEFORE) is None
+    assert CollapseGuard().check_evaluation({"eval/score/mean": 1.0}, BEFORE) is None
 
 
 # ---- what a run does ----

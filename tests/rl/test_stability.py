@@ -18,7 +18,7 @@ from rlhf.models.generation import Sampling
 from rlhf.ppo import FixedKLController, gae, group_advantages, token_rewards, whiten
 from rlhf.rl.charts import draw_run, fit_overoptimization, overoptimization
 from rlhf.rl.experience import set_advantages
-from rlhf.rl.roles import load_roles, score_values
+from rlhf.rl.roles import critic_values, load_roles
 from rlhf.rl.update import update
 from rlhf.run.log import MetricsLog, read_lines, read_metrics
 from rlhf.run.stopping import Collapse
@@ -78,7 +78,7 @@ def test_a_critic_free_run_moves_the_policy_and_restarts_with_the_same_bytes(cri
 
 def a_loop(world, **changed):
     """The few things of a loop that advantages are made with."""
-    return rl_training.Loop(
+    return rl_training.PPOLoop(
         args=arguments(world, "unused", **changed), accelerator=Accelerator(), tokenizer=None, roles=None, prompts=[],
         eval_prompts=[], sampling=None, optimizer=None, kl_controller=FixedKLController(0.3), guard=None,
     )  # fmt: skip
@@ -215,7 +215,7 @@ def test_an_own_critics_values_are_those_of_its_adapter_alone(world):
     )  # fmt: skip
     torch.nn.init.ones_(roles.value_head.weight)
     rollout = stored_rollout(None)
-    values = score_values(roles, rollout, rows_at_once=3)
+    values = critic_values(roles, rollout, rows_at_once=3)
     with roles.use("reward") as model, torch.no_grad():
         # At the start the critic's adapter is a copy of the reward adapter: its hidden states are the reward model's.
         found = model.model(input_ids=rollout.input_ids[:1, 5 - int(rollout.query_mask[0].sum()) :]).last_hidden_state

@@ -17,10 +17,17 @@ from accelerate import Accelerator
 from forked import INT, KILL, ROOT, STOP, TERM, TIMES, ends_the_same, group, result
 
 import rl_training
-from rlhf.artefacts.checkpoint import MANIFEST, defect, newest_complete, numbered, read_manifest, write_manifest
+from rlhf.artefacts.checkpoint import (
+    MANIFEST,
+    newest_complete,
+    numbered,
+    read_manifest,
+    why_incomplete,
+    write_manifest,
+)
 from rlhf.artefacts.files import write_json
 from rlhf.data.encoding import load_tokenizer
-from rlhf.rl.state import keep, moment, resume, save_checkpoint
+from rlhf.rl.state import loop_weights, resume, save_checkpoint, snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -35,13 +42,13 @@ def test_a_step_repeated_from_its_checkpoint_changes_every_byte_alike(stages, tm
     rl_training.measure_start(loop, fresh=True)
     for step in (0, 1):
         metrics = rl_training.train_step(loop, step)[0]
-    loop.good, loop.best = keep(loop), {"step": 1, "value": 0.5, "gain": 0.25, "error": 0.125}
+    loop.last_good, loop.best = loop_weights(loop), {"step": 1, "value": 0.5, "gain": 0.25, "error": 0.125}
     save_checkpoint(loop, "step_2", run, metrics)
     moments = []
     for _ in range(2):
         found, samples = rl_training.train_step(loop, 2)
         numbers = {name: value for name, value in found.items() if not name.startswith(TIMES)}
-        moments.append((moment(loop), numbers, samples, loop.good))
+        moments.append((snapshot(loop), numbers, samples, loop.last_good))
         start = newest_complete(tmp_path)
         loop = rl_training.make_loop(args, accelerator, tokenizer, tuple(prompts), start)
         assert resume(loop, start) == 2
@@ -59,7 +66,7 @@ PPO_BLOWS = {
     "after run.json": {"target": "rlhf.rl.state:write_run", "when": "after", "call": 2},
     "after the optimizer": {"target": "rlhf.rl.state:save_file", "when": "after", "call": 3},
     "after the state": {"target": "rlhf.rl.state:save_state", "when": "after", "call": 2},
-    "after the last good weights": {"target": "rlhf.rl.state:save_good", "when": "after", "call": 2},
+    "after the last good weights": {"target": "rlhf.rl.state:save_last_good", "when": "after", "call": 2},
     "before the manifest": {"target": "rlhf.artefacts.checkpoint:write_manifest", "when": "before", "call": 3},
     "after the manifest": {"target": "rlhf.artefacts.checkpoint:write_manifest", "when": "after", "call": 3},
     "after the rename": {"target": "rlhf.rl.state:rotate", "when": "before", "call": 4},
@@ -92,7 +99,7 @@ def test_killed_at_a_write_and_given_again_a_run_ends_with_the_same_bytes(
     blows, out = PPO_BLOWS if name == "ppo" else TRAINER_BLOWS, tmp_path / "out"
     assert zygote.run(stages[name], out, signum=KILL, **blows[point]) == 128 + KILL, zygote.said()[-3000:]
     for folder in numbered(out, stages[name].prefix):
-        assert defect(folder) is None or folder != newest_complete(out, stages[name].prefix)
+        assert why_incomplete(folder) is None or folder != newest_complete(out, stages[name].prefix)
     ends_the_same(zygote, stages, whole, name, out)
 
 
@@ -206,7 +213,7 @@ def test_a_checkpoint_of_others_is_refused_in_one_sentence_and_none_of_its_code_
         content = (newest / file).read_bytes()
         (newest / file).write_bytes(pickle.dumps(Bomb(trace)))
         write_manifest(newest, about)
-        assert defect(newest) is None
+        assert why_incomplete(newest) is None
         assert zygote.run(stages[name], out) == 1, zygote.said()[-3000:]
         assert str(newest) in zygote.complaint()
         assert not trace.exists()
@@ -215,7 +222,7 @@ def test_a_checkpoint_of_others_is_refused_in_one_sentence_and_none_of_its_code_
         write_manifest(newest, about)
         manifest = read_manifest(newest)
         write_json(newest / MANIFEST, manifest | {"files": manifest["files"] | {listed: {"size": 0, "sha256": ""}}})
-        assert f"lists {listed!r}, which is not in the folder" in defect(newest)
+        assert f"lists {listed!r}, which is not in the folder" in why_incomplete(newest)
     write_manifest(newest, about | {"processes": 4})
     assert zygote.run(stages[name], out) == 1
     assert "the number of processes (was 4, is 1)" in zygote.complaint()

@@ -12,7 +12,7 @@ from peft import PeftModel
 import compare
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
-from rlhf.compare.answers import Cell, Choice, Versions, Writing, row_seeds
+from rlhf.compare.answers import Answer, AnswerSettings, GumbelSampler, Versions, row_seeds
 from rlhf.compare.tables import write_csv, write_html, write_markdown
 from rlhf.data.encoding import encode, load_tokenizer
 from rlhf.data.template import DEFAULT_TEMPLATE, render
@@ -37,7 +37,7 @@ def folders(tiny_base, tmp_path_factory) -> dict[str, str]:
 def versions_of(tiny_base, folders, names=("sft", "rlhf10"), reward=False, **writing) -> Versions:
     """The versions `names` in memory, greedy and short unless told otherwise."""
     writing = {"max_new_tokens": SHORT, "do_sample": False, **writing}
-    versions = Versions(tiny_base, load_tokenizer(tiny_base), Writing(**writing), torch.float32, "cpu")
+    versions = Versions(tiny_base, load_tokenizer(tiny_base), AnswerSettings(**writing), torch.float32, "cpu")
     for name in names:
         versions.add(name, folders[name.split("_")[0]])
     if reward:
@@ -106,7 +106,7 @@ def test_equal_weights_sample_equal_text_and_another_seed_another_one(tiny_base,
 def test_noise_makes_the_argmax_a_draw_from_the_softmax():
     probabilities = torch.tensor([0.0, 0.6, 0.3, 0.1])
     count = 4000
-    choice = Choice(list(range(count)), pad_token_id=0)
+    choice = GumbelSampler(list(range(count)), pad_token_id=0)
     drawn = choice(torch.zeros(count, 1), probabilities.log().repeat(count, 1)).argmax(-1)
     share = torch.bincount(drawn, minlength=4) / count
     assert torch.allclose(share, probabilities, atol=0.03)
@@ -303,7 +303,7 @@ NASTY = '<script>alert("1")</script> a|b *bold* `x`\n第二行\x1b[31m'
 
 
 def test_markup_in_an_answer_stays_text(tmp_path):
-    columns = {"sft": [Cell(NASTY, 5, True)]}
+    columns = {"sft": [Answer(NASTY, 5, True)]}
     write_html(tmp_path / "a.html", [NASTY], columns, [("sft", "<dir>")])
     write_markdown(tmp_path / "a.md", [NASTY], columns, [("sft", "<dir>")])
     write_csv(tmp_path / "a.csv", [NASTY], columns)
