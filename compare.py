@@ -21,18 +21,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from rlhf.artefacts.adapters import check_adapter
-from rlhf.artefacts.run_json import base_fingerprint, load_run
-from rlhf.compare.answers import BASE, AnswerSettings, Versions, row_seeds
-from rlhf.compare.tables import print_answers, print_table, write_csv, write_html, write_markdown
-from rlhf.data.dialogues import BadRow, Unusable
-from rlhf.data.encoding import encode, load_tokenizer
-from rlhf.data.files import read_file
-from rlhf.data.formats import examples, find_format
+from rlhf.artefacts import adapters, run_json
+from rlhf.compare import answers, tables
+from rlhf.data import dialogues, encoding, files, formats
 from rlhf.data.template import DEFAULT_TEMPLATE, check_template, render
 from rlhf.flags import REQUIRED, flag, parse
-from rlhf.models.loading import pick_dtype, resolve_model
-from rlhf.run.launch import run_script
+from rlhf.models import loading
+from rlhf.run import launch
 
 PROMPT_FILES = (".txt", ".json", ".jsonl")
 
@@ -60,11 +55,11 @@ class ScriptArguments:
     adapters: list[str] = flag(
         [], help="the columns, as NAME=DIR ..., e.g. sft=runs/sft rlhf10=runs/ppo/step_10", group="artefacts"
     )
-    include_base: bool = flag(True, help="first column: the bare base, named base", group="artefacts")
+    include_base: bool = flag(True, help="show the bare base as the first column, named base", group="artefacts")
     reward_model_lora_path: str | None = flag(
         None, help="reward adapter of the same base: each cell gets its raw score (no sigmoid)", group="artefacts"
     )
-    output_dir: str = flag("runs/compare", help="where comparison.md, .html and .csv go", group="artefacts")
+    output_dir: str = flag("runs/compare", help="directory for comparison.md, .html and .csv", group="artefacts")
     # ---- prompts ----
     prompts: list[str] = flag(
         DEFAULT_PROMPTS,
@@ -72,16 +67,18 @@ class ScriptArguments:
         group="prompts",
     )
     prompt_template: str | None = flag(
-        None, help="what stands round a prompt, \\n is a new line; by default the adapters' own", group="prompts"
+        None, help="text around a prompt, \\n is a new line; by default the adapters' own", group="prompts"
     )
     interactive: bool = flag(False, help="talk to the versions in the terminal instead", group="prompts")
     # ---- sampling ----
-    do_sample: bool = flag(True, help="False decodes greedily", group="sampling")
-    temperature: float = flag(1.0, help="logits are divided by it; PPO samples at 1", group="sampling")
+    do_sample: bool = flag(True, help="sample; False decodes greedily", group="sampling")
+    temperature: float = flag(1.0, help="divisor of the logits; PPO samples at 1", group="sampling")
     top_p: float = flag(0.9, help="sample from the smallest set of tokens that holds this share", group="sampling")
-    repetition_penalty: float = flag(1.0, help="over 1 makes what was said already less likely", group="sampling")
+    repetition_penalty: float = flag(
+        1.0, help="penalty on repeated tokens; above 1 makes what was said less likely", group="sampling"
+    )
     max_new_tokens: int = flag(256, help="longer answers are cut, and marked so", group="sampling")
-    seed: int = flag(0, help="of the sampling noise", group="sampling")
+    seed: int = flag(0, help="seed of the sampling noise", group="sampling")
     # ---- machine ----
     bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
     batch_size: int = flag(8, help="prompts answered at once; changes speed, not answers", group="machine")
@@ -102,13 +99,15 @@ class ScriptArguments:
 
 def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None]:
     """Column name -> adapter directory, None for the bare base. Raises: ValueError for a bad or repeated name."""
-    versions: dict[str, str | None] = {BASE: None} if include_base else {}
+    versions: dict[str, str | None] = {answers.BASE: None} if include_base else {}
     for spec in specs:
         name, equals, folder = spec.partition("=")
         if not equals or not folder or not re.fullmatch(r"[\w.()-]+", name):
             raise ValueError(f"--adapters {spec}: write NAME=DIR, the name without spaces, e.g. sft=runs/sft")
-        if name in versions or name == BASE:
-            raise ValueError(f"--adapters names {name} twice ({BASE} is the bare base): give each column its own name")
+        if name in versions or name == answers.BASE:
+            raise ValueError(
+                f"--adapters names {name} twice ({answers.BASE} is the bare base): give each column its own name"
+            )
         versions[name] = folder
     if not versions:
         raise ValueError("nothing to compare: give --adapters NAME=DIR, or leave --include_base at True")
@@ -129,11 +128,14 @@ def choose_template(args: ScriptArguments, base_dir: str, tokenizer) -> str:
     wanted = [(f"--adapters {name}:", path, ("sft", "ppo")) for name, path in args.versions.items() if path]
     if args.reward_model_lora_path:
         wanted.append(("--reward_model_lora_path", args.reward_model_lora_path, ("reward",)))
-    runs = [load_run(path) for _, path, _ in wanted]
-    template = args.prompt_template or next((run["prompt_template"] for run in runs if run), DEFAULT_TEMPLATE)
-    base = base_fingerprint(base_dir)
+
+    runs = [run_json.load_run(path) for _, path, _ in wanted]
+    trained_with = [run["prompt_template"] for run in runs if run]
+    template = args.prompt_template or next(iter(trained_with), DEFAULT_TEMPLATE)
+
+    base = run_json.base_fingerprint(base_dir)
     for name, path, stages in wanted:
-        check_adapter(path, stage=stages, base=base, tokenizer=tokenizer, template=template, flag=name)
+        adapters.check_adapter(path, stage=stages, base=base, tokenizer=tokenizer, template=template, flag=name)
     return template
 
 
@@ -142,16 +144,18 @@ def read_prompts(values: list[str], template: str) -> list[str]:
     prompts = []
     for value in values:
         path = Path(value)
+        # A value with a space or another suffix is a prompt, not a file's name.
         if path.suffix not in PROMPT_FILES or re.search(r"\s", value):
             prompts.append(value.strip())
             continue
         if not path.is_file():
             raise FileNotFoundError(f"--prompts {value} does not exist: give a file, or the prompts themselves")
-        found = _lines(path) if path.suffix == ".txt" else _rows(path, template)
-        found = [line.strip() for line in found if line.strip()]
-        if not found:
+        lines = _lines(path) if path.suffix == ".txt" else _rows(path, template)
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
             raise ValueError(f"--prompts {value} is empty: put one prompt on a line")
-        prompts += found
+        prompts += lines
+
     if not prompts or not all(prompts):
         raise ValueError("--prompts holds an empty prompt: leave the flag out for the built-in ones")
     return prompts
@@ -166,23 +170,24 @@ def _lines(path: Path) -> list[str]:
 
 def _rows(path: Path, template: str) -> list[str]:
     """Prompts of a .json or .jsonl file: plain texts, or rows in any format that the stages read."""
-    found = []
-    for where, row in read_file(path):
+    prompts = []
+    for where, row in files.read_file(path):
         if isinstance(row, str):
             row = {"prompt": row}
         try:
-            columns = set(row) if isinstance(row, dict) else set()
-            if isinstance(row, BadRow):
+            if isinstance(row, dialogues.BadRow):
                 raise row
-            found += [example["prompt"] for example in examples(row, find_format(columns, "prompt", {}), template)]
-        except (BadRow, Unusable) as error:
+            columns = set(row) if isinstance(row, dict) else set()
+            row_format = formats.find_format(columns, "prompt", {})
+            prompts += [example["prompt"] for example in formats.examples(row, row_format, template)]
+        except (dialogues.BadRow, dialogues.Unusable) as error:
             raise ValueError(f"{where}: {error}") from None
-    return found
+    return prompts
 
 
 def encode_prompt(tokenizer, prompt: str, template: str, room: int) -> list[int]:
     """Query ids of a prompt. Raises: ValueError where it is longer than `room` tokens, so that no answer would fit."""
-    query = encode(tokenizer, render(template, prompt))
+    query = encoding.encode(tokenizer, render(template, prompt))
     if len(query) > room:
         raise ValueError(
             f"the prompt that begins with {prompt[:20]!r} has {len(query)} tokens, but this base has room for {room} "
@@ -198,11 +203,13 @@ def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
 
 
 # ---- the table ----
-def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> Versions:
+def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> answers.Versions:
     """The base once, with every adapter on it."""
-    writing = AnswerSettings(**{name: getattr(args, name) for name in AnswerSettings.__dataclass_fields__})
+    # Each setting is a flag of the same name.
+    names = answers.AnswerSettings.__dataclass_fields__
+    settings = answers.AnswerSettings(**{name: getattr(args, name) for name in names})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = Versions(base_dir, tokenizer, writing, pick_dtype(args.bf16), device)
+    versions = answers.Versions(base_dir, tokenizer, settings, loading.pick_dtype(args.bf16), device)
     for name, path in args.versions.items():
         if path is not None:
             versions.add(name, path)
@@ -212,23 +219,25 @@ def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> Versions:
 
 
 def origin(args: ScriptArguments, template: str) -> list[tuple[str, str]]:
-    """What the table was made with, so that it can be made again."""
+    """Settings that the table was made with, so that it can be made again."""
     how = "temperature {0.temperature}, top_p {0.top_p}, seed {0.seed}" if args.do_sample else "greedy"
     how += ", repetition_penalty {0.repetition_penalty}, max_new_tokens {0.max_new_tokens}"
-    found = [("base model", args.base_model_name)]
-    found += [(name, path) for name, path in args.versions.items() if path]
+
+    rows = [("base model", args.base_model_name)]
+    rows += [(name, path) for name, path in args.versions.items() if path]
     if args.reward_model_lora_path:
-        found.append(("reward model (raw scores)", args.reward_model_lora_path))
-    return found + [("sampling", how.format(args)), ("prompt template", repr(template))]
+        rows.append(("reward model (raw scores)", args.reward_model_lora_path))
+    return rows + [("sampling", how.format(args)), ("prompt template", repr(template))]
 
 
 # ---- talking ----
 HELP = "/use NAME: talk to one version, /all: to all of them, /quit: leave. Every line is a conversation of its own."
 
 
-def talk(versions: Versions, args: ScriptArguments, template: str, room: int) -> None:
+def talk(versions: answers.Versions, args: ScriptArguments, template: str, room: int) -> None:
     """Answer lines from the terminal until /quit or the end of the input; the versions never see earlier lines."""
-    names, turn = list(args.versions), 0
+    names = list(args.versions)
+    turn = 0
     print(f"versions: {', '.join(names)}. {HELP}", flush=True)
     speakers = names
     while (line := ask(speakers)) is not None:
@@ -242,8 +251,8 @@ def talk(versions: Versions, args: ScriptArguments, template: str, room: int) ->
             except ValueError as error:
                 print(error)
                 continue
-            seeds = row_seeds(args.seed, 1, first=turn - 1)
-            print_answers({name: versions.answers(name, [query], seeds)[0] for name in speakers})
+            seeds = answers.row_seeds(args.seed, 1, first=turn - 1)
+            tables.print_answers({name: versions.answers(name, [query], seeds)[0] for name in speakers})
 
 
 def ask(speakers: list[str]) -> str | None:
@@ -257,7 +266,7 @@ def ask(speakers: list[str]) -> str | None:
 
 
 def chosen_speakers(command: str, names: list[str], speakers: list[str]) -> list[str]:
-    """Who answers after a command; a command that makes no sense changes nothing and says what does."""
+    """Versions that answer after a command; an unknown command changes nothing and lists the known ones."""
     word, _, name = command.partition(" ")
     if word == "/all":
         return names
@@ -267,33 +276,38 @@ def chosen_speakers(command: str, names: list[str], speakers: list[str]) -> list
     return speakers
 
 
-# ---- the whole ----
 def main(args: ScriptArguments) -> None:
     """Check everything that can be checked without the model, then answer every prompt with every version."""
-    base_dir = resolve_model(args.base_model_name, "--base_model_name")
-    tokenizer = load_tokenizer(base_dir)
+    # 1. Base, tokenizer and adapters have to belong together.
+    base_dir = loading.resolve_model(args.base_model_name, "--base_model_name")
+    tokenizer = encoding.load_tokenizer(base_dir)
     template = choose_template(args, base_dir, tokenizer)
     room = room_for_prompt(base_dir, args.max_new_tokens)
     if args.interactive:
         return talk(load_versions(args, base_dir, tokenizer), args, template, room)
+
+    # 2. Prompts, and a place for the table.
     prompts = read_prompts(args.prompts, template)
     queries = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
+    # 3. A column for each version, with the same random draws.
     versions = load_versions(args, base_dir, tokenizer)
-    seeds, columns = row_seeds(args.seed, len(prompts)), {}
+    seeds = answers.row_seeds(args.seed, len(prompts))
+    columns = {}
     for name in args.versions:
         print(f"{name}: answering {len(prompts)} prompts", flush=True)
         columns[name] = versions.answers(name, queries, seeds)
 
+    # 4. The table in all its forms.
     made = origin(args, template)
-    write_markdown(output_dir / "comparison.md", prompts, columns, made)
-    write_html(output_dir / "comparison.html", prompts, columns, made)
-    write_csv(output_dir / "comparison.csv", prompts, columns)
-    print_table(prompts, columns)
+    tables.write_markdown(output_dir / "comparison.md", prompts, columns, made)
+    tables.write_html(output_dir / "comparison.html", prompts, columns, made)
+    tables.write_csv(output_dir / "comparison.csv", prompts, columns)
+    tables.print_table(prompts, columns)
     print(f"\nwritten: {output_dir}/comparison.md, .html, .csv")
 
 
 if __name__ == "__main__":
-    run_script(main, parse_args)
+    launch.run_script(main, parse_args)

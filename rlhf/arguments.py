@@ -7,51 +7,72 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from rlhf.data.template import DEFAULT_TEMPLATE, check_template
-from rlhf.flags import flag
+from rlhf.flags import Flags, flag
 
 
 @dataclass(kw_only=True)
-class CommonArguments:
+class CommonArguments(Flags):
     """Flags that mean the same in every training stage."""
 
     # ---- artefacts ----
-    output_dir: str = flag("runs/", help="where the adapter, run.json and metrics.jsonl go", group="artefacts")
-    overwrite_output_dir: bool = flag(False, help="clear what an earlier run left in output_dir", group="artefacts")
+    output_dir: str = flag(
+        "runs/", help="directory for the adapter, run.json and metrics.jsonl", group="artefacts", resume="free"
+    )
+    overwrite_output_dir: bool = flag(
+        False, help="clear what an earlier run left in output_dir", group="artefacts", resume="free"
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         help="True: go on from the newest complete checkpoint in output_dir, or start fresh; or the path of one",
         group="artefacts",
+        resume="free",
     )
     allow_changes: bool = flag(
         False,
-        help="resume although flags, data or processes differ, and the rest is not exact",
+        help="resume although flags, data or processes differ; the rest of the run is then not exact",
         group="artefacts",
+        resume="free",
+        expert=True,
     )
-    save_total_limit: int | None = flag(None, help="checkpoints to keep; none: all", group="artefacts")
-    tokenizer_name: str | None = flag(None, help="tokenizer directory or hub id, if not the base's", group="artefacts")
+    save_total_limit: int | None = flag(
+        None, help="number of checkpoints to keep; none: all", group="artefacts", resume="free", expert=True
+    )
+    tokenizer_name: str | None = flag(
+        None, help="tokenizer directory or hub id, if not the base's", group="artefacts", resume="path", expert=True
+    )
     # ---- machine ----
-    bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
+    bf16: bool = flag(
+        True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine", expert=True
+    )
     load_in_4bit: bool = flag(
-        False,
-        help="hold the base's matrices in 4 bits (NF4); needs bitsandbytes",
-        group="machine",
+        False, help="hold the base's matrices in 4 bits (NF4); needs bitsandbytes", group="machine"
     )
     gradient_checkpointing: bool = flag(False, help="recompute activations in backward: less memory", group="machine")
-    nproc: int = flag(0, help="processes to start; 0 means one for each visible GPU, one on a CPU", group="machine")
+    nproc: int = flag(
+        0, help="processes to start; 0 means one for each visible GPU, one on a CPU", group="machine", resume="free"
+    )
     local_rank: int = flag(
-        -1, help="set by launchers; LOCAL_RANK is what counts", group="machine", aliases=["--local-rank"]
+        -1,
+        help="set by launchers; LOCAL_RANK is what counts",
+        group="machine",
+        aliases=["--local-rank"],
+        resume="free",
+        expert=True,
     )
     # ---- run ----
-    seed: int = flag(0, help="everything random starts here")
-    log_with: str | None = flag(None, help="tracker beside metrics.jsonl: wandb or tensorboard")
+    seed: int = flag(0, help="seed of everything random")
+    log_with: str | None = flag(None, help="tracker beside metrics.jsonl: wandb or tensorboard", resume="free")
     on_non_finite: str = flag(
         "stop",
-        help="when a loss, gradient or score is not finite: stop, or skip that step, unlearnt, and count it",
+        help="when a loss, gradient or score is NaN or Inf: stop, or skip that step, unlearnt, and count it",
         choices=["stop", "skip"],
+        expert=True,
     )
     inspect_data: bool = flag(False, help="print the data funnel and three rendered rows, then exit")
     plan: bool = flag(
-        False, help="print parameters, memory, steps and the cards that fit, from the configuration alone, then exit"
+        False,
+        help="print parameters, memory, steps and the cards that fit, from the configuration alone, then exit",
+        resume="free",
     )
 
     def __post_init__(self):
@@ -69,15 +90,16 @@ class CommonArguments:
             raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
-class LoraArguments:
+class LoraArguments(Flags):
     """Shape of a new adapter. The defaults are those of the SFT stage; others override them."""
 
     lora_rank: int = flag(8, help="rank r of the adapter", group="adapter", aliases=["--lora_r"])
-    lora_alpha: float = flag(32, help="the update is scaled by alpha / r", group="adapter")
-    lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter")
+    lora_alpha: float = flag(32, help="alpha: the update is scaled by alpha / r", group="adapter")
+    lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter", expert=True)
     lora_target_models: str | None = flag(
         None,
         help="modules that get an adapter, as 'a|b' (W_pack on Baichuan); by default the attention projections",
@@ -90,6 +112,7 @@ class LoraArguments:
             raise ValueError(f"--lora_rank {self.lora_rank} must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
+        super().__post_init__()
 
 
 SFT_DATASET = "Hello-SimpleAI/HC3-Chinese"
@@ -98,35 +121,50 @@ PREFERENCE_DATASET = "beyond/rlhf-reward-single-round-trans_chinese"
 
 
 @dataclass(kw_only=True)
-class DataArguments:
+class DataArguments(Flags):
     """Flags that say which rows a stage reads."""
 
     dataset_name: str = flag(
         PREFERENCE_DATASET,
         help="hub id, save_to_disk directory, directory of data files, or one .json/.jsonl/.csv/.parquet file",
         group="data",
+        resume="path",
     )
-    dataset_config_name: str | None = flag(None, help="configuration of a hub data set", group="data")
-    train_split: str = flag("train", help="split to train on", group="data")
+    dataset_config_name: str | None = flag(None, help="configuration of a hub data set", group="data", expert=True)
+    train_split: str = flag("train", help="split to train on", group="data", expert=True)
     eval_split: str | None = flag(
-        None, help="split to evaluate on; by default test or validation, else one is made", group="data"
+        None, help="split to evaluate on; by default test or validation, else one is made", group="data", expert=True
     )
-    eval_dataset_name: str | None = flag(None, help="evaluate on this source instead", group="data")
+    eval_dataset_name: str | None = flag(
+        None, help="source of the evaluation rows, instead of a split", group="data", resume="path"
+    )
     eval_size: float = flag(
-        0.05, help="rows of an evaluation split made here: a share below 1, or their number; 0 for none", group="data"
+        0.05,
+        help="rows of an evaluation split made here: a share below 1, or their number; 0 for none",
+        group="data",
+        expert=True,
     )
-    prompt_field: str | None = flag(None, help="column of the prompt, if not found by its name", group="data")
-    answer_field: str | None = flag(None, help="column of the answer, likewise", group="data")
-    chosen_field: str | None = flag(None, help="column of the preferred answer, likewise", group="data")
-    rejected_field: str | None = flag(None, help="column of the other answer, likewise", group="data")
+    prompt_field: str | None = flag(
+        None, help="column of the prompt, if not found by its name", group="data", expert=True
+    )
+    answer_field: str | None = flag(
+        None, help="column of the answer, if not found by its name", group="data", expert=True
+    )
+    chosen_field: str | None = flag(
+        None, help="column of the preferred answer, if not found by its name", group="data", expert=True
+    )
+    rejected_field: str | None = flag(
+        None, help="column of the other answer, if not found by its name", group="data", expert=True
+    )
     prompt_template: str = flag(
-        DEFAULT_TEMPLATE, help="what stands round a prompt, the same in all stages; \\n is a new line", group="data"
+        DEFAULT_TEMPLATE, help="text around a prompt, the same in all stages; \\n is a new line", group="data"
     )
     bad_rows: str = flag(
         "stop",
         help="malformed rows: stop and name them, or skip them into bad_rows.jsonl",
         group="data",
         choices=["stop", "skip"],
+        expert=True,
     )
 
     def __post_init__(self):
@@ -136,6 +174,7 @@ class DataArguments:
             raise ValueError(f"--eval_size {self.eval_size} is no size: give a share below 1 or a number of rows")
         if self.eval_split == self.train_split and not self.eval_dataset_name:
             raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
+        super().__post_init__()
 
     def named_columns(self) -> dict[str, str | None]:
         """The columns the user named, as `find_format` takes them."""
@@ -145,34 +184,54 @@ class DataArguments:
 
 
 @dataclass(kw_only=True)
-class TrainerFlags:
+class TrainerFlags(Flags):
     """Flags of both Trainer stages, under the names TrainingArguments has for them; defaults are the SFT stage's."""
 
     # ---- training ----
-    num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training")
-    max_steps: int = flag(-1, help="optimizer steps in total; above 0 it overrides num_train_epochs", group="training")
-    per_device_train_batch_size: int = flag(4, help="rows of a forward pass on each device", group="training")
-    gradient_accumulation_steps: int = flag(1, help="forward passes an optimizer step", group="training")
+    num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training", resume="longer")
+    max_steps: int = flag(
+        -1, help="optimizer steps in total; above 0 it overrides num_train_epochs", group="training", resume="longer"
+    )
+    per_device_train_batch_size: int = flag(4, help="rows per forward pass on each device", group="training")
+    gradient_accumulation_steps: int = flag(1, help="forward passes per optimizer step", group="training")
     learning_rate: float = flag(1e-4, help="peak learning rate", group="training")
-    lr_scheduler_type: str = flag("linear", help="schedule: linear, cosine, constant, ...", group="training")
-    warmup_ratio: float = flag(0.0, help="share of the steps in which the rate rises from 0", group="training")
-    weight_decay: float = flag(0.0, help="decoupled weight decay", group="training")
-    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm; 0 leaves them", group="training")
-    optim: str = flag("adamw_torch", help="optimizer; adamw_hf of old means adamw_torch", group="training")
-    adam_beta1: float = flag(0.9, help="of AdamW", group="training")
-    adam_beta2: float = flag(0.999, help="of AdamW", group="training")
-    adam_epsilon: float = flag(1e-8, help="of AdamW", group="training")
+    lr_scheduler_type: str = flag(
+        "linear", help="schedule: linear, cosine, constant, ...", group="training", expert=True
+    )
+    warmup_ratio: float = flag(
+        0.0, help="share of the steps in which the learning rate rises from 0", group="training", expert=True
+    )
+    weight_decay: float = flag(0.0, help="decoupled weight decay", group="training", expert=True)
+    max_grad_norm: float = flag(
+        1.0, help="gradients are scaled down to this norm; 0 leaves them unscaled", group="training", expert=True
+    )
+    optim: str = flag(
+        "adamw_torch", help="name of the optimizer; adamw_hf means adamw_torch", group="training", expert=True
+    )
+    adam_beta1: float = flag(0.9, help="AdamW's decay of the mean gradient", group="training", expert=True)
+    adam_beta2: float = flag(0.999, help="AdamW's decay of the mean squared gradient", group="training", expert=True)
+    adam_epsilon: float = flag(1e-8, help="AdamW's epsilon", group="training", expert=True)
     # ---- data ----
     max_length: int = flag(512, help="tokens of query and answer; longer rows are dropped and counted", group="data")
-    train_subset: int = flag(-1, help="training rows to use, drawn by the seed; -1: all", group="data")
-    eval_subset: int = flag(-1, help="evaluation rows to use, drawn by the seed; -1: all", group="data")
+    train_subset: int = flag(-1, help="training rows to use, drawn by the seed; -1: all", group="data", expert=True)
+    eval_subset: int = flag(-1, help="evaluation rows to use, drawn by the seed; -1: all", group="data", expert=True)
     # ---- evaluation, saving, log ----
-    per_device_eval_batch_size: int = flag(8, help="rows of a forward pass in evaluation", group="evaluation")
-    eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
-    save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts")
-    logging_steps: int = flag(10, help="steps between printed lines (metrics.jsonl has every step)")
+    per_device_eval_batch_size: int = flag(
+        8, help="rows per forward pass in evaluation", group="evaluation", resume="free", expert=True
+    )
+    eval_steps: int = flag(
+        500, help="steps between evaluations; 0: at the end only", group="evaluation", resume="free"
+    )
+    save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts", resume="free")
+    logging_steps: int = flag(
+        10, help="steps between printed lines (metrics.jsonl has every step)", resume="free", expert=True
+    )
     deepspeed: str | None = flag(
-        None, help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed", group="machine"
+        None,
+        help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed",
+        group="machine",
+        resume="path",
+        expert=True,
     )
 
     def __post_init__(self):
@@ -199,3 +258,4 @@ class TrainerFlags:
         for name in ("train_subset", "eval_subset"):
             if getattr(self, name) == 0 or getattr(self, name) < -1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be a number of rows, or -1 for all")
+        super().__post_init__()

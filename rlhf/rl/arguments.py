@@ -2,25 +2,43 @@
 
 from dataclasses import dataclass
 
-from rlhf.flags import at_least, flag
+from rlhf.flags import Flags, at_least, flag
 
 # Answers a prompt where --group_size is left out: a critic-free advantage needs others to compare with.
 GROUP_SIZE = {"gae": 1, "rloo": 4, "grpo": 4}
 
 
 @dataclass(kw_only=True)
-class SamplingFlags:
+class SamplingFlags(Flags):
     """How the policy writes; the reference is scored under the same rules."""
 
-    max_prompt_length: int = flag(512, help="queries of more tokens are dropped, and counted", group="data")
-    output_max_length: int = flag(128, help="response tokens at most", group="sampling")
-    batched_gen: bool = flag(True, help="sample the whole batch at once; False: one query at a time", group="sampling")
-    cuda_graphs: bool = flag(True, help="on a GPU, record a decoding step once and replay it", group="sampling")
-    temperature: float = flag(1.0, help="divides the logits, of policy and reference alike", group="sampling")
-    suppress_empty: bool = flag(True, help="forbid EOS as first token (begin_suppress_tokens)", group="sampling")
-    min_new_tokens: int = flag(0, help="forbid EOS before this many tokens", group="sampling")
-    top_k: int = flag(0, help="sample among the k likeliest; not matched in the KL, so better 0", group="sampling")
-    top_p: float = flag(1.0, help="sample within this mass; not matched in the KL, so better 1", group="sampling")
+    max_prompt_length: int = flag(
+        512, help="longest query in tokens; longer ones are dropped and counted", group="data"
+    )
+    output_max_length: int = flag(128, help="longest response in tokens", group="sampling")
+    batched_gen: bool = flag(
+        True, help="sample the whole batch at once; False: one query at a time", group="sampling", expert=True
+    )
+    cuda_graphs: bool = flag(
+        True, help="record a decoding step on a GPU once and replay it", group="sampling", expert=True
+    )
+    temperature: float = flag(1.0, help="divisor of the logits, of policy and reference alike", group="sampling")
+    suppress_empty: bool = flag(
+        True, help="forbid EOS as the first token (begin_suppress_tokens)", group="sampling", expert=True
+    )
+    min_new_tokens: int = flag(0, help="forbid EOS before this many tokens", group="sampling", expert=True)
+    top_k: int = flag(
+        0,
+        help="sample among the k likeliest tokens; the KL does not account for it, so 0 is better",
+        group="sampling",
+        expert=True,
+    )
+    top_p: float = flag(
+        1.0,
+        help="sample within this probability mass; the KL does not account for it, so 1 is better",
+        group="sampling",
+        expert=True,
+    )
 
     def __post_init__(self):
         at_least(self, 1, "output_max_length", "max_prompt_length")
@@ -30,56 +48,79 @@ class SamplingFlags:
             )
         if self.min_new_tokens >= self.output_max_length:
             raise ValueError("--min_new_tokens must be below --output_max_length")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
-class RewardFlags:
+class RewardFlags(Flags):
     """What a response is worth: its score, made comparable, minus the price of leaving the reference."""
 
     reward_transform: str = flag(
         "sigmoid",
-        help="of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
+        help="transform of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
         group="reward",
         choices=["sigmoid", "raw", "standardize"],
     )
-    reward_baseline: float = flag(0.0, help="subtracted from the transformed score", group="reward")
-    score_clip: float = flag(0.0, help="the result stays within plus and minus this; 0: no limit", group="reward")
-    missing_eos_penalty: float = flag(0.0, help="subtracted where a response hit the maximum length", group="reward")
-    init_kl_coef: float = flag(0.5, help="price of one nat of KL to the reference", group="reward")
-    adap_kl_ctrl: bool = flag(False, help="move the price so that the KL stays at its target", group="reward")
-    adap_kl_target: float = flag(
-        6.0, help="nats a response: target of --adap_kl_ctrl; the guard minds no KL under it", group="reward"
+    reward_baseline: float = flag(
+        0.0, help="number subtracted from the transformed score", group="reward", expert=True
     )
-    adap_kl_horizon: int = flag(10000, help="responses, for --adap_kl_ctrl", group="reward")
-    whiten_rewards: bool = flag(False, help="scale token rewards to unit variance over the batch", group="reward")
+    score_clip: float = flag(0.0, help="bound on the result's absolute value; 0: none", group="reward", expert=True)
+    missing_eos_penalty: float = flag(
+        0.0, help="penalty for a response that hits the maximum length", group="reward", expert=True
+    )
+    init_kl_coef: float = flag(0.5, help="KL penalty: score per nat of KL to the reference", group="reward")
+    adap_kl_ctrl: bool = flag(False, help="adapt the KL penalty so that the KL stays at its target", group="reward")
+    adap_kl_target: float = flag(
+        6.0,
+        help="target of --adap_kl_ctrl in nats per response; below it the guard ignores the KL",
+        group="reward",
+        expert=True,
+    )
+    adap_kl_horizon: int = flag(10000, help="horizon of --adap_kl_ctrl in responses", group="reward", expert=True)
+    whiten_rewards: bool = flag(
+        False, help="scale token rewards to unit variance over the batch", group="reward", expert=True
+    )
 
     def __post_init__(self):
         at_least(self, 0, "score_clip", "missing_eos_penalty", "init_kl_coef")
+        super().__post_init__()
 
 
 @dataclass(kw_only=True)
-class UpdateFlags:
+class UpdateFlags(Flags):
     """How the policy and its critic learn from one batch."""
 
-    steps: int = flag(20000, help="responses in total, of all processes, rounded up to whole batches", group="update")
-    batch_size: int = flag(32, help="responses a step and process", group="update")
-    mini_batch_size: int = flag(1, help="responses a backward pass", group="update")
+    steps: int = flag(
+        20000,
+        help="responses to sample in total, over all processes, rounded up to whole batches",
+        group="update",
+        resume="longer",
+    )
+    batch_size: int = flag(32, help="responses per step and process", group="update")
+    mini_batch_size: int = flag(1, help="responses per backward pass", group="update")
     gradient_accumulation_steps: int = flag(
-        4, help="backward passes an optimizer step; a window may span epochs", group="update"
+        4, help="backward passes per optimizer step; a window may span epochs", group="update"
     )
     ppo_epochs: int = flag(4, help="passes over each batch", group="update")
-    learning_rate: float = flag(1.41e-5, help="of adapters and value head", group="update")
+    learning_rate: float = flag(1.41e-5, help="learning rate of adapters and value head", group="update")
     lr_scheduler_type: str = flag(
         "constant",
-        help="of the learning rate over the run",
+        help="schedule of the learning rate over the run",
         group="update",
         choices=["constant", "linear", "cosine"],
+        expert=True,
     )
-    lr_warmup_steps: int = flag(0, help="PPO steps in which the learning rate rises from 0", group="update")
-    adafactor: bool = flag(False, help="Adafactor in place of Adam", group="update")
-    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm", group="update")
-    early_stopping: bool = flag(False, help="leave out a batch's other epochs past 1.5 x target_kl", group="update")
-    target_kl: float = flag(0.1, help="nats a token that one update may move, for --early_stopping", group="update")
+    lr_warmup_steps: int = flag(
+        0, help="PPO steps in which the learning rate rises from 0", group="update", expert=True
+    )
+    adafactor: bool = flag(False, help="use Adafactor instead of Adam", group="update", expert=True)
+    max_grad_norm: float = flag(1.0, help="gradients are scaled down to this norm", group="update", expert=True)
+    early_stopping: bool = flag(
+        False, help="skip a batch's remaining epochs once the policy moved by 1.5 x target_kl", group="update"
+    )
+    target_kl: float = flag(
+        0.1, help="nats per token that one update may move, for --early_stopping", group="update", expert=True
+    )
     advantage: str = flag(
         "gae",
         help="gae: by the critic; rloo, grpo: against other answers to the same prompt, without critic, gamma and lam",
@@ -87,25 +128,33 @@ class UpdateFlags:
         choices=list(GROUP_SIZE),
     )
     group_size: int | None = flag(
-        None, help="answers a prompt, within batch_size; 1 for gae, 4 for rloo and grpo unless given", group="update"
+        None, help="answers per prompt, within batch_size; 1 for gae, 4 for rloo and grpo unless given", group="update"
     )
-    gamma: float = flag(1.0, help="discount", group="update")
-    lam: float = flag(0.95, help="lambda of GAE", group="update")
-    whiten_advantages: bool = flag(True, help="GAE's to mean 0 and variance 1 over the batch", group="update")
-    cliprange: float = flag(0.2, help="of the ratio", group="update")
-    cliprange_value: float = flag(0.2, help="of the value", group="update")
-    vf_coef: float = flag(0.1, help="weight of the value loss", group="update")
+    gamma: float = flag(1.0, help="discount of later rewards", group="update", expert=True)
+    lam: float = flag(0.95, help="lambda of GAE", group="update", expert=True)
+    whiten_advantages: bool = flag(
+        True, help="scale GAE's advantages to mean 0 and variance 1 over the batch", group="update", expert=True
+    )
+    cliprange: float = flag(0.2, help="clip range of the probability ratio", group="update", expert=True)
+    cliprange_value: float = flag(0.2, help="clip range of the value", group="update", expert=True)
+    vf_coef: float = flag(0.1, help="weight of the value loss", group="update", expert=True)
     value_lora: bool = flag(
-        False, help="critic on an adapter of its own, which starts as the reward adapter", group="update"
+        False,
+        help="give the critic an adapter of its own, which starts as the reward adapter",
+        group="update",
+        expert=True,
     )
-    critic_warmup_steps: int = flag(0, help="first PPO steps, in which only the critic learns", group="update")
+    critic_warmup_steps: int = flag(
+        0, help="first PPO steps, in which only the critic learns", group="update", expert=True
+    )
     old_logprobs: str = flag(
         "auto",
-        help="as sampled, or recomputed before the update; auto: recomputed only in half precision",
+        help="old log-probabilities: as sampled, or recomputed before the update; auto: recomputed in half precision",
         group="update",
         choices=["auto", "sampled", "recomputed"],
+        expert=True,
     )
-    forward_batch_size: int = flag(32, help="rows at once in passes without gradient", group="machine")
+    forward_batch_size: int = flag(32, help="rows per pass without gradient", group="machine", expert=True)
 
     def __post_init__(self):
         at_least(self, 1, "steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
@@ -116,6 +165,7 @@ class UpdateFlags:
                 f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {self.mini_batch_size}"
             )
         self._check_groups()
+        super().__post_init__()
 
     def _check_groups(self) -> None:
         if self.group_size is None:
@@ -134,37 +184,52 @@ class UpdateFlags:
 
 
 @dataclass(kw_only=True)
-class WatchFlags:
+class WatchFlags(Flags):
     """What a run looks at besides the score, and what it does about a collapse."""
 
     judge_lora_path: str | None = flag(
-        None, help="second reward adapter that PPO does not see: chooses best/ at evaluations", group="watch"
+        None,
+        help="second reward adapter that PPO does not see; it chooses best/ at evaluations",
+        group="watch",
+        resume="path",
     )
     best_kl_budget: float = flag(
-        10.0, help="without a judge best/ is the best score within this KL, nats a response", group="watch"
+        10.0,
+        help="without a judge, best/ is the best score within this KL, in nats per response",
+        group="watch",
+        expert=True,
     )
     reward_gate: str = flag(
         "warn",
-        help="where degenerate answers win in the audit of the reward model (without one, a quick one at the start)",
+        help="what to do where degenerate answers win in the reward model's audit (without one, in a quick audit)",
         group="watch",
         choices=["warn", "refuse"],
+        resume="free",
     )
     on_collapse: str = flag(
         "stop",
-        help="when length, emptiness, KL or entropy tell of a collapse: stop (exit code 3), rollback, or off",
+        help="what to do when length, emptiness, KL or entropy show a collapse: stop (exit code 3), rollback, or off",
         group="watch",
         choices=["stop", "rollback", "off"],
     )
-    max_rollbacks: int = flag(3, help="rollbacks before the run stops", group="watch")
+    max_rollbacks: int = flag(3, help="rollbacks before the run stops", group="watch", expert=True)
     check: bool = flag(
-        True, help="before the first step look for what makes PPO silently wrong, on one batch", group="watch"
+        True,
+        help="look for silent defects on one batch before the first step",
+        group="watch",
+        resume="free",
+        expert=True,
     )
     eval_freq: int = flag(
         0, help="steps between evaluations on held-out prompts; 0: none, or every 10 with a judge", group="watch"
     )
-    eval_prompts: int = flag(64, help="held-out prompts of an evaluation, at most", group="watch")
+    eval_prompts: int = flag(64, help="held-out prompts per evaluation, at most", group="watch", expert=True)
     sample_freq: int = flag(
-        10, help="steps between printed samples (all of that batch go to samples.jsonl)", group="watch"
+        10,
+        help="steps between printed samples (samples.jsonl keeps those batches whole)",
+        group="watch",
+        resume="free",
+        expert=True,
     )
 
     def __post_init__(self):
@@ -172,3 +237,4 @@ class WatchFlags:
         at_least(self, 0, "eval_freq", "max_rollbacks")
         if self.judge_lora_path and not self.eval_freq:
             self.eval_freq = 10
+        super().__post_init__()

@@ -10,7 +10,6 @@ from transformers import TrainerCallback
 
 from rlhf.artefacts.checkpoint import complete_or_gone, read_manifest, rotate, write_manifest
 from rlhf.cost.flops import flop_counts, format_mfu, mfu, this_card, training_flops
-from rlhf.data.batches import LengthGroupedSampler
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.log import Eta, MetricsLog
 from rlhf.run.stopping import agreed, stop_if_agreed
@@ -61,19 +60,30 @@ class StageLog(TrainerCallback):
 
     Args:
         log: None on all processes but the first. flags: the script's.
-        sampler: told the epoch at its start. accelerate does that too, but not on several processes after a resume.
-        extra: further names of the Trainer's log to keep. sequences: of a row (2: both answers of a pair).
+        trainer: of the stage; DeepSpeed is asked through it. Its sampler is told the epoch at its start: accelerate
+            does that too, but not on several processes after a resume.
+        extra: further names of the Trainer's log to keep. sequences: sequences in a row (2: both answers of a pair).
     """
 
-    def __init__(self, log: MetricsLog | None, flags, sampler: LengthGroupedSampler, extra=(), sequences: int = 1):
-        self.log, self.flags, self.sampler, self.extra, self.sequences = log, flags, sampler, extra, sequences
-        self.mark, self.tokens, self.marked_step, self.epoch = time.monotonic(), 0, 0, 0.0
-        self.signum = self.left_out = 0
-        # Set by `train`; DeepSpeed is asked through it.
-        self.trainer = None
+    def __init__(self, log: MetricsLog | None, flags, trainer, extra: tuple[str, ...] = (), sequences: int = 1):
+        self.log = log
+        self.flags = flags
+        self.trainer = trainer
+        self.sampler = trainer.sampler
+        self.extra = extra
+        self.sequences = sequences
+        self.signum = 0
+        self.left_out = 0
+        # State at the last record, from which speed is measured.
+        self.mark = time.monotonic()
+        self.tokens = 0
+        self.marked_step = 0
+        self.epoch = 0.0
 
     def _restart_clock(self, state) -> None:
-        self.mark, self.tokens, self.marked_step = time.monotonic(), state.num_input_tokens_seen, state.global_step
+        self.mark = time.monotonic()
+        self.tokens = state.num_input_tokens_seen
+        self.marked_step = state.global_step
         self.epoch = state.epoch or 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -103,8 +113,10 @@ class StageLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.signum = agreed(args.device)
         if self.signum:
-            # What an evaluation due now would say is caught up on by the resumed run.
-            control.should_save, control.should_training_stop, control.should_evaluate = True, True, False
+            control.should_save = True
+            control.should_training_stop = True
+            # The resumed run makes up for an evaluation that is due now.
+            control.should_evaluate = False
         return control
 
     def on_prediction_step(self, args, state, control, **kwargs):
@@ -126,32 +138,36 @@ class StageLog(TrainerCallback):
         if self.left_out:
             record["left_out"] = self.left_out
         self.log.write(record | {name: logs[name] for name in self.extra if name in logs})
+
         if state.global_step % self.flags.logging_steps == 0 or state.global_step in (1, state.max_steps):
-            print(
-                f"step {state.global_step}/{state.max_steps} | loss {logs['loss']:.4f} | "
-                f"lr {logs['learning_rate']:.2e} | grad_norm {logs.get('grad_norm', 0):.2f} | "
-                f"{record['tokens/s']:,} tokens/s, {record['samples/s']:.1f} samples/s"
-                f"{', ' + format_mfu(record['mfu']) if 'mfu' in record else ''} | {record['time/step']:.2f} s/step | "
-                f"ETA {self.eta.left(state.global_step)}",
-                flush=True,
-            )
+            print(self.line(state, record), flush=True)
         self._restart_clock(state)
 
+    def line(self, state, record: dict) -> str:
+        """One record in one line."""
+        utilisation = f", {format_mfu(record['mfu'])}" if "mfu" in record else ""
+        # A step without gradients has no norm.
+        norm = record["grad_norm"] or 0
+        return (
+            f"step {state.global_step}/{state.max_steps} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | "
+            f"grad_norm {norm:.2f} | {record['tokens/s']:,} tokens/s, {record['samples/s']:.1f} samples/s"
+            f"{utilisation} | {record['time/step']:.2f} s/step | ETA {self.eta.left(state.global_step)}"
+        )
+
     def speed(self, state, seconds: float) -> dict[str, float]:
-        """What all processes got through in a second since the last record, and its share of the cards' peak.
+        """Tokens and rows of all processes per second since the last record, and their share of the cards' peak.
 
         The output layer counts at every position of SFT, prompts too: at 7B that is 4 % too much at most.
         """
-        tokens, rows = (
-            state.num_input_tokens_seen - self.tokens,
-            (state.epoch - self.epoch) * len(self.sampler.lengths),
-        )
-        found = {"tokens/s": round(tokens / seconds), "samples/s": rows / seconds}
+        tokens = state.num_input_tokens_seen - self.tokens
+        rows = (state.epoch - self.epoch) * len(self.sampler.lengths)
+        rates = {"tokens/s": round(tokens / seconds), "samples/s": rows / seconds}
+
         sequences = max(1, round(rows * self.sequences))
         head = tokens if self.sequences == 1 else 0
         flops = training_flops(self.work, [tokens / sequences] * sequences, head, self.flags.gradient_checkpointing)
         share = mfu(flops, seconds, this_card(), rank_and_size()[1])
-        return found if share is None else found | {"mfu": share}
+        return rates if share is None else rates | {"mfu": share}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         measured = {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(EVAL_NOISE)}

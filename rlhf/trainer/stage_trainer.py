@@ -10,23 +10,28 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.checkpoint import complete_or_gone, why_incomplete
 from rlhf.artefacts.run_json import write_run
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.models.forward import forked_rng
 from rlhf.models.loading import pick_dtype
+from rlhf.run.stopping import explain_out_of_memory
 from rlhf.trainer.log import CHECKPOINT_PREFIX
 
 
 def training_arguments(args, config_class, evaluates: bool, **extra):
-    """transformers' TrainingArguments (or a subclass) as our flags say.
+    """Make transformers' TrainingArguments (or a subclass) from the flags.
 
     Args:
         args: the script's flags. config_class: TrainingArguments or SFTConfig.
         evaluates: whether there are evaluation rows. extra: fields of `config_class` on top.
     """
-    dtype = pick_dtype(args.bf16)
+    # Flags that bear the name of the field they set.
     same_name = (
         "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
         "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "optim",
         "adam_beta1", "adam_beta2", "adam_epsilon", "deepspeed", "seed",
     )  # fmt: skip
+    dtype = pick_dtype(args.bf16)
+
     config = config_class(
         **{name: getattr(args, name) for name in same_name},
         warmup_steps=args.warmup_ratio,
@@ -52,47 +57,76 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
         dataloader_pin_memory=torch.cuda.is_available(),
         **extra,
     )
+
     # One process trains on one card: with --nproc 1 on a machine of several the Trainer would use DataParallel.
     config._n_gpu = min(1, config.n_gpu)
     return config
 
 
-# ---- weights in pieces ----
+# ---- the Trainer ----
+class StageTrainer:
+    """Mixin for the Trainer of a stage: our order of rows, complete checkpoints, out of memory in one sentence.
+
+    Args:
+        sampler: order of the training rows. about: what run.json says of the run (see `write_run`).
+    """
+
+    def __init__(self, *args, sampler: LengthGroupedSampler, about: dict, **kwargs):
+        self.sampler = sampler
+        self.about = about
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        shape = inputs["input_ids"].shape
+        with explain_out_of_memory("a training batch", shape, "--per_device_train_batch_size or --max_length"):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        # An evaluation draws random numbers of its own: training goes on as if there had been none.
+        with forked_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def floating_point_ops(self, inputs):
+        """Return 0: nobody reads the count, and making it walks over all modules at every step."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler
+
+    def _save_checkpoint(self, model, trial):
+        """Let the Trainer write into an empty folder, which is removed if the writing fails."""
+        folder = Path(self.args.output_dir) / f"{CHECKPOINT_PREFIX}{self.state.global_step}"
+        if self.args.should_save and folder.is_dir() and why_incomplete(folder) is not None:
+            # A killed run's leftovers would be listed as parts of this checkpoint.
+            shutil.rmtree(folder)
+        # The adapter and Adam's two moments of it.
+        min_bytes = 3 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        with complete_or_gone(folder, min_bytes):
+            super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Write adapter, tokenizer and run.json, but no pickled arguments beside them."""
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            save_adapter(self.model, folder, state_dict=state_dict if is_zero3() else None)
+            self.processing_class.save_pretrained(folder)
+            write_run(folder, **self.about)
+
+
+# ---- ZeRO-3 ----
 def is_zero3() -> bool:
-    """Whether DeepSpeed spreads the weights over the processes (ZeRO-3): a forward is then a matter of all of them."""
+    """Return True if DeepSpeed spreads the weights over the processes: a forward then involves all of them."""
     return is_deepspeed_zero3_enabled()
 
 
 @contextmanager
 def gathered(model):
-    """Within the block, which all processes have to enter, each of them holds all of what is trained."""
+    """Let each process hold all trained weights within the block, which all processes have to enter."""
     if not is_zero3():
         yield
         return
+    # Only installed where --deepspeed is used.
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([p for p in model.parameters() if p.requires_grad]):
-        yield
-
-
-# ---- while training ----
-def save_checkpoint(trainer, output_dir: str | None, state_dict: dict | None) -> None:
-    """What a Trainer stage writes of its model: adapter, tokenizer and run.json, no pickled arguments beside them."""
-    if trainer.args.should_save:
-        folder = output_dir or trainer.args.output_dir
-        save_adapter(trainer.model, folder, state_dict=state_dict if is_zero3() else None)
-        trainer.processing_class.save_pretrained(folder)
-        write_run(folder, **trainer.about)
-
-
-@contextmanager
-def writing_checkpoint(trainer):
-    """Where the Trainer writes its next checkpoint in place: the folder is empty before, and gone after a failure."""
-    folder = Path(trainer.args.output_dir) / f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
-    if trainer.args.should_save and folder.is_dir() and why_incomplete(folder) is not None:
-        # A killed run's leftovers would be listed as parts of this checkpoint.
-        shutil.rmtree(folder)
-    # The adapter and Adam's two moments of it.
-    min_bytes = 3 * sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
-    with complete_or_gone(folder, min_bytes):
         yield

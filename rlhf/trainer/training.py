@@ -11,7 +11,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.artefacts.checkpoint import rotate, to_resume, why_incomplete
-from rlhf.artefacts.resume import refuse_changes
+from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.resume import finished_run, refuse_changes
+from rlhf.data.batches import LengthGroupedSampler
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
@@ -23,27 +25,49 @@ def bad_rows_file(args) -> Path | None:
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
 
 
-# ---- starting again ----
+# ---- start ----
+def already_finished(args, stage: str) -> bool:
+    """Return True, and say so, if --resume_from_checkpoint True asks for this very run again after its end."""
+    if args.inspect_data or getattr(args, "audit_only", False) or not finished_run(args, stage):
+        return False
+    say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
+    return True
+
+
+def claim(args) -> None:
+    """Claim the output directory for this run, on the first process; a run that only looks at data claims nothing."""
+    if rank_and_size()[0] == 0 and not args.inspect_data:
+        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+
+
+def row_order(args, lengths: list[int]) -> LengthGroupedSampler:
+    """Order of the training rows, with rows of like length in one batch of all processes; `lengths`: tokens a row."""
+    processes = rank_and_size()[1]
+    group_size = args.per_device_train_batch_size * processes
+    return LengthGroupedSampler(lengths, group_size, args.seed, filled=processes > 1)
+
+
 def resume_point(args, about: dict) -> str | None:
-    """The checkpoint to go on from: the newest complete one, the one named, or None for a fresh start.
+    """Path of the checkpoint to go on from: the newest complete one, or the one named; None for a fresh start.
 
     Args:
         about: what this command would write into run.json (see `write_run`).
     Raises: ValueError where the named checkpoint is not complete, or was written by another command.
     """
-    found = to_resume(args.resume_from_checkpoint, args.output_dir, CHECKPOINT_PREFIX)
-    if found is None:
+    checkpoint = to_resume(args.resume_from_checkpoint, args.output_dir, CHECKPOINT_PREFIX)
+    if checkpoint is None:
         if args.resume_from_checkpoint:
             say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
-    refuse_changes(found, args, about, rank_and_size()[1])
-    # The Trainer's own words on a damaged file name none.
-    read_adapter(found)
+
+    refuse_changes(checkpoint, args, about, rank_and_size()[1])
+    # Read here because the Trainer's own error names no damaged file.
+    read_adapter(checkpoint)
     if rank_and_size()[0] == 0 and args.resume_from_checkpoint == "True":
         # What a run killed between its last checkpoint and the rotation left over.
         rotate(args.output_dir, CHECKPOINT_PREFIX, args.save_total_limit)
-    say(f"going on from {found}")
-    return str(found)
+    say(f"going on from {checkpoint}")
+    return str(checkpoint)
 
 
 def train(trainer, resume_from: str | None, log: StageLog) -> None:
@@ -53,7 +77,9 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
 
     Raises: Interrupted after a signal, once the run is saved as a checkpoint.
     """
+    trainer.add_callback(log)
     if resume_from is not None:
+        # 1. A checkpoint made after the last step has nothing left to train.
         state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
         planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= planned:
@@ -62,7 +88,8 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             return
         if evaluation_pending(trainer, state):
             trainer.add_callback(CatchUp(trainer))
-    log.trainer = trainer
+
+    # 2. Train; a signal ends it with a checkpoint.
     with saved_when_stopped(trainer), plain_tensors_only(resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
         if log.signum:
@@ -101,8 +128,9 @@ def saved_when_stopped(trainer):
 
 
 def evaluation_pending(trainer, state: TrainerState) -> bool:
-    """Whether the run was stopped before the evaluation that its last step was due to."""
-    args, step = trainer.args, state.global_step
+    """Return True if a signal stopped the run before the evaluation that was due after its last step."""
+    args = trainer.args
+    step = state.global_step
     due = args.eval_strategy == "steps" and step and step % args.eval_steps == 0
     return bool(due) and not any("eval_loss" in entry and entry["step"] == step for entry in state.log_history)
 

@@ -24,7 +24,6 @@ from rlhf.models.scoring import score_in_parts
 from rlhf.reward.pairs import PairCollator
 from rlhf.rl.roles import load_roles
 from rlhf.run.log import read_metrics
-from rlhf.trainer.log import StageLog
 
 TUTORIAL = """--model_name baichuan-inc/baichuan-7B --lora_target_models W_pack
   --num_train_epochs 2 --eval_steps 200 --save_steps 50 --per_device_train_batch_size 10
@@ -73,9 +72,8 @@ def make_trainer(base, data, output_dir, **changed):
         # A new adapter is zero and a new head tiny; the scores are to depend on both.
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    sampler = LengthGroupedSampler([reward_modeling.pair_length(row) for row in rows], 8, args.seed)
-    log = StageLog(None, args, sampler)
-    trainer = reward_modeling.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, log)
+    sampler = LengthGroupedSampler([reward_modeling.pairs.pair_length(row) for row in rows], 8, args.seed)
+    trainer = reward_modeling.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, sampler)
     return trainer, tokenizer, rows, eval_rows
 
 
@@ -214,9 +212,11 @@ def test_plain_peft_gives_the_same_scores_after_a_reload(base_name, request, pai
     base = request.getfixturevalue(base_name)
     args = arguments(base, pairs, tmp_path / "out", max_steps=3, learning_rate=1e-2)
     kept = {}
-    original = reward_modeling.check_saved
+    original = reward_modeling.adapters.check_saved
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward_modeling, "check_saved", lambda model, d: (kept.update(model=model), original(model, d)))
+        patch.setattr(
+            reward_modeling.adapters, "check_saved", lambda model, d: (kept.update(model=model), original(model, d))
+        )
         reward_modeling.main(args)
     tokenizer = load_tokenizer(base)
     rows, _, _ = reward_modeling.load_data(args, tokenizer)
@@ -257,15 +257,15 @@ def test_a_file_without_the_score_head_is_noticed(tiny_base, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "copy")
     model = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1, dtype="float32")
     model = PeftModel.from_pretrained(model, trained)
-    reward_modeling.check_saved(model, str(tmp_path / "copy"))
+    reward_modeling.adapters.check_saved(model, str(tmp_path / "copy"))
     file = tmp_path / "copy" / "adapter_model.safetensors"
     whole = load_file(file)
     save_file({name: tensor for name, tensor in whole.items() if "score" not in name}, file)
     with pytest.raises(ValueError, match="without the score head"):
-        reward_modeling.check_saved(model, str(tmp_path / "copy"))
+        reward_modeling.adapters.check_saved(model, str(tmp_path / "copy"))
     save_file({name: tensor + 1 for name, tensor in whole.items()}, file)
     with pytest.raises(ValueError, match="as it was trained"):
-        reward_modeling.check_saved(model, str(tmp_path / "copy"))
+        reward_modeling.adapters.check_saved(model, str(tmp_path / "copy"))
 
 
 def test_eval_first_step_evaluates_after_the_first_step(tiny_base, pairs, tmp_path):

@@ -119,6 +119,6 @@ def test_the_check_comes_before_training(tiny_base, tmp_path, monkeypatch):
         "model_name": tiny_base, "dataset_name": write_pairs(tmp_path / "pairs.jsonl"), "output_dir": tmp_path / "out",
         "share_prompt": True, "max_steps": 1,
     }  # fmt: skip
-    monkeypatch.setattr(reward_modeling, "train", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(reward_modeling.training, "train", lambda *_: pytest.fail("training began"))
     with pytest.raises(ValueError, match="--share_prompt True: the hidden states"):
         reward_modeling.main(reward_modeling.parse_args(words(flags)))

@@ -185,7 +185,7 @@ def test_a_margin_column_is_read_reaches_the_loss_and_a_bad_one_is_named(tiny_ba
     args = reward_arguments(tiny_base, data, tmp_path / "out", margin_field="margin")
     made, eval_rows, _ = reward_modeling.load_data(args, load_tokenizer(tiny_base))
     assert {row["margin"] for row in made + eval_rows} == {n / 10 for n in range(40)}
-    batch = reward_modeling.PairCollator(0)(made[:3])
+    batch = reward_modeling.pairs.PairCollator(0)(made[:3])
     assert batch["margin"].tolist() == pytest.approx([row["margin"] for row in made[:3]])
     data.write_text(json.dumps(rows[0] | {"margin": "much"}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pairs\.jsonl:1: field 'margin' must be a number, not 'much'"):
@@ -260,7 +260,7 @@ def plant_audit(folder, winning, adapter=None):
 
 def test_a_failed_audit_refuses_before_a_model_loads_and_says_how_to_mend_it(ppo, tmp_path, monkeypatch):
     plant_audit(ppo["reward_model_lora_path"], {"empty": 0.63})
-    monkeypatch.setattr(rl_training, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rl_training.roles, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"empty wins on 63% of prompts.*say nothing.*--degenerate_frac"):
         rl_training.main(ppo_arguments(ppo, tmp_path / "out", reward_gate="refuse"))
 

@@ -116,14 +116,14 @@ def world(tiny_base, tmp_path):
 @pytest.fixture
 def collapse_at_3(monkeypatch):
     """From the third step on nothing but empty answers, or so the metrics say."""
-    describe = rl_training.describe
+    describe = rl_training.metrics.describe
     steps = []
 
     def collapsed(*args):
         steps.append(1)
         return describe(*args) | ({"empty_frac": 1.0} if len(steps) >= 3 else {})
 
-    monkeypatch.setattr(rl_training, "describe", collapsed)
+    monkeypatch.setattr(rl_training.metrics, "describe", collapsed)
 
 
 def test_stopping_leaves_no_final_adapter_and_writes_the_reason(world, tmp_path, collapse_at_3):
@@ -188,7 +188,7 @@ def test_without_a_judge_the_best_stays_within_the_kl_budget(world, tmp_path):
 @pytest.fixture
 def judge_turns(monkeypatch):
     """From the third evaluation on the judge turns away while the score rises, or so the metrics say."""
-    evaluate, count = rl_training.evaluate, []
+    evaluate, count = rl_training.evaluation.evaluate, []
 
     def turned(loop):
         metrics, answers = evaluate(loop)
@@ -196,7 +196,7 @@ def judge_turns(monkeypatch):
         fall = -100.0 if len(count) >= 4 else float(len(count))
         return metrics | {"eval/judge/mean": fall, "eval/judge/error": 0.1, "eval/score/mean": len(count)}, answers
 
-    monkeypatch.setattr(rl_training, "evaluate", turned)
+    monkeypatch.setattr(rl_training.evaluation, "evaluate", turned)
 
 
 def test_a_gamed_reward_model_stops_the_run_and_best_is_what_the_judge_liked(world, tmp_path, tiny_base, judge_turns):
@@ -224,7 +224,7 @@ def test_with_a_judge_a_rollback_goes_back_to_what_it_approved(world, tmp_path, 
 
 def test_a_rollback_after_a_restart_is_the_rollback_of_an_uninterrupted_run(world, tmp_path, monkeypatch):
     def main(out, collapse_at, **flags):
-        describe = rl_training.describe
+        describe = rl_training.metrics.describe
         seen = []
 
         def described(*args):
@@ -232,7 +232,7 @@ def test_a_rollback_after_a_restart_is_the_rollback_of_an_uninterrupted_run(worl
             return describe(*args) | ({"empty_frac": 1.0} if len(seen) == collapse_at else {})
 
         with monkeypatch.context() as patch:
-            patch.setattr(rl_training, "describe", described)
+            patch.setattr(rl_training.metrics, "describe", described)
             rl_training.main(arguments(world, out, save_freq=1, on_collapse="rollback", **flags))
 
     main(tmp_path / "whole", 3, steps=40)

@@ -144,7 +144,10 @@ def test_kl_is_zero_at_the_first_step_where_policy_is_sft(finished):
 def test_training_moves_the_policy_and_the_value_head_and_nothing_else(world, tmp_path):
     args = arguments(world, tmp_path)
     tokenizer = load_tokenizer(args.base_model_name)
-    rows = [{"prompt": p, "query_ids": rl_training.load_tokenizer(args.base_model_name).encode(p)} for p in PROMPTS]
+    rows = [
+        {"prompt": p, "query_ids": rl_training.encoding.load_tokenizer(args.base_model_name).encode(p)}
+        for p in PROMPTS
+    ]
     loop = rl_training.make_loop(args, Accelerator(), tokenizer, (rows, []), None)
     state = {**dict(loop.roles.peft_model.named_parameters()), "score": loop.roles.score_heads["reward"].weight}
     before = {name: p.detach().clone() for name, p in state.items()}
@@ -185,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_reported(world, finished, tmp_p
 
 
 def test_a_finished_run_given_again_touches_nothing_and_loads_no_model(world, finished, monkeypatch, capsys):
-    monkeypatch.setattr(rl_training, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rl_training.roles, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     run(world, finished, save_freq=1, adap_kl_ctrl=True, resume_from_checkpoint=True)
     assert "is finished" in capsys.readouterr().out
@@ -276,7 +279,7 @@ def test_inspecting_the_data_shows_rows_and_starts_nothing(world, tmp_path, caps
 
 # ---- refusals ----
 def test_wrong_inputs_are_refused_in_one_sentence_before_a_model_loads(world, tmp_path, tiny_llama, monkeypatch):
-    monkeypatch.setattr(rl_training, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(rl_training.roles, "load_roles", lambda *a, **k: pytest.fail("a model was loaded"))
     other_sft = random_adapter(tiny_llama, tmp_path / "other")
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
@@ -388,9 +391,9 @@ def test_one_non_finite_number_leaves_every_parameter_bit_identical(world, field
 
 
 def test_a_non_finite_score_is_named_with_its_row_before_anything_is_learnt(world, tmp_path, monkeypatch):
-    scores = rl_training.score_responses
+    scores = rl_training.experience.score_responses
     monkeypatch.setattr(
-        rl_training, "score_responses", lambda *a: scores(*a).index_fill(0, torch.tensor([3]), torch.nan)
+        rl_training.experience, "score_responses", lambda *a: scores(*a).index_fill(0, torch.tensor([3]), torch.nan)
     )
     with pytest.raises(FloatingPointError, match=r"score in rows \[3\]"):
         run(world, tmp_path / "out")
@@ -422,14 +425,14 @@ def test_another_runtime_error_stays_what_it_is(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_a_step_that_is_not_finite_ends_the_run_or_is_left_out_and_counted(world, tmp_path, monkeypatch, mode):
-    scores, count = rl_training.score_responses, []
+    scores, count = rl_training.experience.score_responses, []
 
     def sometimes(*args):
         count.append(1)
         found = scores(*args)
         return found.index_fill(0, torch.tensor([3]), torch.nan) if len(count) == 2 else found
 
-    monkeypatch.setattr(rl_training, "score_responses", sometimes)
+    monkeypatch.setattr(rl_training.experience, "score_responses", sometimes)
     if mode == "stop":
         with pytest.raises(FloatingPointError, match=r"score in rows \[3\]"):
             run(world, tmp_path / "out", on_non_finite=mode)
@@ -502,7 +505,7 @@ def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch, flags):
             wanted.append(min(token for token in drawn if drawn.count(token) == 2))
         return torch.tensor([float(token == wanted[0]) for token in drawn])
 
-    monkeypatch.setattr(rl_training, "score_responses", reward)
+    monkeypatch.setattr(rl_training.experience, "score_responses", reward)
     out = run(
         world, tmp_path / "out", steps=64 * 40, batch_size=64, mini_batch_size=64, gradient_accumulation_steps=1,
         ppo_epochs=4, output_max_length=1, init_kl_coef=0.0, suppress_empty=False, sample_freq=1000,

@@ -286,7 +286,7 @@ def test_the_law_of_over_optimisation_is_found_again():
 def test_the_tracker_is_closed_when_the_guard_stops_a_run(world, tmp_path, monkeypatch):
     closed = []
     monkeypatch.setattr(MetricsLog, "close", lambda self: closed.append(True))
-    monkeypatch.setattr(rl_training, "describe", lambda *a, **k: dict.fromkeys(COLLAPSED, 1.0))
+    monkeypatch.setattr(rl_training.metrics, "describe", lambda *a, **k: dict.fromkeys(COLLAPSED, 1.0))
     with pytest.raises(Collapse):
         run(world, tmp_path / "out")
     assert closed == [True]

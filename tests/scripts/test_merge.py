@@ -311,7 +311,7 @@ def spoiled(adapter, folder):
 
 
 def test_nan_is_refused_before_the_base_loads(tiny_base, sft, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge_lora, "load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(merge_lora.loading, "load_base", lambda *args, **kwargs: pytest.fail("the base was loaded"))
     with pytest.raises(ValueError, match=r"adapter .* holds NaN or infinity in base_model"):
         merge(tiny_base, spoiled(sft, tmp_path / "bad"), tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

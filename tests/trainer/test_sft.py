@@ -18,7 +18,6 @@ from rlhf.data.encoding import encode, load_tokenizer, sft_rows
 from rlhf.data.funnel import Funnel
 from rlhf.data.template import render
 from rlhf.run.log import read_metrics
-from rlhf.trainer.log import StageLog
 
 LESSONS = [("我是谁？", "你是老师。"), ("你好。", "你好！"), ("晴天？", "今天晴天。")]
 
@@ -75,8 +74,7 @@ def make_trainer(base, data, output_dir, **changed):
     sampler = LengthGroupedSampler(
         [len(row["input_ids"]) for row in rows], args.per_device_train_batch_size, args.seed
     )
-    log = StageLog(None, args, sampler)
-    trainer = sft_training.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, log)
+    trainer = sft_training.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, sampler, fresh=False)
     return trainer, tokenizer, rows, eval_rows
 
 
@@ -320,7 +318,7 @@ def test_wrong_flags_end_with_usage(wrong, capsys):
 
 
 def test_missing_and_empty_inputs_are_named_before_a_model_loads(tiny_base, answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft_training, "load_base", None)
+    monkeypatch.setattr(sft_training.loading, "load_base", None)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         run(tmp_path / "nowhere", answers, tmp_path / "a")
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):

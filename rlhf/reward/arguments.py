@@ -1,0 +1,88 @@
+"""Flags of reward_modeling.py: which pairs it trains on, the loss, and the audit."""
+
+from dataclasses import dataclass
+
+from rlhf.flags import Flags, flag
+from rlhf.reward.degenerate import kinds_of
+
+
+@dataclass(kw_only=True)
+class PairFlags(Flags):
+    """Pairs to train on: half of the prompts, margins, degenerate answers, one or two sequences a pair."""
+
+    split_half: int | None = flag(
+        None, help="0 or 1: train on one half of the prompts only, so that another model can judge", group="data"
+    )
+    margin_field: str | None = flag(
+        None,
+        help="column that says how much better the chosen answer is; the loss asks for that margin",
+        group="data",
+        expert=True,
+    )
+    degenerate_frac: float = flag(
+        0.0,
+        help="hardening: further training pairs against degenerate answers, as a share of the data's pairs",
+        group="data",
+    )
+    degenerate_kinds: str = flag(
+        "all",
+        help="kinds of degenerate answers for hardening, as 'eos_only|cut|...' (rlhf/reward/degenerate.py)",
+        group="data",
+        expert=True,
+    )
+    share_prompt: bool = flag(
+        False,
+        help="put a pair into one sequence, its prompt computed once: pays where prompts are long",
+        group="training",
+        expert=True,
+    )
+
+    def __post_init__(self):
+        if self.split_half not in (None, 0, 1):
+            raise ValueError(f"--split_half {self.split_half} must be 0 or 1, or be left out")
+        kinds_of(self.degenerate_kinds)
+        if self.degenerate_frac < 0:
+            raise ValueError(f"--degenerate_frac {self.degenerate_frac} must not be negative")
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class LossFlags(Flags):
+    """Options of the pairwise loss."""
+
+    label_smoothing: float = flag(
+        0.0, help="share of pairs assumed to be labelled the wrong way round", group="loss", expert=True
+    )
+    center_rewards_coefficient: float = flag(
+        0.0, help="weight of the squared sum of a pair's scores, which keeps scores near 0", group="loss", expert=True
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label_smoothing {self.label_smoothing} must be in [0, 0.5)")
+        if self.center_rewards_coefficient < 0:
+            raise ValueError(f"--center_rewards_coefficient {self.center_rewards_coefficient} must not be negative")
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
+class AuditFlags(Flags):
+    """The audit of the trained reward model, or of a stored one."""
+
+    audit: bool = flag(
+        True, help="attack the trained model on held-out prompts: audit.json, .md, .png", group="audit", resume="free"
+    )
+    audit_prompts: int = flag(
+        200, help="held-out prompts to attack, at most", group="audit", resume="free", expert=True
+    )
+    audit_only: bool = flag(
+        False, help="audit --reward_model_lora_path without training, and write the audit there", group="audit"
+    )
+    reward_model_lora_path: str | None = flag(
+        None, help="reward adapter to audit, for --audit_only", group="audit", resume="path"
+    )
+
+    def __post_init__(self):
+        if self.audit_only != bool(self.reward_model_lora_path):
+            raise ValueError("--audit_only True and --reward_model_lora_path belong together: give both or neither")
+        super().__post_init__()
