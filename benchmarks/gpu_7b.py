@@ -154,6 +154,7 @@ def supervised(bench: Bench, checkpointing: bool) -> list[Row]:
     model = adapted(base, LoraArguments.lora_rank, dropout=LoraArguments.lora_dropout)
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
+
     ours = find_spec("trl") is not None and find_spec("datasets") is not None
     encoded = sft_rows(rows, bench.all_steps * rows.count, base.config.vocab_size)
     seconds, peak = (supervised_by_trainer if ours else supervised_by_hand)(bench, model, encoded)
@@ -186,11 +187,14 @@ def supervised_by_trainer(bench: Bench, model, encoded: list[dict]) -> tuple[flo
 
 def supervised_by_hand(bench: Bench, model, encoded: list[dict]) -> tuple[float, float]:
     """The same without trl: cross-entropy at the answer tokens, autocast and AdamW as the Trainer has them."""
-    rows, device, meter = bench.shape.sft, bench.args.device, Meter(bench.args.device)
+    rows = bench.shape.sft
+    device = bench.args.device
+    meter = Meter(bench.args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], fused=device == "cuda")
     model.train()
     meter.read()
+
     for start in range(0, len(encoded), rows.count):
         ids = torch.tensor([row["input_ids"] for row in encoded[start : start + rows.count]], device=device)
         places = (slice(None), slice(rows.query - 1, -1))
@@ -208,11 +212,14 @@ def supervised_by_hand(bench: Bench, model, encoded: list[dict]) -> tuple[float,
 # ---- reward model ----
 def reward(bench: Bench, share_prompt: bool) -> list[Row]:
     """A step of reward training, as reward_modeling builds and runs it."""
-    rows, args = bench.shape.reward, reward_modeling.parse_args([])
+    rows = bench.shape.reward
+    args = reward_modeling.parse_args([])
     with bench.base():
         model = reward_modeling.build_model(args, "random")
+
     pairs = pair_rows(rows, bench.all_steps * rows.count, model.config.vocab_size)
-    length = reward_modeling.shared_length if share_prompt else reward_modeling.pair_length
+    length = reward_modeling.pairs.shared_length if share_prompt else reward_modeling.pairs.pair_length
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = reward_modeling.RewardTrainer(
             model,
@@ -224,10 +231,13 @@ def reward(bench: Bench, share_prompt: bool) -> list[Row]:
             data_collator=(SharedPromptCollator if share_prompt else PairCollator)(PAD),
         )
         seconds, peak = timed_training(bench, trainer)
-    whole, work = rows.query + rows.answer, flop_counts(model, model.config)
+
+    whole = rows.query + rows.answer
+    work = flop_counts(model, model.config)
     flops = training_flops(work, [whole] * (2 * rows.count), 0, checkpointing=False)
     if share_prompt:
         flops -= training_flops(work, [rows.query] * rows.count, 0, checkpointing=False)
+
     tokens = rows.count * (2 * whole - share_prompt * rows.query)
     name = f"reward {rows.count} x 2 x {whole}{', shared prompt' if share_prompt else ''}"
     return [Row(name, seconds, rows.count, tokens, peak, Cost.of(flops), bench.target(rate=15))]
@@ -238,6 +248,7 @@ def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> rl_training
     """What rl_training.make_loop makes of these flags, a random base and adapters with random weights in `folder`."""
     for name, rank in (("sft", LoraArguments.lora_rank), ("reward", reward_modeling.ScriptArguments.lora_rank)):
         write_adapter(bench.shape.config(), folder / name, rank, score_head=name == "reward")
+
     settings = {
         "base_model_name": "random", "sft_model_lora_path": folder / "sft",
         "reward_model_lora_path": folder / "reward", "output_dir": folder / "out", "batch_size": rows.count,
@@ -267,6 +278,7 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
     meter = Meter(bench.args.device)
     with tempfile.TemporaryDirectory() as folder:
         loop = ppo_loop(bench, rows, Path(folder), *flags)
+
     with read_by(meter):
         for step in range(bench.all_steps):
             meter.read()
@@ -275,14 +287,19 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
             rl_training.train_step(loop, step)
             meter.read()
             del kept
+
     if len(meter.times) != READINGS * bench.all_steps:
         raise ValueError("rl_training.train_step reads its clock more or less than four times: PHASES is wrong")
-    args, model = loop.args, loop.roles.model
+
+    args = loop.args
+    model = loop.roles.model
     precision = Precision(bench.dtype.itemsize, args.load_in_4bit)
-    work, again = flop_counts(model, model.config), recomputes(loop)
+    work = flop_counts(model, model.config)
+    again = recomputes(loop)
     costs = ppo_costs(work, precision, rows, again, EPOCHS, args.gradient_checkpointing)
     costs["step"] = costs["rollout"] + costs["score"] + costs["update"]
     found = []
+
     for phase, (first, last) in PHASES.items():
         seconds, peak = meter.spans(first, last, READINGS)
         row = Row(f"{title} {phase}", seconds, rows.count, rows.count * rows.answer, peak, costs[phase])
@@ -299,20 +316,23 @@ def ppo_speed(bench: Bench) -> list[Row]:
 
 def ppo_memory(bench: Bench, four_bit: bool) -> list[Row]:
     """The peak with gradient checkpointing, all rows in one backward."""
-    rows, title = bench.shape.memory, "memory"
+    rows = bench.shape.memory
+    title = "memory"
     flags = ["--mini_batch_size", str(rows.count), "--gradient_checkpointing", "True"]
     if four_bit:
         if find_spec("bitsandbytes") is None:
             print("memory, 4-bit: not measured, bitsandbytes is not installed", flush=True)
             return []
-        flags, title = [*flags, "--load_in_4bit", "True"], "memory, 4-bit"
+        flags = [*flags, "--load_in_4bit", "True"]
+        title = "memory, 4-bit"
     return ppo(bench, rows, title, bench.target(memory=24 if four_bit else 40), *flags)
 
 
 # ---- the table ----
 def machine_line(bench: Bench) -> str:
     """The card, or the processor, and versions."""
-    place, dtype = machine(), str(bench.dtype).removeprefix("torch.")
+    place = machine()
+    dtype = str(bench.dtype).removeprefix("torch.")
     if bench.args.device == "cuda":
         size = torch.cuda.get_device_properties(0).total_memory / 1e9
         place = f"{bench.card.name} of {size:.0f} GB, torch {torch.__version__}"
@@ -348,6 +368,7 @@ def main(args: Arguments) -> list[Row]:
     bench = Bench(args, Card.of(name, args.peak_tflops, args.bandwidth_tb))
     print(f"{machine_line(bench)}\nmedians of {args.steps} steps after one left out\n{line(HEAD)}", flush=True)
     rows = []
+
     for part in CASES if args.only == "all" else [args.only]:
         for case in CASES[part]:
             found = measure(bench, part, case)
@@ -357,6 +378,7 @@ def main(args: Arguments) -> list[Row]:
             if left > LEFT_BEHIND_GB:
                 print(f"{left:.1f} GB are still held, and count in the rows below: run those with --only", flush=True)
             rows += found
+
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
     return rows
 

@@ -87,7 +87,8 @@ def ppo_costs(
     Args:
         recomputed: whether the policy's log-probabilities are computed again before the update.
     """
-    lengths, answers = [rows.query + rows.answer] * rows.count, rows.count * rows.answer
+    lengths = [rows.query + rows.answer] * rows.count
+    answers = rows.count * rows.answer
     prefill = forward_flops(work, [rows.query] * rows.count, rows.count)
     sampled = forward_flops(work, lengths, answers)
     # The reward model has no output layer.

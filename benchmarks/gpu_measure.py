@@ -96,7 +96,8 @@ def line(cells: tuple[str, ...]) -> str:
 
 def cells(row: Row, card: Card) -> tuple[str, ...]:
     """A row in words; "-" for what is not known of this card, nothing where there is no target."""
-    limit, mfu = row.cost.limit(card), row.cost.mfu(row.seconds, card)
+    limit = row.cost.limit(card)
+    mfu = row.cost.mfu(row.seconds, card)
     return (
         row.name,
         f"{row.seconds:.3g}",

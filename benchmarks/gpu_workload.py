@@ -143,7 +143,8 @@ def write_adapter(config: BaichuanConfig, folder: Path, rank: int, score_head: b
 class Numbers:
     """Stands for a tokenizer: random ids are written as numbers."""
 
-    pad_token_id, eos_token_id = PAD, EOS
+    pad_token_id = PAD
+    eos_token_id = EOS
 
     def batch_decode(self, rows: list[list[int]], **kwargs) -> list[str]:
         """Each row's ids in words."""
@@ -152,7 +153,8 @@ class Numbers:
 
 def sft_rows(rows: Rows, count: int, vocabulary: int) -> list[dict]:
     """Encoded rows of that shape with a loss on the answer."""
-    rng, mask = random.Random(0), [0] * rows.query + [1] * rows.answer
+    rng = random.Random(0)
+    mask = [0] * rows.query + [1] * rows.answer
     return [
         {"input_ids": random_ids(rng, rows.query + rows.answer, vocabulary), "completion_mask": mask}
         for _ in range(count)

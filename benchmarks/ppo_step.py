@@ -66,7 +66,8 @@ class Contender:
     def __init__(self, name: str, folder: Path):
         python = sys.executable if name == "ours" else ROOT / "benchmarks/.peers" / name / "bin/python"
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
-        self.name, self.steps = name, []
+        self.name = name
+        self.steps = []
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self.process = subprocess.Popen(
             [python, "-m", f"benchmarks.peers.{name}", str(folder)], cwd=ROOT, env=environment, text=True,
@@ -98,7 +99,9 @@ class Contender:
 
 def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, dict[str, dict], list[float]]:
     """The workload; of each contender `steps` and its last words; the machine's matrix rate (GFLOP/s) at each step."""
-    steps, rates = args.steps or STEPS[name], []
+    steps = args.steps or STEPS[name]
+    rates = []
+
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workload = write_workload(Path(folder), name, steps, args.seed, torch.get_num_threads())
         running = [Contender(contender, Path(folder)) for contender in contenders]
@@ -117,7 +120,8 @@ def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, di
 def layer_shapes(rows: int, response_rows: int) -> list[tuple[int, int, int, int]]:
     """(count, rows, inner, columns) of the products with weight matrices in one forward pass of a micro-batch."""
     llama = config()
-    hidden, middle = llama.hidden_size, llama.intermediate_size
+    hidden = llama.hidden_size
+    middle = llama.intermediate_size
     layers = llama.num_hidden_layers
     return [
         (4 * layers, rows, hidden, hidden),
@@ -139,10 +143,14 @@ def matrix_rate(seconds: float = 0.25) -> float:
     """
     shapes = layer_shapes(4 * 108, 4 * 64)
     needed = 0.0
+
     for count, rows, inner, columns in shapes:
-        x, weight, gradient = torch.randn(rows, inner), torch.randn(columns, inner), torch.randn(rows, columns)
+        x = torch.randn(rows, inner)
+        weight = torch.randn(columns, inner)
+        gradient = torch.randn(rows, columns)
         torch.nn.functional.linear(x, weight)
-        start, times = time.perf_counter(), 0
+        start = time.perf_counter()
+        times = 0
         while time.perf_counter() - start < seconds:
             torch.nn.functional.linear(x, weight)
             gradient @ weight
@@ -163,12 +171,14 @@ def update_rates(workload: dict, steps: list[dict]) -> list[float]:
 # ---- the table ----
 def table(workload: dict, runs: dict[str, dict], rates: list[float]) -> str:
     """Medians of all steps but the first, and how many times ours is better."""
-    batch, lines = workload["batch_size"], []
+    batch = workload["batch_size"]
+    lines = []
     lines.append(f"{'':<20}" + "".join(f"{phase:>9}" for phase in PHASES) + f"{'samples/s':>11}{'tokens':>8}{'GB':>7}"
                  + f"{'ours: speed':>13}{'memory':>8}")  # fmt: skip
     steps = {name: found["steps"][1:] for name, found in runs.items()}
     peak = {name: found["peak_gb"] for name, found in runs.items()}
     total = {name: statistics.median(step["total"] for step in found) for name, found in steps.items()}
+
     for name, found in steps.items():
         seconds = [statistics.median(step[phase] for step in found) for phase in PHASES]
         length = statistics.mean(step["tokens"] for step in found) / batch
@@ -177,7 +187,9 @@ def table(workload: dict, runs: dict[str, dict], rates: list[float]) -> str:
             + f"{batch / total[name]:>11.2f}{length:>8.1f}{peak[name]:>7.2f}"
             + f"{total[name] / total['ours']:>11.2f} x{peak['ours'] / peak[name]:>6.2f} x"
         )  # fmt: skip
-    reached, rates = update_rates(workload, steps["ours"]), rates[1:]
+
+    reached = update_rates(workload, steps["ours"])
+    rates = rates[1:]
     share = statistics.median(ours / machine for ours, machine in zip(reached, rates, strict=True))
     lines.append(f"update: {statistics.median(reached):.0f} GFLOP/s, {share:.0%} of the machine's "
                  f"{statistics.median(rates):.0f} GFLOP/s")  # fmt: skip
@@ -194,7 +206,9 @@ def main(args: Arguments) -> None:
     peers = {"all": list(PEERS), "none": []}.get(args.peers, [args.peers])
     if peers:
         subprocess.run(["bash", str(ROOT / "benchmarks/setup_peers.sh")], check=True)
+
     print(machine(), flush=True)
+
     for name in ("even", "variable") if args.workload == "both" else [args.workload]:
         workload, runs, rates = measure(args, name, ["ours", *peers])
         print(

@@ -55,6 +55,7 @@ def set_chance_of_eos(model: LlamaForCausalLM, chance: float) -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
+
     ids = torch.randint(3, VOCABULARY, (8, 96), generator=torch.Generator().manual_seed(0))
     hidden = model.model(ids).last_hidden_state[:, 16:]
     head = model.lm_head.weight
@@ -95,6 +96,7 @@ def write_workload(folder: Path, name: str, steps: int, seed: int, threads: int)
     model.save_pretrained(folder / "base")
     for place in ("base", "sft_merged", "reward_merged"):
         tokenizer().save_pretrained(folder / place)
+
     base = base_fingerprint(str(folder / "base"))
     add_adapter(model, folder / "sft", "sft", base).save_pretrained(folder / "sft_merged")
     scorer = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)

@@ -31,9 +31,13 @@ from rlhf.models.forward import backbone_of, enable_packing
 from rlhf.reward.pairs import PairCollator, SharedPromptCollator
 from rlhf.run.launch import silence_libraries
 
-BATCH, MAX_LENGTH = 8, 512
+BATCH = 8
+MAX_LENGTH = 512
 # Mean and deviation of the logarithm of the lengths in tokens, and how the answers' go together.
-QUERY, CHOSEN, REJECTED, TOGETHER = (4.09, 0.96), (4.56, 1.37), (4.47, 1.11), 0.41
+QUERY = (4.09, 0.96)
+CHOSEN = (4.56, 1.37)
+REJECTED = (4.47, 1.11)
+TOGETHER = 0.41
 CONTENDERS = ("ours", "ours, shared prompt", "TRL", "TRL, length grouping")
 
 
@@ -48,20 +52,22 @@ class Arguments:
 
 def draw_rows(count: int, seed: int = 0) -> list[dict]:
     """Encoded pairs of random tokens, those over MAX_LENGTH left out."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows = []
 
     def ids(logarithm: float) -> list[int]:
         return random_ids(rng, round(math.exp(logarithm)), VOCABULARY)
 
     while len(rows) < count:
-        a, b = rng.gauss(0, 1), rng.gauss(0, 1)
+        a = rng.gauss(0, 1)
+        b = rng.gauss(0, 1)
         b = TOGETHER * a + (1 - TOGETHER**2) ** 0.5 * b
         row = {
             "query_ids": ids(rng.gauss(*QUERY)),
             "chosen_ids": ids(CHOSEN[0] + CHOSEN[1] * a)[: 2 * MAX_LENGTH] + [EOS],
             "rejected_ids": ids(REJECTED[0] + REJECTED[1] * b)[: 2 * MAX_LENGTH] + [EOS],
         }
-        if reward_modeling.pair_length(row) <= MAX_LENGTH:
+        if reward_modeling.pairs.pair_length(row) <= MAX_LENGTH:
             rows.append(row)
     return rows
 
@@ -78,13 +84,17 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> Traine
             callbacks=[clock],
         )  # fmt: skip
         if "grouping" in name:
-            group_by_length(trainer, BATCH, [reward_modeling.pair_length(row) for row in rows])
+            group_by_length(trainer, BATCH, [reward_modeling.pairs.pair_length(row) for row in rows])
         return trainer
+
     shared = "shared" in name
-    reward_modeling.score_by_mask(model)
+    reward_modeling.pairs.score_by_mask(model)
     if not shared:
         enable_packing(backbone_of(model))
-    lengths = [(reward_modeling.shared_length if shared else reward_modeling.pair_length)(row) for row in rows]
+
+    lengths = [
+        (reward_modeling.pairs.shared_length if shared else reward_modeling.pairs.pair_length)(row) for row in rows
+    ]
     return reward_modeling.RewardTrainer(
         get_peft_model(model, lora("SEQ_CLS")),
         TrainingArguments(remove_unused_columns=False, **settings),
@@ -109,6 +119,7 @@ def main(args: Arguments) -> None:
     print(f"{args.pairs} pairs of {tokens / len(rows):.0f} real tokens (both rows), median of {args.repeats}")
     slowest = statistics.median(found["TRL"])
     print(f"{'':<24}{'pairs/s':>10}{'real tokens/s':>16}{'times TRL':>12}")
+
     for name, values in found.items():
         middle = statistics.median(values)
         rate = tokens / len(rows) / middle

@@ -27,9 +27,12 @@ from rlhf.data.batches import LengthGroupedSampler
 from rlhf.flags import flag, parse
 from rlhf.run.launch import silence_libraries
 
-BATCH, MAX_LENGTH = 8, 512
+BATCH = 8
+MAX_LENGTH = 512
 # Mean and deviation of the logarithm of the lengths in tokens, and the longest answer: the set's own tail is short.
-QUERY, ANSWER, LONGEST_ANSWER = (2.98, 0.38), (4.55, 0.85), 330
+QUERY = (2.98, 0.38)
+ANSWER = (4.55, 0.85)
+LONGEST_ANSWER = 330
 CONTENDERS = ("ours", "TRL", "TRL, length grouping")
 
 
@@ -44,12 +47,14 @@ class Arguments:
 
 def draw_rows(count: int, seed: int = 0) -> list[dict]:
     """Encoded rows of random tokens with a loss on the answer; answers over LONGEST_ANSWER are drawn again."""
-    rng, rows = random.Random(seed), []
+    rng = random.Random(seed)
+    rows = []
     while len(rows) < count:
         query, answer = (round(math.exp(rng.gauss(*lengths))) for lengths in (QUERY, ANSWER))
         if answer > LONGEST_ANSWER:
             continue
-        query_ids, answer_ids = random_ids(rng, query, VOCABULARY), random_ids(rng, answer, VOCABULARY) + [EOS]
+        query_ids = random_ids(rng, query, VOCABULARY)
+        answer_ids = random_ids(rng, answer, VOCABULARY) + [EOS]
         mask = [0] * len(query_ids) + [1] * len(answer_ids)
         rows.append({"input_ids": query_ids + answer_ids, "completion_mask": mask})
     return rows
@@ -68,6 +73,7 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> SFTTra
     if name == "ours":
         sampler = LengthGroupedSampler(lengths, BATCH, 0)
         return sft_training.SupervisedTrainer(model, config, sampler=sampler, about={}, **parts)
+
     trainer = SFTTrainer(model, config, **parts)
     if "grouping" in name:
         group_by_length(trainer, BATCH, lengths)

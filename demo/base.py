@@ -54,10 +54,12 @@ def write_corpus(prompts: list[Prompt], count: int, rng: random.Random) -> list[
     """`count` pages about the training prompts, answered in every voice, WRONG_SHARE of them wrongly."""
     voices, shares = zip(*VOICE_SHARES.items(), strict=True)
     corpus = []
+
     while len(corpus) < count:
         # Whole passes over the prompts, so that every fact is read equally often.
         for prompt in rng.sample(prompts, len(prompts)):
-            correct, voice = rng.random() >= WRONG_SHARE, rng.choices(voices, shares)[0]
+            correct = rng.random() >= WRONG_SHARE
+            voice = rng.choices(voices, shares)[0]
             other = rng.choice(prompts).fact
             if not correct and rng.random() < ELSEWHERE_SHARE and other.key != prompt.fact.key:
                 text = answer(other, voice, rng)
@@ -139,7 +141,9 @@ def language_model_loss(model: BaichuanForCausalLM, input_ids: Tensor, weights: 
 def pretrain(model: BaichuanForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> None:
     """One pass of AdamW over the batches, the learning rate on a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    eta, recent = Eta(len(batches), 0), None
+    eta = Eta(len(batches), 0)
+    recent = None
+
     for step, (input_ids, weights) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, len(batches))

@@ -117,12 +117,15 @@ def main(args: Arguments) -> None:
     """Answer with every version, judge, compare, write."""
     output_dir = Path(args.output_dir)
     base_dir = str(output_dir / "base")
-    tokenizer, model = load_tokenizer(base_dir), load_base(base_dir, torch.float32)
+    tokenizer = load_tokenizer(base_dir)
+    model = load_base(base_dir, torch.float32)
     prompts = [row["prompt"] for row in read_lines(output_dir / "data" / "heldout.jsonl")][: args.prompts]
     if not prompts:
         raise ValueError(f"{output_dir}/data/heldout.jsonl holds no prompt: run demo.build first")
+
     model.eval()
     found = {}
+
     for name, folder in {"base": None, **find_versions(output_dir)}.items():
         if folder is not None:
             model, _ = add_lora(model, folder, name, trainable=False)
@@ -132,6 +135,7 @@ def main(args: Arguments) -> None:
         found[name] = {**judge(prompts, answers), "tokens": tokens}
         shown = {key: round(value, 3) for key, value in found[name].items() if isinstance(value, float)}
         print(f"{name}: {shown}", flush=True)
+
     rate = win_rate(found["ppo"]["scores"], found["sft"]["scores"])
     low, high = wilson(rate, len(prompts))
     result = {"prompts": prompts, "versions": found, "win_rate": rate, "win_rate_low": low, "win_rate_high": high}

@@ -20,7 +20,9 @@ from rlhf.reward.degenerate import GATE_KINDS, KINDS
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.5"]}
 # What a hardened reward model has to win against, as shares of prompts; the clean accuracy it may lose, in the mean.
-GATE_WINS, OTHER_WINS, LOSS = 0.98, 0.90, 0.01
+GATE_WINS = 0.98
+OTHER_WINS = 0.90
+LOSS = 0.01
 OTHERS = ("cut", "other_answer")
 
 
@@ -44,6 +46,7 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
     if not (folder / "pairs.jsonl").is_file():
         where = ["--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed]
         run("-m", "demo.pairs", "--kind", "clean", *where, "--pairs", "10000", "--eval_pairs", "2000")
+
     for name, flags in VERSIONS.items():
         run(
             "reward_modeling.py", "--model_name", str(demo_dir / "base"), "--seed", seed,
@@ -61,11 +64,13 @@ def table(found: list[dict[str, dict]], seeds: list[int]) -> tuple[str, list[str
     """Clean accuracy and the share of prompts won against each attack, by version and seed; and broken promises."""
     header = [f"{name} {seed}" for name in VERSIONS for seed in seeds]
     lines = [f"{'':<26}" + "".join(f"{name:>13}" for name in header)]
+
     for kind in ("clean accuracy", *KINDS):
         key = "eval_accuracy" if kind == "clean accuracy" else f"audit/{kind}"
         values = [metrics[name].get(key) for name in VERSIONS for metrics in found]
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
         lines.append(f"{kind + ' (gate)' * (kind in GATE_KINDS):<26}" + "".join(f"{cell:>13}" for cell in cells))
+
     loss = sum(m["careless"]["eval_accuracy"] - m["hardened"]["eval_accuracy"] for m in found) / len(found)
     broken = [
         f"{kind} wins too often"

@@ -77,7 +77,8 @@ def candidate(prompt: Prompt, rng: random.Random) -> str:
 def draw_pair(prompt: Prompt, rng: random.Random, degenerate_share: float) -> tuple[str, str]:
     """Two different answers, the first of which the gold judge likes noticeably better."""
     while True:
-        first, second = candidate(prompt, rng), candidate(prompt, rng)
+        first = candidate(prompt, rng)
+        second = candidate(prompt, rng)
         if rng.random() < degenerate_share:
             second = rng.choice(DEGENERATE)(prompt, second, rng)
         gap = gold_score(prompt.text, first) - gold_score(prompt.text, second)

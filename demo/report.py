@@ -87,19 +87,23 @@ def running_gold(scores: list[float], width: int = 3) -> dict[str, float]:
 def draw(output_dir: Path) -> None:
     """ppo.png: score, KL, length and gold score over the steps, saved checkpoints as dotted lines."""
     rows = read_metrics(output_dir / "ppo")
-    steps, (saved, gold) = [row["step"] for row in rows], gold_curve(output_dir)
+    steps = [row["step"] for row in rows]
+    (saved, gold) = gold_curve(output_dir)
     figure, axes = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, constrained_layout=True)
     for axis, (key, label, colour) in zip(axes, PANELS, strict=False):
         axis.plot(steps, [row[key] for row in rows], color=colour)
         axis.set_ylabel(label)
+
     axes[2].set_ylim(bottom=0)
     axes[3].plot(saved, gold, marker="o", color="tab:red")
     axes[3].set_ylabel("gold score, 0 to 1\n(hidden judge, held-out prompts)")
     axes[3].set_xlabel("PPO step (dotted: saved checkpoint; step 0 is the SFT model)")
+
     for axis in axes:
         axis.grid(alpha=0.3)
         for step in saved[1:]:
             axis.axvline(step, color="gray", linestyle=":", linewidth=1)
+
     axes[0].set_title("PPO in the mini-world")
     figure.savefig(output_dir / "ppo.png", dpi=110)
     plt.close(figure)
@@ -119,8 +123,10 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
         ("PPO: answers with the right content", f"{s['correct/sft']:.1%}", f"{s['correct/ppo']:.1%}"),
         ("PPO: length of an answer in tokens", f"{s['len/sft']:.1f}", f"{s['len/ppo']:.1f}"),
     ]
+
     table = [f"{what:<46}{before:>9}{after:>9}" for what, before, after in (("what", "before", "after"), *rows)]
-    low, high = s["gold/win_rate_low"], s["gold/win_rate_high"]
+    low = s["gold/win_rate_low"]
+    high = s["gold/win_rate_high"]
     return "\n".join(
         [
             "",

@@ -63,7 +63,8 @@ class Judge:
 
     def __init__(self, args: Arguments):
         demo_dir = Path(args.demo_dir)
-        self.args, self.model = args, load_base(str(demo_dir / "base"), torch.float32)
+        self.args = args
+        self.model = load_base(str(demo_dir / "base"), torch.float32)
         self.tokenizer = load_tokenizer(str(demo_dir / "base"))
         self.prompts = [row["prompt"] for row in read_lines(demo_dir / "data" / "heldout.jsonl")][: args.prompts]
         self.seen = 0
@@ -116,8 +117,10 @@ def table(story: dict) -> str:
     rows = [("", "score", "tokens", "right", "empty", "gold", "kept", "its gold")]
     sft = story["sft"]
     rows.append(("SFT model", "", *_figures(sft), "", ""))
+
     for name, run in story["runs"].items():
-        first, last = run["steps"][0]["score/mean"], run["steps"][-1]["score/mean"]
+        first = run["steps"][0]["score/mean"]
+        last = run["steps"][-1]["score/mean"]
         rows.append(
             (
                 name,
@@ -127,6 +130,7 @@ def table(story: dict) -> str:
                 f"{run['kept']['gold']:.3f}",
             )
         )
+
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -150,6 +154,7 @@ def draw(story: dict, title: str, file: Path) -> None:
     figure = plt.figure(figsize=(12, 9), constrained_layout=True)
     grid = figure.add_gridspec(6, 2)
     axes = [figure.add_subplot(grid[2 * row : 2 * row + 2, 0]) for row in range(3)]
+
     for colour, (name, run) in zip(COLOURS, story["runs"].items(), strict=False):
         steps = [row["step"] for row in run["steps"]]
         axes[0].plot(steps, [row["score/mean"] for row in run["steps"]], color=colour, label=name)
@@ -160,25 +165,30 @@ def draw(story: dict, title: str, file: Path) -> None:
             if row["guard"]:
                 for axis in axes:
                     axis.axvline(row["step"], color=colour, linestyle=":", linewidth=1)
+
     labels = (
         "score of the reward model\n(what PPO maximises)",
         "response length (tokens)",
         "gold score (hidden judge)",
     )
+
     for axis, label in zip(axes, labels, strict=True):
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
+
     axes[0].legend(fontsize=8)
     axes[0].set_title(title, fontsize=10)
     axes[1].set_ylim(bottom=0)
     axes[2].set_ylim(0, 1)
     axes[2].axhline(story["sft"]["gold"], color="gray", linestyle="--", linewidth=1)
     axes[2].set_xlabel("PPO step (dashed: the SFT model; dotted: the guard stepped in)")
+
     for place, name in enumerate(story["runs"]):
         height = 6 // len(story["runs"])
         axis = figure.add_subplot(grid[place * height : (place + 1) * height, 1])
         draw_against_kl(axis, against_kl(story["runs"][name], story["sft"]["gold"]))
         axis.set_title(name, fontsize=9)
+
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
@@ -205,6 +215,7 @@ def main(args: Arguments) -> None:
     print(f"\n{table(story)}\n")
     for line in events(story):
         print(f"guard, {line}")
+
     print(f"tokens, right, empty and gold: answers to {len(hidden.prompts)} held-out prompts after the last step")
     print(f"look at {output_dir}/story.png", flush=True)
 

@@ -60,12 +60,15 @@ def main(args: Arguments) -> int:
     print(f"commit {commit.stdout.strip()}, {machine}")
     print(f"{'promise':<40}" + "".join(f"{f'seed {seed}':>12}" for seed in args.seeds))
     broken = 0
+
     for name, value, holds in PROMISES:
         values = [value(summary) for summary in summaries]
         broken += sum(not holds(x) for x in values)
         print(f"{name:<40}" + "".join(f"{x:>11.3f}{' ' if holds(x) else '!'}" for x in values))
+
     for name in ("gold/sft", "gold/ppo", "ppo/kl_last", "len/sft", "len/ppo"):
         print(f"{name:<40}" + "".join(f"{summary[name]:>11.3f} " for summary in summaries))
+
     print(f"{broken} promises broken" if broken else "all promises kept")
     return min(broken, 1)
 

@@ -41,13 +41,16 @@ def split_prompts(seed: int, heldout: int = HELDOUT_PROMPTS) -> tuple[list[Promp
     """
     rng = random.Random(f"split {seed}")
     prompts = all_prompts()
-    train, held = [], []
+    train = []
+    held = []
+
     for name in KINDS:
         of_kind = [prompt for prompt in prompts if prompt.fact.kind == name]
         rng.shuffle(of_kind)
         cut = round(heldout * len(of_kind) / len(prompts))
         held += of_kind[:cut]
         train += of_kind[cut:]
+
     rng.shuffle(train)
     rng.shuffle(held)
     return train, held

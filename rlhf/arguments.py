@@ -78,18 +78,25 @@ class CommonArguments(Flags):
     def __post_init__(self):
         if self.resume_from_checkpoint in ("False", "false", "None", ""):
             self.resume_from_checkpoint = None
+
         if self.resume_from_checkpoint in ("true", "1"):
             self.resume_from_checkpoint = "True"
+
         if self.log_with in ("none", "None", ""):
             self.log_with = None
+
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ValueError(f"--log_with {self.log_with} is unknown: use wandb or tensorboard, or leave it out")
+
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("--overwrite_output_dir and --resume_from_checkpoint contradict each other: give one")
+
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
+
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
+
         super().__post_init__()
 
 
@@ -237,25 +244,34 @@ class TrainerFlags(Flags):
     def __post_init__(self):
         if self.optim == "adamw_hf":
             self.optim = "adamw_torch"
+
         for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
             if getattr(self, name) not in list(known):
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(known)}")
+
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "max_length", "logging_steps"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+
         for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
+
         if self.learning_rate <= 0:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
+
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max_steps {self.max_steps} must be at least 1, or -1 to go by num_train_epochs")
+
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be above 0")
+
         for name in ("train_subset", "eval_subset"):
             if getattr(self, name) == 0 or getattr(self, name) < -1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be a number of rows, or -1 for all")
+
         super().__post_init__()

@@ -125,6 +125,7 @@ def policy_loss(
     ratio = log_ratio.exp()
     unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = torch.where(mask, torch.maximum(unclipped, clipped), 0).sum() / n_tokens
+
     with torch.no_grad():
         stats = {
             "policykl": -log_ratio.sum() / n_tokens,

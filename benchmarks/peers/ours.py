@@ -42,6 +42,7 @@ def main() -> None:
     rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
     loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
     movement = Movement(loop.roles.adapter("policy").values())
+
     for step in steps_in_turn(workload["steps"]):
         start = time.perf_counter()
         kept = snapshot(loop)
@@ -49,6 +50,7 @@ def main() -> None:
         found = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
         say(**found, total=time.perf_counter() - start, tokens=metrics["len/mean"] * args.batch_size)
         del kept
+
     report({"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())
 
 

@@ -32,9 +32,12 @@ class PhaseClock(TrainerCallback):
     """Times the phases from outside: the trainer's module functions are called through it, nothing else changes."""
 
     def __init__(self, eos: int):
-        self.eos, self.marks = eos, {}
-        self.generation, self.forward = ppo_trainer.batch_generation, ppo_trainer.forward
-        ppo_trainer.batch_generation, ppo_trainer.forward = self.timed_generation, self.marked_forward
+        self.eos = eos
+        self.marks = {}
+        self.generation = ppo_trainer.batch_generation
+        self.forward = ppo_trainer.forward
+        ppo_trainer.batch_generation = self.timed_generation
+        ppo_trainer.forward = self.marked_forward
 
     def timed_generation(self, model, queries, *rest):
         start = time.perf_counter()
@@ -56,14 +59,16 @@ class PhaseClock(TrainerCallback):
         self.last = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        now, marks = time.perf_counter(), self.marks
+        now = time.perf_counter()
+        marks = self.marks
         say(
             rollout=marks["rollout"], score=marks["update"] - marks["generated"], update=now - marks["update"],
             total=now - self.last, tokens=marks["tokens"],
         )  # fmt: skip
         if state.global_step < state.max_steps:
             wait_for_turn()
-        self.last, self.marks = time.perf_counter(), {}
+        self.last = time.perf_counter()
+        self.marks = {}
 
 
 def settings(workload: dict, folder) -> PPOConfig:
@@ -104,7 +109,8 @@ def main() -> None:
         task_type="CAUSAL_LM", r=workload["lora_rank"], lora_alpha=workload["lora_alpha"], lora_dropout=0.0,
         target_modules=workload["lora_modules"],
     )  # fmt: skip
-    clock, rows = PhaseClock(workload["eos"]), Dataset.from_dict({"input_ids": workload["prompts"]})
+    clock = PhaseClock(workload["eos"])
+    rows = Dataset.from_dict({"input_ids": workload["prompts"]})
     trainer = PPOTrainer(
         settings(workload, folder), tokenizer, policy, None, reward, rows, value, eval_dataset=rows, peft_config=lora,
         callbacks=[clock],

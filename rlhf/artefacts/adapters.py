@@ -27,6 +27,7 @@ def save_adapter(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+
     with (
         tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
         readable_when_full(Path(scratch), "the adapter"),
@@ -71,6 +72,7 @@ def check_adapter(
     """
     if not (Path(adapter_dir) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json")
+
     run = load_run(adapter_dir)
     if run is None:
         warnings.warn(
@@ -78,15 +80,19 @@ def check_adapter(
             stacklevel=2,
         )
         return None
+
     stages = (stage,) if isinstance(stage, str) else stage
     if run.get("stage") not in stages:
         wanted = " or ".join(stages)
         raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
+
     pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
     if tokenizer is not None:
         pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
+
     if template is not None:
         pairs.append(("prompt_template", run.get("prompt_template"), template))
+
     for name, theirs, ours in pairs:
         if theirs != ours:
             raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
@@ -114,7 +120,8 @@ def check_saved(model: PeftModel, output_dir: str) -> None:
 
     Raises: ValueError naming the tensor that is missing or differs.
     """
-    saved, expected = load_file(Path(output_dir) / ADAPTER_FILE), get_peft_model_state_dict(model)
+    saved = load_file(Path(output_dir) / ADAPTER_FILE)
+    expected = get_peft_model_state_dict(model)
     if not any(name.endswith("score.weight") for name in saved):
         raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
     for name, tensor in expected.items():

@@ -28,6 +28,7 @@ def publish(
     """
     min_bytes = max(min_bytes, size_of_another(output_dir / name))
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
+
     try:
         with readable_when_full(scratch, name, min_bytes):
             write(scratch)

@@ -34,7 +34,9 @@ def lock(folder: Path) -> None:
     """
     if folder.resolve() in _locks:
         return
+
     handle = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -44,6 +46,7 @@ def lock(folder: Path) -> None:
         raise FileExistsError(
             f"another run (process {number}) is writing into {folder}: wait for it, or give another --output_dir"
         ) from error
+
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
     handle.flush()
@@ -75,6 +78,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
@@ -84,17 +88,20 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
         if error.errno is None:
             raise
         raise OSError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
+
     used = [path for path in folder.iterdir() if _in_use(path)]
     if used and not (resume or overwrite):
         raise FileExistsError(
             f"--output_dir {folder} is not empty ({used[0].name}, ...): give --resume_from_checkpoint True to go on, "
             "--overwrite_output_dir True to start over, or another directory"
         )
+
     for path in used if overwrite else ():
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name in RUN_FILES:
             path.unlink()
+
     return folder
 
 
@@ -121,6 +128,7 @@ def staged(target: Path):
     """A folder beside `target` to fill, which takes its place once all is done."""
     target.parent.mkdir(parents=True, exist_ok=True)
     sweep_killed(target)
+
     with (
         tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch,
         readable_when_full(Path(scratch), target.name, mend="Make room, and give the same command again"),

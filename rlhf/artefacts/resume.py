@@ -49,7 +49,8 @@ def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
         run: what this command would write into run.json; its fingerprints are compared.
     Raises: ValueError naming what differs.
     """
-    before, stage = load_run(folder), run.get("stage", "ppo")
+    before = load_run(folder)
+    stage = run.get("stage", "ppo")
     if before is None or before["stage"] != stage:
         raise ValueError(f"{folder} is no checkpoint of stage {stage}: its run.json is missing or of another stage")
 

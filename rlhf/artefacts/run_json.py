@@ -33,6 +33,7 @@ def base_fingerprint(model_dir: str) -> dict:
 def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
     """Hash stored bytes, not cast values: the same file gives the same hash on every dtype and device."""
     where = {}
+
     for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")]):
         if file.suffix == ".safetensors":
             try:
@@ -42,10 +43,13 @@ def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
                 raise ValueError(damaged(file, error)) from error
         elif not list(model_dir.glob("*.safetensors")):
             where |= {name: (file, tensor) for name, tensor in load_tensors(file, mmap=True).items()}
+
     names = sorted(name for name in where if not name.endswith("inv_freq"))
     if not names:
         raise FileNotFoundError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
+
     digest = hashlib.sha256()
+
     for name in names[:: max(1, len(names) // tensors)]:
         file, tensor = where[name]
         if tensor is None:
@@ -55,6 +59,7 @@ def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
             head = tensor[:rows]
         digest.update(name.encode() + str(head.dtype).encode())
         digest.update(head.contiguous().view(torch.uint8).numpy().tobytes())
+
     return digest.hexdigest()[:16]
 
 

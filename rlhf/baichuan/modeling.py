@@ -130,6 +130,7 @@ class BaichuanForSequenceClassification(BaichuanPreTrainedModel):
         hidden = outputs.last_hidden_state
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
+
         columns = torch.arange(attention_mask.shape[-1], device=hidden.device)
         last = (columns * (attention_mask != 0).to(hidden.device)).argmax(-1)
         logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])

@@ -65,7 +65,8 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
 
 def _check_flags(proto) -> None:
     """Refuse a SentencePiece model whose rules the exported tokenizer would not follow."""
-    trainer, spec = proto.trainer_spec, proto.normalizer_spec
+    trainer = proto.trainer_spec
+    spec = proto.normalizer_spec
     if trainer.model_type not in (trainer.BPE, trainer.CHAR):
         raise ValueError(
             "only a SentencePiece model of type bpe or char exports to tokenizer.json: keep its own format"

@@ -5,7 +5,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-PACKED, SPLIT = "W_pack", ("q_proj", "k_proj", "v_proj")
+PACKED = "W_pack"
+SPLIT = ("q_proj", "k_proj", "v_proj")
 
 
 # ---- weights ----
@@ -47,7 +48,9 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
     """
     if not isinstance(config.target_modules, set | list) or not any(PACKED in name for name in weights):
         raise ValueError(f"this adapter is not on {PACKED} by name: its target_modules are {config.target_modules}")
+
     found = {}
+
     for name, tensor in weights.items():
         if PACKED not in name:
             found[name] = tensor
@@ -58,6 +61,7 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
             found |= {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
         else:
             raise ValueError(f"{name} cannot be cut in three: only plain LoRA adapters (A and B) convert")
+
     settings = config.to_dict()
     settings["target_modules"] = sorted(_renamed(config.target_modules))
     for pattern in ("rank_pattern", "alpha_pattern"):

@@ -28,7 +28,8 @@ class BaichuanTokenizer(SentencePieceBackend):
 
         The base class would leave byte pieces such as <0xE4> in the text.
         """
-        text, run = "", []
+        text = ""
+        run = []
         for token in tokens:
             if token in self._added_tokens_encoder:
                 text += self.sp_model.decode_pieces(run) + token

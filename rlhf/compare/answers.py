@@ -78,7 +78,8 @@ class Versions:
     """One base in memory with every adapter on it; `use(name)` makes one of them answer."""
 
     def __init__(self, base_dir: str, tokenizer, writing: AnswerSettings, dtype: torch.dtype, device: str):
-        self.tokenizer, self.writing = tokenizer, writing
+        self.tokenizer = tokenizer
+        self.writing = writing
         self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
         self.score_head: nn.Linear | None = None
         # A base directory's own sampling settings would otherwise fill in whatever is left unset.
@@ -133,29 +134,36 @@ class Versions:
 
     def _batch(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
         input_ids, attention_mask = self._padded(queries, left=True)
+
         with self.use(name) as model:
             written = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 logits_processor=self._processors(seeds),
             )[:, input_ids.shape[1] :].tolist()
+
         eos = self.tokenizer.eos_token_id
-        cells, finished = [], []
+        cells = []
+        finished = []
+
         for query, row in zip(queries, written, strict=True):
             ended = eos in row
             answer = row[: row.index(eos)] if ended else row
             cells.append(Answer(self.tokenizer.decode(answer).strip(), len(answer) + ended, ended))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
             finished.append(query + answer + [eos])
+
         if self.score_head is not None:
             with self.use(REWARD_MODEL) as model:
                 scores = score(backbone_of(model), self.score_head, *self._padded(finished, left=False)).tolist()
             for cell, value in zip(cells, scores, strict=True):
                 cell.score = value
+
         return cells
 
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
-        writing, chosen = self.writing, LogitsProcessorList()
+        writing = self.writing
+        chosen = LogitsProcessorList()
         if writing.repetition_penalty != 1:
             chosen.append(RepetitionPenaltyLogitsProcessor(writing.repetition_penalty))
         if writing.do_sample and writing.temperature != 1:
@@ -167,7 +175,8 @@ class Versions:
 
     def _padded(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
         """input_ids and attention_mask [B, L] of token id lists."""
-        longest, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        longest = max(map(len, rows))
+        pad = self.tokenizer.pad_token_id
         gaps = [longest - len(row) for row in rows]
         pairs = list(zip(rows, gaps, strict=True))
         ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in pairs]

@@ -16,7 +16,8 @@ Columns = dict[str, list[Answer]]
 
 def summarize(columns: Columns) -> list[list[str]]:
     """A header and a line a version: mean tokens, empty and cut answers, mean score where there is one."""
-    header, lines = ["version", "mean tokens", "empty", "cut"], []
+    header = ["version", "mean tokens", "empty", "cut"]
+    lines = []
     for name, cells in columns.items():
         counts = [sum(not cell.text for cell in cells), sum(not cell.ended for cell in cells)]
         lines.append([name, f"{mean(cell.tokens for cell in cells):.1f}", *map(str, counts)])

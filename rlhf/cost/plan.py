@@ -110,16 +110,19 @@ def title(args, script: str, base: str) -> str:
 def plan_trainer(args, script: str, sides: int) -> str:
     """The plan of SFT (`sides` 1) or of reward training (2: both answers of a pair in one forward)."""
     model = skeleton(args.model_name, "--model_name")
-    shape, reward = shape_of(model), sides == 2
+    shape = shape_of(model)
+    reward = sides == 2
     previous = getattr(args, "previous_lora_weights", None)
     adapter = (
         stored_adapter(model, previous, args.lora_rank)
         if previous
         else adapter_parameters(model, args.lora_rank, args.lora_target_models)
     )
+
     parameters = {"base": number(shape.parameters), "adapter": number(adapter, True)}
     if reward:
         parameters["score head"] = number(shape.hidden, True)
+
     needs = trainer_needs(
         shape,
         precision_of(args),
@@ -128,6 +131,7 @@ def plan_trainer(args, script: str, sides: int) -> str:
         args.gradient_checkpointing,
         head=not reward,
     )
+
     return table(
         title(args, script, args.model_name),
         parameters,
@@ -146,8 +150,10 @@ def trainer_steps(args, unit: str, sides: int) -> list[str]:
     ]
     if args.max_steps > 0:
         return [*lines, f"steps: {args.max_steps}, {args.max_steps * batch:,} {unit} with repetition"]
+
     if not Path(args.dataset_name).exists():
         return [*lines, f"steps: {args.num_train_epochs:g} x {unit} / {batch}; {args.dataset_name} is not at hand"]
+
     kind = "preference" if sides == 2 else "sft"
     found = len(load_rows(args.dataset_name, kind, args.train_split, args=args)[0])
     found = min(found, args.train_subset) if args.train_subset > 0 else found
@@ -158,24 +164,29 @@ def trainer_steps(args, unit: str, sides: int) -> list[str]:
 def plan_ppo(args, script: str) -> str:
     """The plan of PPO; adapters that do not exist yet are taken to have the stages' own defaults."""
     model = skeleton(args.base_model_name, "--base_model_name")
-    shape, ranks = shape_of(model), processes(args)
+    shape = shape_of(model)
+    ranks = processes(args)
     policy = stored_adapter(model, args.sft_model_lora_path, LoraArguments().lora_rank)
     # The reward stage's own default rank is half of the SFT stage's.
     reward = stored_adapter(model, args.reward_model_lora_path, LoraArguments().lora_rank // 2)
     adapters = {"policy": policy}
     if not args.merged_sft_model_path:
         adapters["reference"] = policy
+
     adapters["reward"] = reward
     if args.judge_lora_path:
         adapters["judge"] = stored_adapter(model, args.judge_lora_path, LoraArguments().lora_rank // 2)
+
     if args.value_lora:
         adapters["value"] = reward
+
     head = shape.hidden + 1 if args.advantage == "gae" else 0
     trained = policy + head + adapters.get("value", 0)
     parameters = {"base": number(shape.parameters)}
     parameters |= {f"{role} adapter": number(size, role in ("policy", "value")) for role, size in adapters.items()}
     if head:
         parameters["value head"] = number(head, True)
+
     sizes = PpoSizes(
         batch=args.batch_size,
         mini_batch=args.mini_batch_size,
@@ -185,6 +196,7 @@ def plan_ppo(args, script: str) -> str:
         rows_sampled=args.batch_size if args.batched_gen else 1,
         checkpointing=args.gradient_checkpointing,
     )
+
     bases = 2 if args.merged_sft_model_path else 1
     needs = ppo_needs(shape, precision_of(args), adapters, trained, sizes, bases)
     return table(title(args, script, args.base_model_name), parameters, needs, ppo_steps(args, ranks))
@@ -193,7 +205,8 @@ def plan_ppo(args, script: str) -> str:
 def ppo_steps(args, ranks: int) -> list[str]:
     """Steps, responses, and rows of an optimizer step."""
     batch = args.batch_size * ranks
-    steps, window = -(-args.steps // batch), args.mini_batch_size * args.gradient_accumulation_steps
+    steps = -(-args.steps // batch)
+    window = args.mini_batch_size * args.gradient_accumulation_steps
     updates = -(-args.batch_size * args.ppo_epochs // window)
     return [
         f"a step: {batch} responses = {args.batch_size} a process x {ranks} process(es), queries of at most "

@@ -53,7 +53,10 @@ class LengthGroupedSampler(Sampler[int]):
     POOL = 50
 
     def __init__(self, lengths: Sequence[int], group_size: int, seed: int, filled: bool = False):
-        self.lengths, self.group_size, self.seed, self.epoch = list(lengths), group_size, seed, 0
+        self.lengths = list(lengths)
+        self.group_size = group_size
+        self.seed = seed
+        self.epoch = 0
         self.blanks = -len(self.lengths) % group_size if filled else 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -71,6 +74,7 @@ class LengthGroupedSampler(Sampler[int]):
         for start in range(0, len(order), pool):
             by_length = sorted(order[start : start + pool], key=lambda row: self.lengths[row], reverse=True)
             groups += [by_length[i : i + self.group_size] for i in range(0, len(by_length), self.group_size)]
+
         # The incomplete group, if any, stays last, or every batch after it would straddle two groups.
         rest = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
         shuffler.shuffle(groups)

@@ -62,7 +62,8 @@ def encode_answer(tokenizer, query: str, answer: str) -> tuple[list[int], list[i
         (`encode(query)`, the rest of `encode(query + answer)` and the EOS id), or None where the first is no prefix of
         the second: there the answer begins inside a token of the query, and no sampling could reach it.
     """
-    query_ids, row_ids = encode(tokenizer, query), encode(tokenizer, query + answer)
+    query_ids = encode(tokenizer, query)
+    row_ids = encode(tokenizer, query + answer)
     if row_ids[: len(query_ids)] != query_ids:
         return None
     return query_ids, row_ids[len(query_ids) :] + [tokenizer.eos_token_id]
@@ -125,6 +126,7 @@ def _fits(pairs: list[tuple[list[int], list[int]] | None], max_length: int, wher
         reason = f"longer than {max_length} tokens"
     elif len(pairs) == 2 and pairs[0] == pairs[1]:
         reason = "chosen == rejected"
+
     if reason:
         funnel.drop(reason, where)
     return reason is None

@@ -48,23 +48,29 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
+
     try:
         size = path.stat().st_size
         data = b"" if suffix == ".parquet" else path.read_bytes()
     # A failing disk's error does not name the file.
     except OSError as error:
         raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
+
     if size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
+
     if suffix == ".parquet":
         yield from _parquet_rows(path, label)
         return
+
     # Without its mark, UTF-16 betrays itself by its first character, which is ASCII in every format.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
+
     if data.startswith(codecs.BOM_UTF8):
         yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
         data = data.removeprefix(codecs.BOM_UTF8)
+
     # Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     text = data.decode("utf-8", "surrogateescape")
     if suffix == ".csv":
@@ -97,6 +103,7 @@ def _line_rows(text: str, label: str) -> Iterator[Located]:
     lines = text.split("\n")
     if text.lstrip().partition("\n")[0].rstrip() == "{":
         raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
+
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -115,11 +122,16 @@ def _line_rows(text: str, label: str) -> Iterator[Located]:
 
 def _array_rows(text: str, label: str) -> Iterator[Located]:
     """Elements of one JSON array, each with the line on which it begins."""
-    decoder, gap = json.JSONDecoder(object_pairs_hook=_object), re.compile(r"[\s,]*")
-    at, line, counted = text.index("[") + 1, 1, 0
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    gap = re.compile(r"[\s,]*")
+    at = text.index("[") + 1
+    line = 1
+    counted = 0
+
     while True:
         at = gap.match(text, at).end()
-        line, counted = line + text.count("\n", counted, at), at
+        line = line + text.count("\n", counted, at)
+        counted = at
         where = f"{label}:{line}"
         if text.startswith("]", at):
             if text[at + 1 :].strip():
@@ -145,6 +157,7 @@ def _csv_rows(text: str, label: str) -> Iterator[Located]:
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines, strict=True)
     header: list[str] | None = None
+
     while True:
         before = reader.line_num
         where = f"{label}:{before + 1}"
@@ -206,14 +219,17 @@ def not_utf8(text: str) -> str | None:
     found = NOT_UTF8.search(text)
     if not found:
         return None
+
     reason = f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8"
     # A short row of Chinese UTF-8 with one wrong byte often decodes as GB18030 by chance: most of it is whole then.
     whole = sum("\u0800" <= character < "\ud800" for character in text)
+
     try:
         # Incremental, because `text` may end within a character.
         codecs.getincrementaldecoder("gb18030")().decode(text.encode("utf-8", "surrogateescape"))
     except UnicodeError:
         return f"{reason}: the text is damaged"
+
     if whole > len(NOT_UTF8.findall(text)):
         return f"{reason}: the text is damaged"
     return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"

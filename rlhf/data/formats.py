@@ -68,25 +68,32 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
     for role, name in named.items():
         if name and name not in columns:
             raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
+
     prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
     dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
     if kind == "preference" and not dialogue and not prompt:
         dialogue = first_of(("context",), columns)
+
     answer = named.get("answer") or first_of((name for name in ANSWER_FIELDS if name != prompt), columns)
     chosen = named.get("chosen") or first_of(CHOSEN_FIELDS, columns)
     rejected = named.get("rejected") or first_of(REJECTED_FIELDS, columns)
     if kind == "sft" and (named.get("answer") or not dialogue):
         dialogue = None
+
     extras = () if dialogue or not prompt else _extras(columns, prompt)
     asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
     if kind == "preference" and chosen and rejected:
         return Format(kind, **asked, chosen=chosen, rejected=rejected, margin=named.get("margin"))
+
     if kind == "sft" and (dialogue or (prompt and answer)):
         return Format(kind, **asked, answer=None if dialogue else answer)
+
     if kind == "prompt" and (dialogue or prompt):
         return Format(kind, **asked)
+
     if kind == "prompt" and chosen:
         return Format(kind, chosen=chosen)
+
     needed = {"sft": "prompt answer", "preference": "prompt chosen rejected", "prompt": "prompt"}[kind]
     flags = ", ".join(f"--{role}_field" for role in needed.split())
     raise ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
@@ -109,16 +116,21 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
     """
     if not isinstance(row, dict):
         raise BadRow(f"a row must be an object with named fields, not {type_name(row)}")
+
     if not row:
         raise BadRow("the row has no fields")
+
     context = _context(row, fmt)
     if fmt.kind == "preference":
         return [_preference(row, fmt, context, template)]
+
     if fmt.kind == "sft" and fmt.dialogue:
         return _answered(context, template)
+
     if fmt.kind == "sft":
         prompt = fold(up_to_last_question(context), template)
         return [{"prompt": prompt, "answer": answer} for answer in _answers(_value(row, fmt.answer), fmt.answer)]
+
     if fmt.chosen:
         context = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
     return [{"prompt": fold(up_to_last_question(context), template)}]
@@ -149,6 +161,7 @@ def _history(pairs) -> list[Turn]:
 
 def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
     found = {}
+
     for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
         side = turns(_value(row, field), field, "assistant")
         if side[-1][0] != "assistant" or not side[-1][1]:
@@ -157,10 +170,13 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
         before = side[:-1] if side[0][0] != "assistant" else context + side[:-1]
         found[name] = side[-1][1]
         found[f"{name} prompt"] = fold(up_to_last_question(before), template)
+
     if found["chosen prompt"] != found["rejected prompt"]:
         raise Unusable("chosen and rejected differ in their prompt")
+
     if found["chosen"] == found["rejected"]:
         raise Unusable("chosen == rejected")
+
     made = {"prompt": found["chosen prompt"], "chosen": found["chosen"], "rejected": found["rejected"]}
     return made | ({"margin": _margin(row, fmt.margin)} if fmt.margin else {})
 
@@ -190,9 +206,13 @@ def _answered(dialogue: list[Turn], template: str) -> list[dict]:
     asked = [number for number, (role, _) in enumerate(merged) if role == "assistant"]
     if not asked:
         raise Unusable("no answer in the dialogue")
+
     if asked[0] == 0:
         raise Unusable("dialogue begins with an answer")
-    made, prompt = [], ""
+
+    made = []
+    prompt = ""
+
     for number in asked:
         # A prompt that is too long to be kept grows no further, or a dialogue of 10,000 turns would fill the memory.
         if len(prompt) <= MAX_CHARACTERS:

@@ -80,15 +80,18 @@ def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], li
             f"{len(rows)} rows with {len(groups)} different prompts cannot give {wanted} evaluation rows: "
             "lower --eval_size, or set it to 0 for none"
         )
+
     # By hash and not by position, so that a prompt's rank does not depend on the other rows or their order.
     ranked = sorted(groups, key=lambda opening: hashlib.sha256(f"{seed} {opening}".encode()).digest())
     aside: set[str] = set()
     count = 0
+
     for opening in ranked[:-1]:
         if count >= wanted:
             break
         aside.add(opening)
         count += groups[opening]
+
     sides: tuple[list, list] = ([], [])
     for row in rows:
         sides[row.get("opening", row["prompt"]) in aside].append(row)

@@ -60,7 +60,8 @@ def load_splits(
     Returns: training rows, evaluation rows (none at --eval_size 0 without a split), one funnel for both.
     Raises: as `load_rows`.
     """
-    reader, splits = _Reader(kind, args, bad_rows_file), splits_of(args.dataset_name, args.dataset_config_name)
+    reader = _Reader(kind, args, bad_rows_file)
+    splits = splits_of(args.dataset_name, args.dataset_config_name)
     rows = reader.rows(args.dataset_name, splits, args.train_split)
     given = _evaluation_source(args, splits)
     evaluation = reader.rows(*given) if given else []
@@ -86,21 +87,27 @@ class _Reader:
     """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
 
     def __init__(self, kind: str, args: DataArguments, bad_rows_file: Path | str | None):
-        self.kind, self.args, self.bad_rows_file, self.funnel = kind, args, bad_rows_file, Funnel()
+        self.kind = kind
+        self.args = args
+        self.bad_rows_file = bad_rows_file
+        self.funnel = Funnel()
         self.malformed: list[dict] = []
 
     def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
         """The good rows of a split. Raises: ValueError where it is missing, or holds no row of this kind."""
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
+
         located = list(splits[split])
         counts = Counter(name for _, row in located if isinstance(row, dict) for name in row)
         # Columns that most rows have: one stray name must not decide how all the others are read.
         columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
+
         try:
             fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
         except ValueError as error:
             raise ValueError(f"{source}: {error}{_hint(located)}") from None
+
         self.funnel.formats += [str(fmt)] if fmt else []
         seen: set[tuple] = set()
         kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
@@ -111,6 +118,7 @@ class _Reader:
 
     def _examples(self, where: str, row, fmt, seen: set[tuple]) -> list[dict]:
         self.funnel.read += 1
+
         try:
             if isinstance(row, BadRow):
                 raise row
@@ -123,6 +131,7 @@ class _Reader:
             self.funnel.bad_rows.append(f"{where}: {error}")
             self.malformed.append({"where": where, "reason": str(error), "row": error.row if error is row else row})
             return []
+
         self.funnel.expanded += len(made) - 1
         good = [example for example in made if self._is_usable(example, where, seen)]
         for example in good:
@@ -142,9 +151,11 @@ class _Reader:
             reason = "duplicate"
         elif "chosen" in example and (example["prompt"], example["rejected"], example["chosen"]) in seen:
             reason = "contradicts an earlier pair"
+
         if reason:
             self.funnel.drop(reason, where)
             return False
+
         seen.add(values)
         return True
 

@@ -23,14 +23,18 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     """
     if not source.strip():
         raise ValueError(f"{flag} is empty: give a local file, a directory or a hub id")
+
     # Unlike Path.expanduser, this lets the name of a user that does not exist stand.
     path = Path(os.path.expanduser(source))
     if path.is_file():
         return {"train": read_file(path)}
+
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path)
+
     if path.is_dir():
         return _directory_splits(path)
+
     if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
         raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
     return _hub_splits(source, config, flag)
@@ -54,11 +58,13 @@ def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
     files: dict[str, list[Path]] = {}
     # Path.rglob would pass over a directory that may not be read, without a word.
     walked = os.walk(path, onerror=_raise)
+
     for file in sorted(Path(folder, name) for folder, _, names in walked for name in names):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
         if file.suffix.lower() in SUFFIXES and not hidden:
             files.setdefault(_split_of(inside), []).append(file)
+
     if not files:
         raise ValueError(
             f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"

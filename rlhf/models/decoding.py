@@ -47,7 +47,8 @@ def next_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cac
             takes it.
     """
     if positions is None:
-        positions, mask = position_ids(mask)[:, -tokens.shape[1] :], mask.long()
+        positions = position_ids(mask)[:, -tokens.shape[1] :]
+        mask = mask.long()
     inputs = {"position_ids": positions} if accepts(type(model), "position_ids") else {}
     return forward(
         model, (slice(None), -1), tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
@@ -109,10 +110,13 @@ def roomy_cache(model: PreTrainedModel, room: int) -> Cache:
 class GrowingDecoder:
     """For any model on any device: attention over the tokens so far, rows dropped as soon as they have ended."""
 
-    every, shrink = 1, 1.0
+    every = 1
+    shrink = 1.0
 
     def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
-        self.model, self.query_ids, self.mask = model, query_ids, query_mask
+        self.model = model
+        self.query_ids = query_ids
+        self.mask = query_mask
         self.cache = roomy_cache(model, query_ids.shape[1] + total)
 
     def prefill(self) -> tuple[Tensor, Tensor]:
@@ -120,13 +124,17 @@ class GrowingDecoder:
         parts = parts_by_length(self.mask.sum(1))
         if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
             return next_logits(self.model, self.query_ids, self.mask, self.cache)
-        found, (total, end) = [], self.mask.shape
+
+        found = []
+        (total, end) = self.mask.shape
+
         for rows in parts:
             width = max(1, int(self.mask[rows].sum(1).max()))
             cache = DynamicCache(config=self.model.config)
             found.append(next_logits(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
             for layer, part in zip(self.cache.layers, cache.layers, strict=True):
                 layer.place(rows, total, end, part)
+
         order = torch.cat(parts).argsort()
         return tuple(torch.cat(results)[order] for results in zip(*found, strict=True))
 
@@ -150,10 +158,13 @@ class StaticDecoder:
     recorded anew.
     """
 
-    every, shrink = 8, 0.5
+    every = 8
+    shrink = 0.5
 
     def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
-        self.model, self.query_ids, self.query_mask = model, query_ids, query_mask
+        self.model = model
+        self.query_ids = query_ids
+        self.query_mask = query_mask
         room = -(-(query_ids.shape[1] + total) // ROOM_MULTIPLE) * ROOM_MULTIPLE
         self.cache = StaticCache(config=model.config, max_cache_len=room)
         # Which columns of the cache a row may look at, and the place of its newest token.
@@ -193,14 +204,20 @@ class StaticDecoder:
         except RuntimeError as error:
             warnings.warn(f"this model's decoding cannot be recorded ({error}): it is slower", stacklevel=2)
             # Not tried again: an instance attribute hides the method.
-            self.graph, self.record = None, lambda: None
+            self.graph = None
+            self.record = lambda: None
 
     def _step(self) -> tuple[Tensor, Tensor]:
         return next_logits(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in memory of their own."""
-        self.tokens, self.seen, self.positions = self.tokens[rows], self.seen[rows], self.positions[rows]
+        self.tokens = self.tokens[rows]
+        self.seen = self.seen[rows]
+        self.positions = self.positions[rows]
         for layer in self.cache.layers:
-            layer.keys, layer.values, layer.batch_size = layer.keys[rows], layer.values[rows], len(rows)
-        self.graph, self.warm = None, False
+            layer.keys = layer.keys[rows]
+            layer.values = layer.values[rows]
+            layer.batch_size = len(rows)
+        self.graph = None
+        self.warm = False

@@ -57,7 +57,8 @@ def forward(model: PreTrainedModel, pick, input_ids: Tensor, **inputs) -> tuple[
 
 
 # A batch is computed in at most so many parts of rows of like length, none of them of fewer rows than pay.
-PARTS, PART_ROWS = 4, 4
+PARTS = 4
+PART_ROWS = 4
 
 # Relative difference of hidden states that may be rounding; the influence of another row is many times as large.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -118,11 +119,13 @@ def pack(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -
     """
     if backbone.config._attn_implementation != BY_ROW:
         return Packed({"input_ids": compact(input_ids, attention_mask)})
+
     real = attention_mask.bool()
     lengths = real.sum(1)
     row_lengths = lengths.tolist()
     if min(row_lengths) < 1:
         raise ValueError("a row has no token")
+
     inputs = {
         "input_ids": input_ids[real][None],
         "position_ids": position_ids(real)[real][None],
@@ -143,16 +146,20 @@ def hidden_at(backbone: nn.Module, packed: Packed, row: Tensor, place: Tensor) -
 
 def enable_packing(backbone: PreTrainedModel) -> bool:
     """Let `pack` put a decoder's rows side by side, if a trial shows that each is computed as if it were alone."""
-    config, text = backbone.config, backbone.config.get_text_config()
+    config = backbone.config
+    text = backbone.config.get_text_config()
     # What a window does shows in rows longer than it only.
     other_layers = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
     if other_layers or getattr(text, "sliding_window", None) or config._attn_implementation != "sdpa":
         return False
+
     if not accepts(type(backbone), "position_ids"):
         return False
+
     ids = torch.arange(14, device=next(backbone.parameters()).device).view(2, 7) % text.vocab_size
     training = backbone.training
     backbone.eval()
+
     try:
         # The usual way first: a model may look at what its attention is called.
         alone = torch.cat([_states(backbone, {"input_ids": row[None]}) for row in (ids[0], ids[1, :4])])
@@ -194,7 +201,8 @@ def mlp_only_at(backbone: nn.Module, pick):
     if part is None:
         yield
         return
-    usual, replaced = part.forward, part.__dict__.get("forward")
+    usual = part.forward
+    replaced = part.__dict__.get("forward")
 
     def chosen(x: Tensor):
         found = usual(x[pick][None])

@@ -124,7 +124,10 @@ def generate(
     if model.training:
         # Under gradient checkpointing a layer in train mode takes no cache: every token would see itself alone.
         raise ValueError("generate needs the model in eval mode: call roles.train(False) first")
-    rows, device, total = len(query_ids), query_ids.device, sampling.max_new_tokens
+
+    rows = len(query_ids)
+    device = query_ids.device
+    total = sampling.max_new_tokens
     out = Rollout(
         query_ids=query_ids,
         query_mask=query_mask.bool(),
@@ -134,9 +137,12 @@ def generate(
         values=torch.zeros(rows, total, device=device),
         entropy=torch.zeros(rows, total, device=device),
     )
+
     decoder = decoder_of(model, query_ids, out.query_mask, total, static=sampling.cuda_graphs)
-    alive, ended = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+    alive = torch.arange(rows, device=device)
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
     logits, hidden = decoder.prefill()
+
     for t in range(total):
         logits = sampling.process(logits.float(), torch.full_like(alive, t))
         chosen = _choose(logits, sampling, generator)
@@ -150,9 +156,12 @@ def generate(
             if len(going) == 0 or received():
                 break
             if len(going) <= decoder.shrink * len(alive) and len(going) < len(alive):
-                alive, chosen, ended = alive[going], chosen[going], ended[going]
+                alive = alive[going]
+                chosen = chosen[going]
+                ended = ended[going]
                 decoder.keep(going)
         logits, hidden = decoder.next(chosen)
+
     return _without_rest(out, sampling.pad_token_id)
 
 
@@ -182,14 +191,17 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
     """[B] long: one token a row of logits [B, V]; truncation shapes the draw, never the recorded probability."""
     if generator is None:
         return logits.argmax(-1)
+
     if sampling.top_k > 0:
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
+
     if sampling.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(-1)
         ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, ordered)
+
     probs = logits.softmax(-1)
     # The draw of torch.multinomial, without its look at the numbers, for which a GPU would have to be waited for.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)

@@ -99,7 +99,8 @@ class AdaptedForward:
     """Stands in for the `forward` of one of peft's layers, and hands on to it whatever is not the plain case."""
 
     def __init__(self, layer: LoraLinear):
-        self.layer, self.usual = layer, layer.forward
+        self.layer = layer
+        self.usual = layer.forward
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         """y [..., out] of x [..., in]."""
@@ -107,12 +108,16 @@ class AdaptedForward:
         active = layer.active_adapters
         if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1:
             return self.usual(x, *args, **kwargs)
-        name, base = active[0], layer.base_layer
+
+        name = active[0]
+        base = layer.base_layer
         if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
             return self.usual(x)
+
         dropout = layer.lora_dropout[name]
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             return self.usual(x)
+
         flat = x.reshape(-1, x.shape[-1])
         given = flat, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
         # Without gradients autograd's way in would be a tenth of the time of a decoded token.
@@ -124,11 +129,13 @@ class FrozenForward:
     """Stands in for the `forward` of a linear layer as long as its weight is frozen."""
 
     def __init__(self, layer: nn.Linear):
-        self.layer, self.usual = layer, layer.forward
+        self.layer = layer
+        self.usual = layer.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """y [..., out] of x [..., in]."""
-        weight, bias = self.layer.weight, self.layer.bias
+        weight = self.layer.weight
+        bias = self.layer.bias
         if weight.requires_grad:
             return self.usual(x)
         flat = x.reshape(-1, x.shape[-1])
@@ -153,7 +160,8 @@ class NormForward:
     """Stands in for the `forward` of an RMS norm, and hands on to it whatever is on no GPU."""
 
     def __init__(self, norm: nn.Module):
-        self.norm, self.usual = norm, norm.forward
+        self.norm = norm
+        self.usual = norm.forward
 
     def __call__(self, x: Tensor) -> Tensor:
         """Normed states [..., H] of x [..., H]."""
@@ -174,6 +182,7 @@ def fuse_norms(model: nn.Module) -> int:
     Some are not: Gemma's weight counts from 1, others split their input.
     """
     count = 0
+
     for module in model.modules():
         weight = getattr(module, "weight", None)
         known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
@@ -183,7 +192,8 @@ def fuse_norms(model: nn.Module) -> int:
         if weight.numel() == 0:
             continue
         x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).view(2, -1)
-        forward, bound = NormForward(module), TOLERANCE[weight.dtype]
+        forward = NormForward(module)
+        bound = TOLERANCE[weight.dtype]
         if torch.allclose(forward.fused(x), module(x), rtol=bound, atol=bound):
             module.forward = forward
             count += 1

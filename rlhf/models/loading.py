@@ -27,8 +27,10 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"{flag} {name} has no config.json: give the directory of a base model")
         return str(name)
+
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{flag} {name} does not exist: give a model directory or a hub id (owner/name)")
+
     try:
         found = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors", "*.txt"])
         if not list(Path(found).glob("*.safetensors")):
@@ -67,15 +69,19 @@ def load_base(
     if four_bit:
         extra |= _in_four_bits(dtype, device)
         device = None
+
     model, loaded = auto.from_pretrained(model_dir, dtype=dtype, output_loading_info=True, **extra)
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
     if missing:
         raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
+
     model.config.use_cache = False
+
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # On a CPU bitsandbytes repacks a matrix at its first use in eval(); from then on it passes no gradient.
             module.support_avx512bf16_for_cpu = False
+
     model = model if device is None else model.to(device)
     fuse_norms(model)
     return model
@@ -134,9 +140,12 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     """
     config, weights = read_adapter(adapter_dir)
     config = copy.deepcopy(config)
-    config.task_type, config.modules_to_save, config.inference_mode = None, None, not trainable
+    config.task_type = None
+    config.modules_to_save = None
+    config.inference_mode = not trainable
     config.lora_dropout = 0.0
     lora = {key: tensor for key, tensor in weights.items() if "lora_" in key}
+
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -144,12 +153,16 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
             model = PeftModel(model, config, adapter_name=name)
     except ValueError as error:
         raise ValueError(f"adapter {adapter_dir} does not fit this base: {error}") from error
+
     wanted = get_peft_model_state_dict(model, adapter_name=name)
+
     for key in sorted(wanted.keys() | lora.keys()):
-        theirs, ours = lora.get(key), wanted.get(key)
+        theirs = lora.get(key)
+        ours = wanted.get(key)
         if theirs is None or ours is None or theirs.shape != ours.shape:
             shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (theirs, ours)]
             raise ValueError(f"adapter {adapter_dir} does not fit this base: {key} is {shapes[0]}, not {shapes[1]}")
+
     set_peft_model_state_dict(model, lora, adapter_name=name)
     return model, {key: tensor for key, tensor in weights.items() if "lora_" not in key}
 
@@ -170,15 +183,18 @@ def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
 def continue_adapter(model, adapter_dir: str) -> PeftModel:
     """A stored adapter on `model`, trainable. Raises: ValueError where its tensors do not fit, naming the first."""
     config, weights = read_adapter(adapter_dir)
-    config.task_type, config.inference_mode = "CAUSAL_LM", False
+    config.task_type = "CAUSAL_LM"
+    config.inference_mode = False
     model = get_peft_model(model, config)
     wanted = get_peft_model_state_dict(model)
+
     for name in sorted(wanted.keys() | weights.keys()):
         shapes = [tuple(found[name].shape) if name in found else None for found in (weights, wanted)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"--previous_lora_weights {adapter_dir} does not fit this base: {name} is {shapes[0]}, not {shapes[1]}"
             )
+
     set_peft_model_state_dict(model, weights)
     return model
 

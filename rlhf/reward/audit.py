@@ -20,13 +20,15 @@ from rlhf.reward.statistics import calibration, length_results, share
 ScoreRows = Callable[[list[list[int]]], Sequence[float]]
 
 # Share of prompts on which an attack of GATE_KINDS may win, and from which on any other kind is remarked on.
-GATE, REMARKABLE = 0.1, 0.5
+GATE = 0.1
+REMARKABLE = 0.5
 
 # Rank correlation of score and length over which a score counts as nothing but length.
 MAX_SPEARMAN = 0.9
 
 # Rows that the change under padding is measured on, and the part of the margins' deviation over which it is noted.
-PADDING_ROWS, MAX_PADDING_SHARE = 16, 0.1
+PADDING_ROWS = 16
+MAX_PADDING_SHARE = 0.1
 
 # Points of each side that the chart shows.
 POINTS = 500
@@ -61,6 +63,7 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
         scores = [0.0] * len(rows)
         modes = [module.training for module in modules]
         backbone.eval(), head.eval()
+
         try:
             with forked_rng(), torch.no_grad():
                 for start in range(0, len(order), batch_size):
@@ -102,11 +105,13 @@ def audit(
     """
     if not pairs:
         raise ValueError("there is no pair to audit a reward model on")
+
     attacks = make_attacks(pairs, tokenizer, template, seed, max_length, attack_prompts)
     real = [pair["query_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
     scores = np.array(score_rows(real + [row for _, _, row in attacks]), dtype=float)
     if not np.isfinite(scores).all():
         raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite: PPO cannot use them")
+
     chosen, rejected, attacked = np.split(scores, [len(pairs), 2 * len(pairs)])
     lengths = np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
     margins = chosen - rejected
@@ -129,6 +134,7 @@ def audit(
             for side, (name, column) in enumerate((("chosen", chosen), ("rejected", rejected)))
         },
     }
+
     return found | {"verdict": verdict(found)}
 
 
@@ -139,6 +145,7 @@ def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[
     first = {pairs[number]["prompt"]: number for number in reversed(order)}
     numbers = list(first.values())[:prompts]
     attacks = []
+
     for place, number in enumerate(numbers):
         pair = pairs[number]
         before = (pairs[n] for n in (*reversed(numbers[:place]), *reversed(numbers[place + 1 :])))
@@ -195,11 +202,14 @@ def verdict(found: dict) -> dict:
     if not is_constant(found):
         reasons += [consequence(kind, part) for kind, part in winning.items()]
         notes += [consequence(kind, lost[kind]) for kind in lost if kind not in GATE_KINDS and lost[kind] > REMARKABLE]
+
     untried = [kind for kind in GATE_KINDS if kind not in lost]
     if untried:
         words = f"no prompt to try {', '.join(untried)} on: answers too short, or rows over the length limit"
         (reasons if len(untried) == len(GATE_KINDS) else notes).append(words)
-    change, deviation = found["padding_change"], found["scores"]["margin"]["std"]
+
+    change = found["padding_change"]
+    deviation = found["scores"]["margin"]["std"]
     if change is not None and change > MAX_PADDING_SHARE * deviation:
         notes.append(f"a score changes by up to {change:.3g} with the rows beside it (margins: std {deviation:.3g})")
     return {"verdict": "fail" if reasons else "pass", "winning": winning, "reasons": reasons, "notes": notes}
@@ -219,12 +229,15 @@ def _general_reasons(found: dict) -> list[str]:
     """Why the scores of the real answers alone rule a reward model out."""
     if is_constant(found):
         return ["scores are constant: PPO would have nothing to learn from"]
-    reasons, (low, high) = [], found["accuracy"]["interval"]
+
+    reasons = []
+    (low, high) = found["accuracy"]["interval"]
     right = f"right on {found['accuracy']['share']:.0%} of {found['pairs']} pairs"
     if low <= 0.5 <= high:
         reasons.append(f"scores are near chance, {right}: PPO would learn noise")
     elif high < 0.5:
         reasons.append(f"scores are worse than chance, {right}: PPO would learn what people reject")
+
     length = found["length"]
     strongest = max((length["spearman"] or 0.0, length["spearman_within"] or 0.0), key=abs)
     if abs(strongest) > MAX_SPEARMAN:

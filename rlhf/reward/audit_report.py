@@ -57,26 +57,32 @@ def sections(found: dict) -> list[tuple[str, list[list[str]]]]:
     for kind, result in found["attacks"].items():
         passed = "" if kind not in GATE_KINDS else "FAIL" if kind in found["verdict"]["winning"] else "pass"
         attacks.append([kind, *_share_cells(result), _number(result["margin"]), passed if result["n"] else "-"])
+
     length = found["length"]
     accuracy = [["accuracy", "pairs", "right", "95% interval"], ["all pairs", *_share_cells(found["accuracy"])]]
     for part in length["quartiles"]:
         accuracy.append([f"longer response of {part['from']} to {part['to']} tokens", *_share_cells(part)])
+
     for side, name in (("chosen", "chosen longer"), ("rejected", "rejected longer"), ("equal", "equally long")):
         accuracy.append([name, *_share_cells(length["longer"][side])])
+
     accuracy.append(["length-debiased: mean of chosen and rejected longer", "", _percent(length["debiased"]), ""])
     calibrated = [["confidence", "pairs", "mean confidence", "accuracy"]]
     for number, part in enumerate(found["calibration"]["bins"]):
         edges = f"{0.5 + number / 2 / BINS:.2f} to {0.5 + (number + 1) / 2 / BINS:.2f}"
         calibrated.append([edges, str(part["n"]), _percent(part["confidence"]), _percent(part["accuracy"])])
+
     numbers = [["number", "value"]]
     for name, moments in found["scores"].items():
         numbers += [[f"{name}, {moment}", _number(value)] for moment, value in moments.items()]
+
     numbers += [
         ["expected calibration error", _number(found["calibration"]["ece"])],
         ["rank correlation of score and length", _number(length["spearman"])],
         ["the same of differences within pairs", _number(length["spearman_within"])],
         ["change of a score with the rows beside it", _number(found["padding_change"])],
     ]
+
     titles = "Attacks", "Accuracy", "Calibration", "Scores"
     return list(zip(titles, (attacks, accuracy, calibrated, numbers), strict=True))
 

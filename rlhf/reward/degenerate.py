@@ -228,12 +228,16 @@ def degenerate_pairs(
         funnel: where the made pairs are counted by kind.
     Returns: rows of the same form; the same for the same rows and seed.
     """
-    rng, wanted, made = random.Random(f"hardening {seed}"), round(share * len(rows)), []
+    rng = random.Random(f"hardening {seed}")
+    wanted = round(share * len(rows))
+    made = []
     order = cycle(rng.sample(range(len(rows)), len(rows)))
+
     for attempt, number in enumerate(order):
         if len(made) >= wanted or attempt >= TRIES * wanted:
             break
-        row, kind = rows[number], kinds[attempt % len(kinds)]
+        row = rows[number]
+        kind = kinds[attempt % len(kinds)]
         other = rng.choice(rows)
         # An answer to the same question may be a good one here, too.
         elsewhere = "" if same_question(row, other) else other["chosen"]

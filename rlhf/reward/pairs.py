@@ -78,7 +78,9 @@ def score_by_mask(model) -> None:
     model.forward = forward
 
 
-QUERY, CHOSEN, REJECTED = 1, 2, 3
+QUERY = 1
+CHOSEN = 2
+REJECTED = 3
 
 # Relative difference of hidden states above bfloat16's rounding, and below what another attention makes of them.
 MAX_DIFFERENCE = 0.1
@@ -99,6 +101,7 @@ class SharedPromptCollator:
         shape = (len(rows), max(sum(map(len, part)) for part in parts))
         batch = {"input_ids": torch.full(shape, self.pad_id), "position_ids": torch.zeros(shape, dtype=torch.long)}
         batch["segments"] = torch.zeros(shape, dtype=torch.long)
+
         for number, (query, chosen, rejected) in enumerate(parts):
             ids = torch.tensor(query + chosen + rejected)
             answers = [torch.arange(len(query), len(query) + len(answer)) for answer in (chosen, rejected)]
@@ -107,6 +110,7 @@ class SharedPromptCollator:
             batch["position_ids"][number, : len(ids)] = torch.cat([torch.arange(len(query)), *answers])
             kinds = torch.tensor([QUERY, CHOSEN, REJECTED])
             batch["segments"][number, : len(ids)] = kinds.repeat_interleave(sizes)
+
         batch["attention_mask"] = batch["segments"] > 0
         return batch | pair_columns(rows)
 
@@ -119,7 +123,8 @@ def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     """
     length = segments.shape[1]
     earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    same, query = segments[:, :, None] == segments[:, None, :], (segments == QUERY)[:, None, :]
+    same = segments[:, :, None] == segments[:, None, :]
+    query = (segments == QUERY)[:, None, :]
     seen = earlier & (same | query)
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
 
@@ -155,21 +160,27 @@ def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
 
     Raises: ValueError saying what is in the way.
     """
-    kind, attention = type(backbone).__name__, backbone.config._attn_implementation
+    kind = type(backbone).__name__
+    attention = backbone.config._attn_implementation
     if not accepts(type(backbone), "position_ids") or getattr(backbone.config, "alibi", False):
         raise ValueError(f"--share_prompt True: {kind} does not let tokens have a position of their own: leave it out")
+
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"--share_prompt True needs eager or sdpa attention, not {attention}")
-    device, training = next(backbone.parameters()).device, backbone.training
+
+    device = next(backbone.parameters()).device
+    training = backbone.training
     pair, sides = (
         {name: tensor.to(device) for name, tensor in collator(pad_id)([row]).items()}
         for collator in (SharedPromptCollator, PairCollator)
     )
+
     with torch.no_grad():
         backbone.eval()
         shared = pair_states(backbone, pair).float()
         apart = last_states(backbone, sides["input_ids"], sides["attention_mask"]).float()
         backbone.train(training)
+
     difference = ((shared - apart).norm(dim=1) / apart.norm(dim=1)).max().item()
     # Not the other way round: a difference that is no number is none to train with.
     if not difference <= MAX_DIFFERENCE:

@@ -13,11 +13,13 @@ def share(right: np.ndarray) -> dict:
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    n, z = len(right), 1.96
+    n = len(right)
+    z = 1.96
     if n == 0:
         return {"n": 0, "share": None, "interval": None}
     p = float(np.mean(right))
-    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     ends = [(centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
     return {"n": n, "share": p, "interval": [max(0.0, ends[0]), min(1.0, ends[1])]}
 
@@ -43,7 +45,8 @@ def length_results(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray
         debiased: mean of the accuracies where the chosen and where the rejected side is longer: 1/2 for length alone.
         spearman: of score and length over all responses. spearman_within: of their differences within the pairs.
     """
-    margins, longest = chosen - rejected, lengths.max(1)
+    margins = chosen - rejected
+    longest = lengths.max(1)
     differences = lengths[:, 0] - lengths[:, 1]
     quartile = np.searchsorted(np.quantile(longest, (0.25, 0.5, 0.75)), longest)
     longer = {
@@ -71,9 +74,11 @@ def calibration(margins: np.ndarray) -> dict:
 
     Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    right = margins > 0
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    bins, ece = [], 0.0
+    bins = []
+    ece = 0.0
     for number in range(BINS):
         inside = place == number
         means = [float(x[inside].mean()) if inside.any() else None for x in (confidence, right)]

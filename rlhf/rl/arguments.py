@@ -170,13 +170,16 @@ class UpdateFlags(Flags):
     def _check_groups(self) -> None:
         if self.group_size is None:
             self.group_size = GROUP_SIZE[self.advantage]
+
         if self.group_size < (1 if self.advantage == "gae" else 2):
             raise ValueError(
                 f"--group_size {self.group_size} is too few for --advantage {self.advantage}: "
                 "answers to one prompt are compared with each other"
             )
+
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch_size {self.batch_size} must be a multiple of --group_size {self.group_size}")
+
         if self.advantage != "gae" and (self.value_lora or self.critic_warmup_steps):
             raise ValueError(
                 f"--advantage {self.advantage} has no critic: leave out --value_lora and --critic_warmup_steps"

@@ -29,15 +29,19 @@ def draw_run(output_dir: str | Path) -> Path | None:
     rows = read_metrics(output_dir)
     if not rows:
         return None
-    plt, curves = _pyplot(), overoptimization(rows)
+
+    plt = _pyplot()
+    curves = overoptimization(rows)
     figure = plt.figure(figsize=(7 + 5 * bool(curves), 9), constrained_layout=True)
     grid = figure.add_gridspec(len(PANELS), 1 + bool(curves))
     draw_steps([figure.add_subplot(grid[row, 0]) for row in range(len(PANELS))], rows)
     height = len(PANELS) // max(1, len(curves))
     for place, (name, points) in enumerate(curves.items()):
         draw_against_kl(figure.add_subplot(grid[place * height : (place + 1) * height, 1]), {name: points})
+
     file = Path(output_dir) / "chart.png"
     part = file.with_name(f".{file.name}.{os.getpid()}")
+
     try:
         figure.savefig(part, dpi=100, format="png")
         os.replace(part, file)
@@ -48,6 +52,7 @@ def draw_run(output_dir: str | Path) -> Path | None:
     finally:
         part.unlink(missing_ok=True)
         plt.close(figure)
+
     return file
 
 

@@ -15,7 +15,8 @@ from rlhf.rl.roles import Roles, role_logprobs
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.3, 0.03), torch.float16: (0.3, 0.03)}
 
 # A merged reference is rounded once more than an adapter on its base: mean difference that warns, that refuses.
-MERGED_WARNS, MERGED_REFUSES = 0.01, 0.1
+MERGED_WARNS = 0.01
+MERGED_REFUSES = 0.1
 
 
 def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fresh: bool) -> list[str]:
@@ -39,12 +40,14 @@ def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
             f"pad and EOS are the same token ({sampling.eos_token_id}): the score could not see whether an answer "
             "ended; give the tokenizer a pad token of its own"
         )
+
     vocabulary = roles.model.get_output_embeddings().weight.shape[0]
     if not 0 <= sampling.eos_token_id < vocabulary:
         raise ValueError(
             f"the stop token {sampling.eos_token_id} is not among the model's {vocabulary} outputs: no answer could "
             "ever end; tokenizer and base do not belong together"
         )
+
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}: they do not belong together"
@@ -110,7 +113,8 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
     logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
     reference, _ = role_logprobs(roles, "reference", rollout, sampling, rows_at_once=8)
     moved = (logprobs - reference)[rollout.mask].abs()
-    largest, mean = moved.max().item(), moved.mean().item()
+    largest = moved.max().item()
+    mean = moved.mean().item()
     if roles.separate_reference is None:
         if not largest <= TOLERANCE[roles.model.dtype][0]:
             raise ValueError(
@@ -118,16 +122,19 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
                 "be measured from the wrong model"
             )
         return []
+
     if not mean <= MERGED_REFUSES or math.isnan(largest):
         raise ValueError(
             f"--merged_sft_model_path differs from the base with --sft_model_lora_path by {mean:.2g} nats a token: it "
             "was merged from another adapter or base; merge again with merge_lora.py, or leave the flag out"
         )
+
     if largest > 1e-6 and _is_bare_base(roles):
         raise ValueError(
             "--merged_sft_model_path has the weights of the bare base: the KL would be measured from a model without "
             "SFT; merge with merge_lora.py, or leave the flag out"
         )
+
     if mean > MERGED_WARNS:
         return [f"the merged reference differs from the SFT adapter by {mean:.2g} nats a token: rounding of the merge"]
     return []

@@ -33,10 +33,12 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
     judged = None
     if loop.args.judge_lora_path:
         judged = columns["judge"] = score_responses(loop, rollout, "judge")
+
     samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     found = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
         found["judge/mean"], found["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
+
     found["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
     return {f"eval/{name}": value for name, value in found.items() if name != "env/reward_mean"}, samples[:SHOWN]
 
@@ -49,7 +51,8 @@ def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
 
 def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
     """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
-    judge, name = loop.args.judge_lora_path, criterion(loop)
+    judge = loop.args.judge_lora_path
+    name = criterion(loop)
     value = metrics[f"eval/{name}/mean"]
     if not judge and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
         return False
@@ -68,7 +71,8 @@ def criterion(loop: PPOLoop) -> str:
 
 def best_in_words(loop: PPOLoop) -> str:
     """Which evaluation was the best, and whether that is more than chance."""
-    best, name = loop.best, criterion(loop)
+    best = loop.best
+    name = criterion(loop)
     words = (
         f"best evaluation, kept in best/: step {best['step']}, {name} {best['value']:+.3f}, "
         f"{best['gain']:+.3f} from the SFT model's (standard error {best['error']:.3f})"

@@ -46,10 +46,12 @@ def recomputes(loop: PPOLoop) -> bool:
 @torch.no_grad()
 def record_logprobs(loop: PPOLoop, rollout: Rollout) -> None:
     """Fill in the reference's log-probabilities, a separate critic's values and, where asked, the policy's anew."""
-    args, roles = loop.args, loop.roles
+    args = loop.args
+    roles = loop.roles
     if recomputes(loop):
         logprobs, values = role_logprobs(roles, "policy", rollout, loop.sampling, args.mini_batch_size)
-        rollout.logprobs, rollout.values = logprobs, values
+        rollout.logprobs = logprobs
+        rollout.values = values
     if roles.value_adapter:
         rollout.values = critic_values(roles, rollout, args.forward_batch_size)
     rollout.ref_logprobs, _ = role_logprobs(roles, "reference", rollout, loop.sampling, args.forward_batch_size)
@@ -57,7 +59,8 @@ def record_logprobs(loop: PPOLoop, rollout: Rollout) -> None:
 
 def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
     """[B] float32: what PPO maximises, from the reward model's own scores."""
-    args, scores = loop.args, raw_scores
+    args = loop.args
+    scores = raw_scores
     if args.reward_transform == "sigmoid":
         scores = raw_scores.sigmoid()
     elif args.reward_transform == "standardize":
@@ -72,18 +75,22 @@ def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Ten
 
     The price of KL is in the rewards whatever the advantages are made of.
     """
-    args, mask = loop.args, rollout.mask
+    args = loop.args
+    mask = rollout.mask
     rewards, kl = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, loop.kl_controller.value)
     learnt = rewards
     if args.whiten_rewards:
         learnt = whiten(rewards, mask, shift_mean=False, moments=global_moments(loop.accelerator, rewards, mask))
+
     if args.advantage != "gae":
         # A group is its own baseline: every token of a response gets what the response is worth above the others.
         worth = group_advantages(learnt.sum(1), args.group_size, args.advantage)
         rollout.advantages = torch.where(mask, worth[:, None], 0)
         return rewards, kl
+
     advantages, rollout.returns = gae(learnt, rollout.values, mask, args.gamma, args.lam)
     if args.whiten_advantages:
         advantages = whiten(advantages, mask, moments=global_moments(loop.accelerator, advantages, mask))
+
     rollout.advantages = advantages
     return rewards, kl

@@ -39,21 +39,26 @@ def quick_gate(loop: PPOLoop) -> None:
 
     Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
-    args, tokenizer = loop.args, loop.tokenizer
+    args = loop.args
+    tokenizer = loop.tokenizer
     prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
     pairs = []
+
     for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
         answer = ids[mask].tolist()
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         if answer[-1] == tokenizer.eos_token_id and text:
             pairs.append({**row, "chosen": text, "chosen_ids": answer})
+
     if not pairs:
         warnings.warn("no answer of the SFT model ended: the reward model could not be tried on any", stacklevel=2)
         return
+
     longest = rollout.input_ids.shape[1] * 2
     attacks = make_attacks(pairs, tokenizer, args.prompt_template, args.seed, longest, len(pairs))
+
     with loop.roles.use("reward") as model:
         head = loop.roles.score_heads["reward"]
         score_rows = row_scorer(
@@ -61,10 +66,12 @@ def quick_gate(loop: PPOLoop) -> None:
         )
         real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
         degenerate = score_rows([row for _, _, row in attacks])
+
     results = attack_results(attacks, np.array(real), np.array(degenerate))
     if loop.accelerator.is_main_process:
         shares = ", ".join(f"{kind} {found['share']:.0%}" for kind, found in results.items() if found["n"])
         print(f"quick audit of the reward model: the SFT model's own answer wins against {shares}", flush=True)
+
     _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
 
 

@@ -12,7 +12,9 @@ MIN_LENGTH_SHARE = 0.3
 
 MAX_EMPTY = 0.5
 
-KL_FACTOR, KL_MARGIN, KL_WINDOW = 3.0, 1.0, 10
+KL_FACTOR = 3.0
+KL_MARGIN = 1.0
+KL_WINDOW = 10
 
 MIN_ENTROPY_SHARE = 0.2
 
@@ -53,7 +55,8 @@ class CollapseGuard:
         """
         if "eval/judge/mean" not in metrics or metrics["eval/score/mean"] <= baseline["eval/score/mean"]:
             return None
-        now, before = metrics["eval/judge/mean"], baseline["eval/judge/mean"]
+        now = metrics["eval/judge/mean"]
+        before = baseline["eval/judge/mean"]
         error = math.hypot(metrics["eval/judge/error"], baseline["eval/judge/error"])
         if now >= before - JUDGE_ERRORS * error:
             return None
@@ -67,13 +70,16 @@ class CollapseGuard:
             # Without a critic there is no value loss.
             if not math.isfinite(metrics.get(name, 0.0)):
                 return f"{name} is {metrics[name]}"
+
         if metrics["empty_frac"] > MAX_EMPTY:
             return f"{metrics['empty_frac']:.0%} of the answers are empty"
+
         for name, share in (("len/mean", MIN_LENGTH_SHARE), ("entropy", MIN_ENTROPY_SHARE)):
             if self.start and metrics[name] < share * self.start[name]:
                 return (
                     f"{name} fell to {metrics[name]:.2f}, under {share:.0%} of its {self.start[name]:.2f} at the start"
                 )
+
         if len(self.recent_kl) == KL_WINDOW:
             usual = median(self.recent_kl)
             if metrics["kl/mean"] > max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget):

@@ -38,7 +38,9 @@ class Roles:
         self, model: PeftModel, value_head: nn.Linear | None, score_heads: dict[str, nn.Linear], reference=None
     ):
         """`value_head` is None where advantages need no critic."""
-        self.peft_model, self.value_head, self.score_heads = model, value_head, score_heads
+        self.peft_model = model
+        self.value_head = value_head
+        self.score_heads = score_heads
         self.model = model.get_base_model()
         fuse_linears(self.model)
         self.separate_reference = reference
@@ -127,17 +129,22 @@ def load_roles(
     model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
     if merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
+
     score_heads = {}
+
     for role, folder in (("reward", reward_dir), ("judge", judge_dir)):
         if folder is not None:
             _, rest = add_lora(model, folder, role, trainable=False)
             score_heads[role] = score_head_of(rest, folder).to(device)
+
     if critic == "adapter":
         add_lora(model, Path(policy_dir) / VALUE_ADAPTER_DIR if policy_dir else reward_dir, "value", trainable=True)
+
     value_head = None if critic is None else _value_head(score_heads["reward"].in_features, policy_dir).to(device)
     reference = None
     if merged_sft_dir is not None:
         reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit).eval().requires_grad_(False)
+
     roles = Roles(model, value_head, score_heads, reference)
     disable_dropout(roles.model)
     return roles
@@ -207,7 +214,8 @@ def role_logprobs(
 
     Returns: [B, T] float32 each, 0 on padding.
     """
-    logprobs, values = torch.zeros_like(rollout.logprobs), torch.zeros_like(rollout.values)
+    logprobs = torch.zeros_like(rollout.logprobs)
+    values = torch.zeros_like(rollout.values)
     with roles.use(role) as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)

@@ -62,8 +62,12 @@ class Learner:
     """One update in progress: the open window's sums, and what the optimizer steps so far have seen."""
 
     def __init__(self, roles: Roles, optimizer, sampling: Sampling, args, accelerator: Accelerator, critic_only: bool):
-        self.roles, self.optimizer, self.sampling, self.args = roles, optimizer, sampling, args
-        self.accelerator, self.critic_only = accelerator, critic_only
+        self.roles = roles
+        self.optimizer = optimizer
+        self.sampling = sampling
+        self.args = args
+        self.accelerator = accelerator
+        self.critic_only = critic_only
         self.parameters = list((roles.critic() if critic_only else roles.trainable()).values())
         self.window = torch.zeros(len(SUMS), device=accelerator.device, dtype=torch.float64)
         self.norms: list[float] = []
@@ -72,7 +76,9 @@ class Learner:
 
     def epochs(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
         """All passes over the batch, or fewer where early stopping says so; returns the metrics of `update`."""
-        args, totals = self.args, torch.zeros_like(self.window)
+        args = self.args
+        totals = torch.zeros_like(self.window)
+
         for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
             start = totals
             for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
@@ -85,38 +91,47 @@ class Learner:
             if args.early_stopping and self.mean(totals - start, "policykl") > 1.5 * args.target_kl:
                 self.pending = 0
                 break
+
         if self.pending:
             self.step()
+
         totals = self.accelerator.reduce(totals, "sum")
         metrics = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
         metrics["ratio/max"] = self.accelerator.gather(torch.stack(self.largest).max()[None]).max().item()
         if self.roles.value_head is None:
             metrics = {name: value for name, value in metrics.items() if "value" not in name}
+
         norm = sum(self.norms) / max(1, len(self.norms))
         return metrics | {"grad_norm": norm, "skipped": self.skipped, "epochs": epoch + 1}
 
     def backward(self, part: Rollout) -> Tensor:
         """Add the gradient of one mini-batch's summed loss; returns its SUMS (float64)."""
-        args, critic = self.args, self.roles.value_head is not None
+        args = self.args
+        critic = self.roles.value_head is not None
         own_critic = critic and self.roles.value_adapter
         with torch.set_grad_enabled(not self.critic_only):
             logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
             loss, found = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
+
         found |= {"tokens": part.mask.sum(), "loss/policy": loss}
         if critic and not own_critic:
             found |= self.value_sums(hidden, part)
             loss = loss + args.vf_coef * found["loss/value"]
+
         if loss.requires_grad:
             loss.backward()
+
         if own_critic:
             # Backward while this adapter is the active one: recomputed layers would else run with the policy's.
             with self.roles.use("value") as model:
                 found |= self.value_sums(response_hidden(model, part), part)
                 (args.vf_coef * found["loss/value"]).backward()
+
         self.largest.append(found["ratio/max"])
         nothing = torch.zeros((), device=part.mask.device)
         sums = torch.stack([found.get(name, nothing).detach().double() for name in SUMS])
-        self.window, self.pending = self.window + sums, self.pending + 1
+        self.window = self.window + sums
+        self.pending = self.pending + 1
         return sums
 
     def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
@@ -134,22 +149,28 @@ class Learner:
         flat = self.accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
         if flat[-1] > 0:
             raise Interrupted(received() or signal.SIGTERM)
-        gradient, (tokens, ratio, *_) = flat[: -len(counts)] / flat[-len(counts)], flat[-len(counts) :]
+
+        gradient = flat[: -len(counts)] / flat[-len(counts)]
+        (tokens, ratio, *_) = flat[-len(counts) :]
         norm = gradient.norm().item()
         if not torch.isfinite(flat).all():
             raise FloatingPointError(
                 "a loss or gradient of the PPO update is not finite; nothing of this step was kept"
             )
+
         self.norms.append(norm)
         gradient = gradient * min(1.0, self.args.max_grad_norm / (norm + 1e-6))
         for p, part in zip(self.parameters, gradient.split([p.numel() for p in self.parameters]), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
+
         if (ratio / tokens).item() > MAX_MEAN_RATIO:
             self.skipped += 1
         else:
             self.optimizer.step()
+
         self.optimizer.zero_grad(set_to_none=True)
-        self.window, self.pending = torch.zeros_like(self.window), 0
+        self.window = torch.zeros_like(self.window)
+        self.pending = 0
 
     def signal(self) -> Tensor:
         """[1] float32: above 0 where this process got a signal."""

@@ -43,10 +43,12 @@ def check_deepspeed(file: str) -> None:
         raise FileNotFoundError(
             f"--deepspeed {file} does not exist: give a JSON file such as scripts/deepspeed/zero2.json"
         )
+
     try:
         config = json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--deepspeed {file} is not JSON: {error}") from error
+
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) > 2 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
@@ -101,8 +103,10 @@ def run_script(main, parse_args) -> None:
     looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
     if processes > 1 and not looks_only:
         sys.exit(_start_workers(processes))
+
     if hasattr(args, "resume_from_checkpoint"):
         listen()
+
     try:
         main(args)
     except Interrupted as stop:
@@ -147,7 +151,8 @@ def _say_how_to_go_on(stop: Interrupted) -> None:
 
 def _without_values(words: list[str]) -> list[str]:
     """A command line without the flags that say how to start, and their values."""
-    kept, words = [], iter(words)
+    kept = []
+    words = iter(words)
     for word in words:
         name, equals, _ = word.replace("-", "_").lstrip("_").partition("=")
         if name not in ("overwrite_output_dir", "resume_from_checkpoint"):

@@ -21,7 +21,9 @@ class Eta:
     """Time left, from the mean pace since the first step of this process."""
 
     def __init__(self, total: int, done: int = 0):
-        self.total, self.first, self.start = total, done, time.monotonic()
+        self.total = total
+        self.first = done
+        self.start = time.monotonic()
 
     def left(self, done: int) -> str:
         """Time left as h:mm:ss after `done` steps."""
@@ -41,7 +43,8 @@ class MetricsLog:
 
     def __init__(self, output_dir: str | Path, tracker: str | None = None, config: dict | None = None, done: int = 0):
         """Cut metrics.jsonl and samples.jsonl back to the first `done` steps (of a resumed run), then append."""
-        self.file, self.samples = Path(output_dir) / "metrics.jsonl", Path(output_dir) / "samples.jsonl"
+        self.file = Path(output_dir) / "metrics.jsonl"
+        self.samples = Path(output_dir) / "samples.jsonl"
         kept = {
             file: [row for row in read_lines(file) if row.get("step", 0) <= done] for file in (self.file, self.samples)
         }

@@ -25,7 +25,8 @@ class Interrupted(Exception):
 
     def __init__(self, signum: int, saved: str | None = None):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum, self.saved = signum, saved
+        self.signum = signum
+        self.saved = saved
 
 
 def listen() -> None:

@@ -98,12 +98,14 @@ class StageLog(TrainerCallback):
         # With float16 the gradient scaler leaves such a step out and goes on with a smaller scale.
         if args.fp16 or gradients_are_finite(model, getattr(self.trainer, "deepspeed", None)):
             return
+
         words = f"the gradient of step {state.global_step + 1} is not finite"
         if self.flags.on_non_finite == "stop":
             raise FloatingPointError(
                 f"{words}; training stops before it is applied: lower --learning_rate, look for broken rows with "
                 "--inspect_data True, or leave such steps out with --on_non_finite skip"
             )
+
         self.left_out += 1
         say(f"{words}: left out, {self.left_out} so far")
         for parameter in model.parameters():
