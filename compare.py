@@ -100,6 +100,7 @@ class ScriptArguments:
 def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None]:
     """Column name -> adapter directory, None for the bare base. Raises: ValueError for a bad or repeated name."""
     versions: dict[str, str | None] = {answers.BASE: None} if include_base else {}
+
     for spec in specs:
         name, equals, folder = spec.partition("=")
         if not equals or not folder or not re.fullmatch(r"[\w.()-]+", name):
@@ -109,6 +110,7 @@ def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None
                 f"--adapters names {name} twice ({answers.BASE} is the bare base): give each column its own name"
             )
         versions[name] = folder
+
     if not versions:
         raise ValueError("nothing to compare: give --adapters NAME=DIR, or leave --include_base at True")
     return versions
@@ -171,6 +173,7 @@ def _lines(path: Path) -> list[str]:
 def _rows(path: Path, template: str) -> list[str]:
     """Prompts of a .json or .jsonl file: plain texts, or rows in any format that the stages read."""
     prompts = []
+
     for where, row in files.read_file(path):
         if isinstance(row, str):
             row = {"prompt": row}
@@ -240,6 +243,7 @@ def talk(versions: answers.Versions, args: ScriptArguments, template: str, room:
     turn = 0
     print(f"versions: {', '.join(names)}. {HELP}", flush=True)
     speakers = names
+
     while (line := ask(speakers)) is not None:
         if line.startswith("/"):
             speakers = chosen_speakers(line, names, speakers)

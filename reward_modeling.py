@@ -118,10 +118,12 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     model = loading.load_base(model_dir, loading.pick_dtype(args.bf16), head="score", four_bit=args.load_in_4bit)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear layer called score: this architecture cannot be used")
+
     model.score.float()
     pairs.score_by_mask(model)
     if not args.share_prompt:
         forward.enable_packing(forward.backbone_of(model))
+
     config = LoraConfig(
         # peft puts the score head among `modules_to_save` for this task type.
         task_type="SEQ_CLS",

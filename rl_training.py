@@ -1,7 +1,7 @@
-"""Stage 3: PPO on the SFT adapter, scored by the reward adapter, priced by its distance from the frozen SFT policy.
+"""Stage 3: PPO on the SFT adapter, scored by the reward adapter, with a KL penalty to the frozen SFT policy.
 
 In:  a base model, an SFT adapter, a reward adapter, prompts.
-Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl, samples.jsonl; step_<n>/ likewise.
+Out: <output_dir>: the policy's adapter and value head, run.json, metrics.jsonl, samples.jsonl; the same in step_<n>/.
 
     maximise  E[score(query, response)] - kl_coef * KL(policy || SFT),  by the clipped surrogate of PPO (rlhf/ppo.py)
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from transformers import Adafactor
 
 from rlhf import ppo
 from rlhf.arguments import CommonArguments, DataArguments
@@ -114,10 +113,10 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
     # 4. Update
     loop.set_learning_rate(step)
+    order = loop.generator(step, "update")
     critic_only = step < args.critic_warmup_steps
-    generator = loop.generator(step, "update")
     moved = update.update(
-        loop.roles, loop.optimizer, rollout, loop.sampling, args, loop.accelerator, generator, critic_only=critic_only
+        loop.roles, loop.optimizer, rollout, loop.sampling, args, loop.accelerator, order, critic_only
     )
     times.append(clock())
 
@@ -125,8 +124,8 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
     samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     record = {"step": step + 1, **metrics.describe(loop.accelerator, rollout, samples), **moved}
-    record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out}
-    record |= {"lr": loop.optimizer.param_groups[0]["lr"]}
+    lr = loop.optimizer.param_groups[0]["lr"]
+    record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out, "lr": lr}
     record |= metrics.timings(loop.accelerator, rollout, times)
     record |= metrics.utilisation(
         loop.accelerator,
@@ -202,19 +201,11 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
     return loaded
 
 
-def make_optimizer(args: ScriptArguments, roles: roles.Roles) -> torch.optim.Optimizer:
-    """Adam (or Adafactor) over policy adapter and critic."""
-    trained = list(roles.trainable().values())
-    if args.adafactor:
-        return Adafactor(trained, lr=args.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
-    return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=trained[0].device.type == "cuda")
-
-
 def make_loop(
     args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None
 ) -> PPOLoop:
     """Everything the steps share: roles, what trains them, how they sample, what is watched."""
-    roles = make_roles(args, accelerator.device, start)
+    loaded = make_roles(args, accelerator.device, start)
     kl_controller = ppo.FixedKLController(args.init_kl_coef)
     if args.adap_kl_ctrl:
         kl_controller = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
@@ -230,11 +221,11 @@ def make_loop(
         args=args,
         accelerator=accelerator,
         tokenizer=tokenizer,
-        roles=roles,
+        roles=loaded,
         prompts=prompts[0],
         eval_prompts=prompts[1],
         sampling=sampling,
-        optimizer=make_optimizer(args, roles),
+        optimizer=update.make_optimizer(args, loaded),
         kl_controller=kl_controller,
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target),
     )
@@ -316,12 +307,6 @@ def save_what_is_due(loop: PPOLoop, step: int, run: dict, record: dict) -> None:
         state.save_checkpoint(loop, f"step_{step + 1}", run, record)
 
 
-def closing_words(loop: PPOLoop) -> str:
-    """Where the result is, and which evaluation was the best."""
-    words = f"policy adapter saved in {loop.args.output_dir}, chart in {loop.args.output_dir}/chart.png"
-    return f"{words}\n{evaluation.best_in_words(loop)}" if loop.best else words
-
-
 def main(args: ScriptArguments) -> None:
     """Check, load, train, save."""
     # 1. Questions that need no model.
@@ -330,8 +315,7 @@ def main(args: ScriptArguments) -> None:
         return
     launch.require_optional(args)
     if not args.inspect_data and resume.finished_run(args, "ppo"):
-        print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
-        return
+        return print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
 
     # 2. Base, tokenizer and adapters have to belong together.
     args.base_model_name = loading.resolve_model(args.base_model_name, "--base_model_name")
@@ -346,8 +330,8 @@ def main(args: ScriptArguments) -> None:
     if writes:
         output_dir.claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     accelerator.wait_for_everyone()
-    bad_rows_file = Path(args.output_dir) / "bad_rows.jsonl" if writes else None
-    prompts, eval_prompts, funnel = load_prompts(args, tokenizer, bad_rows_file)
+    bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
+    prompts, eval_prompts, funnel = load_prompts(args, tokenizer, bad_rows if writes else None)
     if args.inspect_data:
         encoding.inspect_rows(tokenizer, prompts, funnel)
         return
@@ -368,7 +352,9 @@ def main(args: ScriptArguments) -> None:
     summary = train(loop, done, run)
     if accelerator.is_main_process:
         state.save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary, "best": loop.best})
-        print(closing_words(loop), flush=True)
+        print(f"policy adapter saved in {args.output_dir}, chart in {args.output_dir}/chart.png", flush=True)
+        if loop.best:
+            print(evaluation.best_in_words(loop), flush=True)
     accelerator.end_training()
 
 

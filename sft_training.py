@@ -88,8 +88,10 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
         encoding.inspect_rows(tokenizer, rows, funnel)
     else:
         launch.say(funnel.table())
+
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no row to train on: {funnel.summary()}")
+
     about = {"fingerprint": reading.data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
     return rows, eval_rows, [row["prompt"] for row in eval_texts[:SAMPLES]], about | {"funnel": funnel.as_dict()}
 
@@ -138,13 +140,7 @@ def token_mean(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def build_trainer(
-    args: ScriptArguments,
-    model: PeftModel,
-    about: dict,
-    rows: list[dict],
-    eval_rows: list[dict],
-    order: batches.LengthGroupedSampler,
-    fresh: bool,
+    args: ScriptArguments, model: PeftModel, about: dict, rows: list[dict], eval_rows: list[dict], order, fresh: bool
 ) -> SupervisedTrainer:
     """SFTTrainer on rows that are encoded already.
 
@@ -157,14 +153,10 @@ def build_trainer(
     disable_progress_bars()
     # The loss before training is measured within training: an evaluation ahead of it would silently leave the model
     # out of DDP.
+    starts_with_evaluation = bool(eval_rows) and fresh
+    settings = {"completion_only_loss": True, "max_length": None, "packing": False}
     config = stage_trainer.training_arguments(
-        args,
-        SFTConfig,
-        bool(eval_rows),
-        completion_only_loss=True,
-        max_length=None,
-        packing=False,
-        eval_on_start=bool(eval_rows) and fresh,
+        args, SFTConfig, bool(eval_rows), eval_on_start=starts_with_evaluation, **settings
     )
 
     train_rows = list(rows)
@@ -184,31 +176,6 @@ def build_trainer(
     return trainer
 
 
-@torch.no_grad()
-def sample_answers(args: ScriptArguments, model: PeftModel, tokenizer, prompts: list[str]) -> list[str]:
-    """Greedy answers; an empty one is allowed, because samples also show whether the model stops by itself."""
-    model.eval()
-    device = next(model.parameters()).device
-    queries = [encoding.encode(tokenizer, template.render(args.prompt_template, prompt)) for prompt in prompts]
-    batch = {name: t.to(device) for name, t in batches.collate_prompts(queries, tokenizer.pad_token_id).items()}
-
-    eos = tokenizer.eos_token_id
-    sampling = generation.Sampling(eos, tokenizer.pad_token_id, args.sample_max_new_tokens, suppress_empty=False)
-    rollout = generation.generate(
-        model.get_base_model(),
-        lambda hidden: torch.zeros(len(hidden), device=hidden.device),
-        batch["input_ids"],
-        batch["attention_mask"],
-        sampling,
-    )
-
-    answers = []
-    for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True):
-        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
-        answers.append(text if eos in ids[mask] else f"{text} ...")
-    return answers
-
-
 def show_samples(args: ScriptArguments, trainer, prompts: list[str], log: MetricsLog | None) -> None:
     """Print a few answers and keep them in samples.jsonl; " ..." ends one that did not stop by itself."""
     if log is None or not prompts or not args.sample_max_new_tokens:
@@ -218,7 +185,11 @@ def show_samples(args: ScriptArguments, trainer, prompts: list[str], log: Metric
         return
 
     step = trainer.state.global_step
-    answers = sample_answers(args, trainer.model, trainer.processing_class, prompts)
+    tokenizer = trainer.processing_class
+    queries = [encoding.encode(tokenizer, template.render(args.prompt_template, prompt)) for prompt in prompts]
+    trainer.model.eval()
+    base = trainer.model.get_base_model()
+    answers = generation.greedy_answers(base, tokenizer, queries, args.sample_max_new_tokens)
     records = []
     for prompt, answer in zip(prompts, answers, strict=True):
         print(f"  step {step} | {prompt!r} -> {answer!r}", flush=True)

@@ -1,7 +1,7 @@
 """The arithmetic of PPO: pure functions of tensors, torch and nothing else.
 
 Shapes: B responses, T padded response, V vocabulary. `mask` is True on real response tokens (the first EOS included);
-what stands on padding, NaN included, changes nothing.
+values on padding, NaN included, change nothing.
 """
 
 import torch
@@ -58,7 +58,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True, moments: tuple[Tens
 def token_rewards(
     scores: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float
 ) -> tuple[Tensor, Tensor]:
-    """Reward of each token: the price of leaving the reference, plus the score on the last real token.
+    """Reward of each token: the KL penalty, plus the score on the last real token.
 
         rewards = -kl_coef * (old_logprobs - ref_logprobs);  rewards[last real token] += score
 
@@ -230,7 +230,7 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
         rloo: score - mean of the other scores of its group;  grpo: (score - group mean) / (group std + 1e-4)
 
     Args:
-        scores: [B] float32, the `group_size` answers to a prompt side by side. kind: "rloo" or "grpo".
+        scores: [B] float32, the `group_size` answers to a prompt next to each other. kind: "rloo" or "grpo".
     Returns: [B] float32.
     Raises: ValueError where B is no multiple of group_size, group_size < 2, or the kind is unknown.
     Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300, section 4.1.
@@ -247,7 +247,7 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
 
 
 class FixedKLController:
-    """A constant price of one nat."""
+    """A constant KL penalty per nat."""
 
     def __init__(self, kl_coef: float):
         self.value = kl_coef
@@ -257,7 +257,7 @@ class FixedKLController:
 
 
 class AdaptiveKLController:
-    """A price of one nat that rises while the KL is over its target and falls while it is under.
+    """A KL penalty per nat that rises while the KL is over its target and falls while it is under.
 
         error = clip(kl / target - 1, -0.2, 0.2);  value *= 1 + error * n_steps / horizon
 

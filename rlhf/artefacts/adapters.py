@@ -47,7 +47,7 @@ def save_adapter(
 
 
 def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
-    """Config and weights of an adapter; a .bin of old is read with weights_only=True, so no pickle code runs."""
+    """Config and weights of an adapter; an old .bin is read with weights_only=True, so no pickle code runs."""
     folder = Path(adapter_dir)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")

@@ -72,10 +72,10 @@ def size_of_another(folder: Path) -> int:
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:
     """List the files of a finished checkpoint with size and sha256, all on disk by then."""
-    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
-    for path in found:
+    written = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    for path in written:
         _sync(path)
-    files = {str(path.relative_to(folder)): _entry(path) for path in found}
+    files = {str(path.relative_to(folder)): _entry(path) for path in written}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     write_json(folder / MANIFEST, {**(about or {}), "versions": versions, "files": files})
     _sync(folder / MANIFEST)
@@ -114,7 +114,7 @@ def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict:
-    """What MANIFEST.json says: files, step, processes, versions."""
+    """Contents of MANIFEST.json: files, step, processes, versions."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 

@@ -60,7 +60,7 @@ def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = 
 
 
 def is_full(error: Exception, folder: Path) -> bool:
-    """Whether a failed write is to be put down to a full disk, whichever library says so and how."""
+    """Return True if a failed write is to be put down to a full disk, whichever library says so and how."""
     known = isinstance(error, DiskFull) or getattr(error, "errno", None) in NO_ROOM
     return known or "No space left" in str(error) or shutil.disk_usage(folder).free < NEARLY_NONE
 
@@ -72,7 +72,7 @@ def size_of(folder: Path) -> int:
 
 # ---- reading ----
 def load_tensors(file: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or of a .bin of old with weights_only=True, so that no pickle code runs.
+    """The tensors of a .safetensors file, or of an old .bin with weights_only=True, so that no pickle code runs.
 
     Raises: ValueError in one sentence where the file is damaged or holds anything but tensors.
     """
@@ -98,9 +98,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def read_object(file: Path) -> dict:
     """A JSON file that holds an object. Raises: ValueError in one sentence where it does not."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
             raise ValueError("it holds no object")
     except ValueError as error:
         raise ValueError(f"{file} is not readable JSON ({error}): it is damaged, or was never finished") from error
-    return found
+    return content

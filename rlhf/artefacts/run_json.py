@@ -24,7 +24,7 @@ SHAPE_FIELDS = (
 
 
 def base_fingerprint(model_dir: str) -> dict:
-    """What identifies a base model: its shape, and a hash over stored bytes of tensors spread over it."""
+    """Identity of a base model: its shape, and a hash over stored bytes of tensors spread over it."""
     config = AutoConfig.from_pretrained(model_dir).to_dict()
     shape = {name: config[name] for name in SHAPE_FIELDS if name in config}
     return {**shape, "weights": _weights_hash(Path(model_dir))}
@@ -95,6 +95,7 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
         },
         "git_commit": _git_commit(),
     }
+
     write_json(Path(output_dir) / "run.json", run)
     return run
 
@@ -108,10 +109,10 @@ def adapter_hash(adapter_dir) -> str | None:
 def _git_commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except OSError:
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 # ---- reading ----

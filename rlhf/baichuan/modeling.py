@@ -46,7 +46,7 @@ class BaichuanAttention(LlamaAttention):
 
 
 class BaichuanPreTrainedModel(LlamaPreTrainedModel):
-    """What the Baichuan classes share: their config, and old checkpoints' rotary table, which is computed instead."""
+    """Common part of the Baichuan classes: their config; the rotary table of old checkpoints is computed."""
 
     config: BaichuanConfig
     _keys_to_ignore_on_load_unexpected: ClassVar[list] = [r"rotary_emb\.inv_freq"]
@@ -92,7 +92,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As transformers' own; a `NormHead` comes back normalised and frozen."""
+        """Tie weights as transformers does; a `NormHead` comes back normalised and frozen."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.norm_head:

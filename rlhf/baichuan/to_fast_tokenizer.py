@@ -42,7 +42,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
     symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
     charsmap = proto.normalizer_spec.precompiled_charsmap
     rules = [normalizers.Precompiled(charsmap)] if charsmap else []
-    altered = {symbol for symbol in symbols for rule in rules if rule.normalize_str(symbol) != symbol}
+    altered = {symbol for symbol in symbols if any(rule.normalize_str(symbol) != symbol for rule in rules)}
     masked = [symbol for symbol in symbols if len(symbol) > 1 or symbol in altered]
     stand_in = dict(zip(masked, _unused_characters(proto), strict=False))
 
@@ -77,7 +77,7 @@ def _check_flags(proto) -> None:
 
 def _unused_characters(proto) -> list[str]:
     """Private-use characters that no piece contains (the 64k vocabulary of Baichuan has some of its own)."""
-    used = {character for piece in proto.pieces for character in piece.piece}
+    used = set().union(*(piece.piece for piece in proto.pieces))
     return [chr(code) for code in PRIVATE_USE if chr(code) not in used]
 
 
@@ -86,11 +86,11 @@ def _merges(proto) -> list[tuple[str, str]]:
     if proto.trainer_spec.model_type == proto.trainer_spec.CHAR:
         return []
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == type(piece).NORMAL}
-    found = []
+    merges = []
     for whole in sorted(normal, key=normal.get, reverse=True):
         halves = [(whole[:cut], whole[cut:]) for cut in range(1, len(whole))]
-        found += [(left, right) for left, right in halves if left in normal and right in normal]
-    return found
+        merges += [(left, right) for left, right in halves if left in normal and right in normal]
+    return merges
 
 
 def _normalizer(spec, rules: list, stand_in: dict[str, str], altered: set[str]):

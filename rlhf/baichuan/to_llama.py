@@ -12,15 +12,15 @@ SPLIT = ("q_proj", "k_proj", "v_proj")
 # ---- weights ----
 def llama_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Baichuan's state dict under Llama's names: every W_pack [3 * hidden, hidden] is cut by rows into q, k and v."""
-    found = {}
+    converted = {}
     for name, tensor in weights.items():
         if PACKED in name:
             # Copies: the three would otherwise share storage, which safetensors refuses.
             parts = [part.clone() for part in tensor.chunk(3)]
-            found |= {name.replace(PACKED, to): part for to, part in zip(SPLIT, parts, strict=True)}
+            converted |= {name.replace(PACKED, to): part for to, part in zip(SPLIT, parts, strict=True)}
         else:
-            found[name] = tensor
-    return found
+            converted[name] = tensor
+    return converted
 
 
 def to_llama(model):
@@ -49,26 +49,32 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
     if not isinstance(config.target_modules, set | list) or not any(PACKED in name for name in weights):
         raise ValueError(f"this adapter is not on {PACKED} by name: its target_modules are {config.target_modules}")
 
-    found = {}
+    split = {}
 
     for name, tensor in weights.items():
         if PACKED not in name:
-            found[name] = tensor
+            split[name] = tensor
         elif name.endswith("lora_A.weight"):
-            found |= {name.replace(PACKED, to): tensor.clone() for to in SPLIT}
+            split |= {name.replace(PACKED, to): tensor.clone() for to in SPLIT}
         elif name.endswith("lora_B.weight"):
             parts = tensor.chunk(3)
-            found |= {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
+            split |= {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
         else:
             raise ValueError(f"{name} cannot be cut in three: only plain LoRA adapters (A and B) convert")
 
     settings = config.to_dict()
     settings["target_modules"] = sorted(_renamed(config.target_modules))
     for pattern in ("rank_pattern", "alpha_pattern"):
-        settings[pattern] = {new: value for old, value in settings[pattern].items() for new in _renamed([old])}
-    return LoraConfig(**settings), found
+        renamed = {}
+        for old, value in settings[pattern].items():
+            renamed |= dict.fromkeys(_renamed([old]), value)
+        settings[pattern] = renamed
+    return LoraConfig(**settings), split
 
 
 def _renamed(names) -> list[str]:
     """Module names with each W_pack replaced by q, k and v."""
-    return [name.replace(PACKED, to) for name in names for to in (SPLIT if PACKED in name else (PACKED,))]
+    renamed = []
+    for name in names:
+        renamed += [name.replace(PACKED, to) for to in SPLIT] if PACKED in name else [name]
+    return renamed

@@ -28,7 +28,7 @@ REWARD_MODEL = "reward model"
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are written; the defaults of compare.py's flags of the same names."""
+    """Settings of sampling; the defaults of compare.py's flags of the same names."""
 
     max_new_tokens: int = 256
     do_sample: bool = True

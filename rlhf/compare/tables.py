@@ -4,6 +4,7 @@ import csv
 import html
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
@@ -70,7 +71,7 @@ small {{ display: block; color: #666; }}
 
 
 def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
-    """The same as one page without scripts or links; every text is escaped."""
+    """Write the table as one page without scripts or links; every text is escaped."""
 
     def row(tag: str, cells: list[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
@@ -91,14 +92,17 @@ def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tupl
 
 
 def write_csv(path: Path, prompts: list[str], columns: Columns) -> None:
-    """The same for programs: texts unchanged, then tokens, ended and (with a reward model) score of each version."""
-    extras = ["tokens", "ended"] + ["score"] * (next(iter(columns.values()))[0].score is not None)
+    """Write the table for programs: texts unchanged, then tokens, ended and (if known) score of each version."""
+    extras = ["tokens", "ended"]
+    if next(iter(columns.values()))[0].score is not None:
+        extras.append("score")
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
-        writer.writerow(["prompt", *columns, *(f"{name}/{extra}" for extra in extras for name in columns)])
+        titles = [f"{name}/{extra}" for extra, name in product(extras, columns)]
+        writer.writerow(["prompt", *columns, *titles])
         for number, prompt in enumerate(prompts):
             cells = [cells[number] for cells in columns.values()]
-            numbers = [getattr(cell, extra) for extra in extras for cell in cells]
+            numbers = [getattr(cell, extra) for extra, cell in product(extras, cells)]
             writer.writerow([prompt, *(cell.text for cell in cells), *numbers])
 
 

@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class FlopCounts:
-    """What a model's operations are counted by.
+    """Parameters that a model's operations are counted by.
 
     body: parameters of the layers' matrices; head: of the output layer; trained: of adapters; attention: width of all
     attention heads of all layers together (layers x heads x head size).

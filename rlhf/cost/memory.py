@@ -86,7 +86,7 @@ def cache_bytes(shape: ModelShape, precision: Precision, rows: int, tokens: int)
 
 # ---- what comes and goes ----
 def layer_bytes(shape: ModelShape, precision: Precision) -> int:
-    """What one layer keeps of a token for backward, weights frozen and LoRA on the attention's input.
+    """Bytes that one layer keeps of a token for backward, weights frozen and LoRA on the attention's input.
 
         8 * hidden                              both norms see their input in float32
       + 4 * hidden                              the adapter's input in float32 (in float32 it is the norm's output)
@@ -100,7 +100,7 @@ def layer_bytes(shape: ModelShape, precision: Precision) -> int:
 
 
 def activation_bytes(shape: ModelShape, precision: Precision, tokens: int, checkpointing: bool) -> int:
-    """What the layers keep of `tokens` (padding included) until backward.
+    """Bytes that the layers keep of `tokens` (padding included) until backward.
 
     checkpointing: size * hidden for each layer's input, and one layer in full;  else every layer in full
     """
@@ -190,6 +190,8 @@ def ppo_needs(
         "key-value cache": cache_bytes(shape, precision, sizes.rows_sampled, length),
         "runtime": RUNTIME_BYTES,
     }
+
+    # What a phase needs on top of the roles, at its largest batch.
     scored = min(sizes.forward_batch, sizes.batch)
     update = activation_bytes(shape, precision, sizes.mini_batch * length, sizes.checkpointing)
     phases = {

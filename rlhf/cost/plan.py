@@ -50,12 +50,12 @@ def shape_of(model: nn.Module) -> ModelShape:
 def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str] | None) -> int:
     """Parameters of an adapter; `targets` as on the command line ('a|b', None: the usual ones) or in its config."""
     names = lora_targets(model, targets if targets is None or isinstance(targets, str) else "|".join(targets))
-    found = [
+    shapes = [
         (module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
     ]
-    return lora_parameters(found, rank)
+    return lora_parameters(shapes, rank)
 
 
 def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
@@ -72,7 +72,7 @@ def processes(args) -> int:
 
 
 def precision_of(args) -> Precision:
-    """As on a GPU, whatever this machine has."""
+    """Precision as on a GPU, whatever this machine has."""
     return Precision(2 if args.bf16 else 4, args.load_in_4bit)
 
 
@@ -155,10 +155,10 @@ def trainer_steps(args, unit: str, sides: int) -> list[str]:
         return [*lines, f"steps: {args.num_train_epochs:g} x {unit} / {batch}; {args.dataset_name} is not at hand"]
 
     kind = "preference" if sides == 2 else "sft"
-    found = len(load_rows(args.dataset_name, kind, args.train_split, args=args)[0])
-    found = min(found, args.train_subset) if args.train_subset > 0 else found
-    steps = -(-found // batch) * args.num_train_epochs
-    return [*lines, f"steps: about {steps:.0f} for {found:,} {unit}, before any is dropped or held out"]
+    rows = len(load_rows(args.dataset_name, kind, args.train_split, args=args)[0])
+    rows = min(rows, args.train_subset) if args.train_subset > 0 else rows
+    steps = -(-rows // batch) * args.num_train_epochs
+    return [*lines, f"steps: about {steps:.0f} for {rows:,} {unit}, before any is dropped or held out"]
 
 
 def plan_ppo(args, script: str) -> str:

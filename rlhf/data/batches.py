@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch.utils.data import Sampler
@@ -80,9 +81,10 @@ class LengthGroupedSampler(Sampler[int]):
         shuffler.shuffle(groups)
         # The longest group comes first: if memory is short, that shows in the first step and not after an hour.
         longest = max(range(len(groups)), key=lambda number: self._longest(groups[number]), default=0)
-        groups[:1], groups[longest : longest + 1] = groups[longest : longest + 1], groups[:1]
+        if groups:
+            groups[0], groups[longest] = groups[longest], groups[0]
         blank = [len(self.lengths)] * self.blanks
-        return iter([row for group in groups + rest for row in group] + blank)
+        return chain(*groups, *rest, blank)
 
     def _longest(self, group: list[int]) -> int:
         return max(self.lengths[row] for row in group)

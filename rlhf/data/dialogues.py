@@ -65,9 +65,9 @@ def _hh_turns(text: str, default_role: str) -> list[Turn]:
     if not HH_TAG.match(text):
         return [(default_role, text)]
     pieces = HH_TAG.split(text)[1:]
-    found = [(ROLES[tag], stripped(said)) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    dialogue = [(ROLES[tag], stripped(said)) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
     # A prompt ends with an open "Assistant:", which the template's own end replaces.
-    return found[:-1] if len(found) > 1 and found[-1] == ("assistant", "") else found
+    return dialogue[:-1] if len(dialogue) > 1 and dialogue[-1] == ("assistant", "") else dialogue
 
 
 # ---- values ----

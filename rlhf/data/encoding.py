@@ -113,7 +113,7 @@ def prompt_rows(tokenizer, rows: Iterable[dict], template: str, max_length: int,
 
 
 def _fits(pairs: list[tuple[list[int], list[int]] | None], max_length: int, where: str, funnel: Funnel) -> bool:
-    """Whether one or two encoded answers to one query can be trained on; where not, the row is counted."""
+    """Return True if one or two encoded answers to one query can be trained on; where not, the row is counted."""
     reason = None
     if None in pairs:
         reason = "query is no prefix of its row"
@@ -150,5 +150,5 @@ def _sequences(row: dict) -> list[tuple[str, list[int], list[int]]]:
         return [("query and answer", row["input_ids"], row["completion_mask"])]
     query = row["query_ids"]
     answers = {name: row[f"{name}_ids"] for name in ("chosen", "rejected") if f"{name}_ids" in row}
-    found = [(name, query + ids, [0] * len(query) + [1] * len(ids)) for name, ids in answers.items()]
-    return found or [("query", query, [0] * len(query))]
+    sequences = [(name, query + ids, [0] * len(query) + [1] * len(ids)) for name, ids in answers.items()]
+    return sequences or [("query", query, [0] * len(query))]

@@ -25,17 +25,17 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 Located = tuple[str, object]
 
 
-def _row_or_bad(read: Callable[[], object]) -> object:
+def row_or_bad(read: Callable[[], object]) -> object:
     """A row of a table, or a BadRow where Python cannot hold it: text that is no UTF-8, dates beyond the calendar."""
     try:
         return read()
     except UnicodeDecodeError as error:
         return BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
     except (ValueError, OverflowError) as error:
-        return BadRow(f"the row cannot be read ({_short(error)})")
+        return BadRow(f"the row cannot be read ({first_sentence(error)})")
 
 
-def _short(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return printable(first[:200].rstrip("."))
@@ -82,7 +82,7 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
 
 
 def _begins_with_a_whole_line(text: str) -> bool:
-    """Whether the first of several lines is an array closed on it: one bad row of many, not the array of all rows."""
+    """Return True if the first of several lines holds a whole array: a bad row, not the array of all rows."""
     first, _, rest = text.strip().partition("\n")
     return first.rstrip().endswith("]") and bool(rest)
 
@@ -197,7 +197,7 @@ def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
             raise ValueError(f"{label}: column name {twice!r:.40} stands twice: rename one of them")
         for index in range(batch.num_rows):
             number += 1
-            yield f"{label}:{number}", _row_or_bad(partial(_first_row, batch.slice(index, 1)))
+            yield f"{label}:{number}", row_or_bad(partial(_first_row, batch.slice(index, 1)))
 
 
 def _first_row(batch) -> dict:
@@ -211,16 +211,16 @@ def _parquet_batches(path: Path, label: str) -> Iterator:
     try:
         yield from pyarrow.parquet.ParquetFile(path).iter_batches(1000)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{label} is no readable Parquet file ({_short(error)}): download it again") from None
+        raise ValueError(f"{label} is no readable Parquet file ({first_sentence(error)}): download it again") from None
 
 
 def not_utf8(text: str) -> str | None:
     """Why text decoded with surrogateescape was no UTF-8, with a hint where it would be GB18030; None if it was."""
-    found = NOT_UTF8.search(text)
-    if not found:
+    match = NOT_UTF8.search(text)
+    if not match:
         return None
 
-    reason = f"byte 0x{ord(found[0]) - 0xDC00:02x} is not UTF-8"
+    reason = f"byte 0x{ord(match[0]) - 0xDC00:02x} is not UTF-8"
     # A short row of Chinese UTF-8 with one wrong byte often decodes as GB18030 by chance: most of it is whole then.
     whole = sum("\u0800" <= character < "\ud800" for character in text)
 

@@ -155,12 +155,14 @@ def _context(row: dict, fmt: Format) -> list[Turn]:
 def _history(pairs) -> list[Turn]:
     if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise BadRow("field 'history' must be a list of [question, answer] pairs")
-    roles = ("user", "assistant")
-    return [(role, text_of(said, "history")) for pair in pairs for role, said in zip(roles, pair, strict=True)]
+    history = []
+    for question, answer in pairs:
+        history += [("user", text_of(question, "history")), ("assistant", text_of(answer, "history"))]
+    return history
 
 
 def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
-    found = {}
+    texts = {}
 
     for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
         side = turns(_value(row, field), field, "assistant")
@@ -168,16 +170,16 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
             raise Unusable(f"empty {name}")
         # A side that is a whole dialogue brings its own context; a bare answer continues the prompt's.
         before = side[:-1] if side[0][0] != "assistant" else context + side[:-1]
-        found[name] = side[-1][1]
-        found[f"{name} prompt"] = fold(up_to_last_question(before), template)
+        texts[name] = side[-1][1]
+        texts[f"{name} prompt"] = fold(up_to_last_question(before), template)
 
-    if found["chosen prompt"] != found["rejected prompt"]:
+    if texts["chosen prompt"] != texts["rejected prompt"]:
         raise Unusable("chosen and rejected differ in their prompt")
 
-    if found["chosen"] == found["rejected"]:
+    if texts["chosen"] == texts["rejected"]:
         raise Unusable("chosen == rejected")
 
-    made = {"prompt": found["chosen prompt"], "chosen": found["chosen"], "rejected": found["rejected"]}
+    made = {"prompt": texts["chosen prompt"], "chosen": texts["chosen"], "rejected": texts["rejected"]}
     return made | ({"margin": _margin(row, fmt.margin)} if fmt.margin else {})
 
 
@@ -192,12 +194,12 @@ def _margin(row: dict, field: str) -> float:
 def _answers(value, field: str) -> list[str]:
     """Answers of a text, of a list of texts (HC3: one example each), or of a list of messages."""
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        found = [text_of(item, field) for item in value]
+        answers = [text_of(item, field) for item in value]
     else:
-        found = [said for role, said in turns(value, field, "assistant") if role == "assistant"]
-    if not any(found):
+        answers = [said for role, said in turns(value, field, "assistant") if role == "assistant"]
+    if not any(answers):
         raise Unusable("empty answer")
-    return found
+    return answers
 
 
 def _answered(dialogue: list[Turn], template: str) -> list[dict]:

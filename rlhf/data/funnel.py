@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Funnel:
-    """What became of every row: read + expanded + made = kept + all dropped.
+    """Counts of what became of every row: read + expanded + made = kept + all dropped.
 
     Attributes:
         read: rows in the sources. expanded: examples beyond one a row (several answers, several turns).

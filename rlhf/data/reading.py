@@ -11,15 +11,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.arguments import DataArguments
 from rlhf.data.dialogues import BadRow, Unusable
 from rlhf.data.files import Located
 from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
 from rlhf.data.sources import splits_of
-from rlhf.data.template import first_question
+from rlhf.data.template import DEFAULT_TEMPLATE, first_question
 
 EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 
@@ -30,7 +30,7 @@ def load_rows(
     kind: str,
     split: str = "train",
     *,
-    args: DataArguments | None = None,
+    args=None,
     bad_rows_file: Path | str | None = None,
 ) -> tuple[list[dict], Funnel]:
     """Read one split of a source, check its rows, and bring them to one form.
@@ -38,19 +38,19 @@ def load_rows(
     Args:
         source: as `--dataset_name`.
         kind: "sft" -> {"prompt", "answer"}, "preference" -> {"prompt", "chosen", "rejected"}, "prompt" -> {"prompt"}.
-        args: columns, template, what to do at bad rows; None for the defaults.
+        args: data flags of a script, or `ReadingOptions`; None for the defaults.
         bad_rows_file: where `--bad_rows skip` writes malformed rows.
     Returns: rows, each with "where" ("file:line") and "opening" (a dialogue's first question), and the funnel.
     Raises: ValueError naming malformed rows, or where nothing is left; OSError where the source cannot be read.
     """
-    reader = _Reader(kind, args or DataArguments(), bad_rows_file)
+    reader = _Reader(kind, args or ReadingOptions(), bad_rows_file)
     rows = reader.rows(source, splits_of(source, reader.args.dataset_config_name), split)
     reader.finish()
     return rows, reader.funnel
 
 
 def load_splits(
-    args: DataArguments, kind: str, seed: int, bad_rows_file: Path | str | None = None
+    args, kind: str, seed: int, bad_rows_file: Path | str | None = None
 ) -> tuple[list[dict], list[dict], Funnel]:
     """Training and evaluation rows as the flags say; no prompt stands in both.
 
@@ -63,16 +63,19 @@ def load_splits(
     reader = _Reader(kind, args, bad_rows_file)
     splits = splits_of(args.dataset_name, args.dataset_config_name)
     rows = reader.rows(args.dataset_name, splits, args.train_split)
+
+    # Evaluation rows that exist take part in the same funnel.
     given = _evaluation_source(args, splits)
     evaluation = reader.rows(*given) if given else []
     reader.finish()
+
     if given:
         return without_overlap(rows, evaluation, reader.funnel), evaluation, reader.funnel
     train, evaluation = split_eval(rows, args.eval_size, seed) if args.eval_size else (rows, [])
     return train, evaluation, reader.funnel
 
 
-def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, str] | None:
+def _evaluation_source(args, splits: dict) -> tuple[str, dict, str] | None:
     """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
     if args.eval_dataset_name:
         splits = splits_of(args.eval_dataset_name, flag="--eval_dataset_name")
@@ -83,10 +86,23 @@ def _evaluation_source(args: DataArguments, splits: dict) -> tuple[str, dict, st
     return (args.dataset_name, splits, split) if split else None
 
 
+@dataclass(frozen=True)
+class ReadingOptions:
+    """Fields of the data flags that a reader looks at, with their defaults: any script's arguments will do instead."""
+
+    dataset_config_name: str | None = None
+    prompt_template: str = DEFAULT_TEMPLATE
+    bad_rows: str = "stop"
+
+    def named_columns(self) -> dict[str, str | None]:
+        """The columns the user named, as `find_format` takes them: none."""
+        return dict.fromkeys(("prompt", "answer", "chosen", "rejected", "margin"))
+
+
 class _Reader:
     """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
 
-    def __init__(self, kind: str, args: DataArguments, bad_rows_file: Path | str | None):
+    def __init__(self, kind: str, args, bad_rows_file: Path | str | None):
         self.kind = kind
         self.args = args
         self.bad_rows_file = bad_rows_file
@@ -99,7 +115,9 @@ class _Reader:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
         located = list(splits[split])
-        counts = Counter(name for _, row in located if isinstance(row, dict) for name in row)
+        counts: Counter = Counter()
+        for _, row in located:
+            counts.update(row.keys() if isinstance(row, dict) else ())
         # Columns that most rows have: one stray name must not decide how all the others are read.
         columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
 
@@ -110,7 +128,9 @@ class _Reader:
 
         self.funnel.formats += [str(fmt)] if fmt else []
         seen: set[tuple] = set()
-        kept = [example for where, row in located for example in self._examples(where, row, fmt, seen)]
+        kept = []
+        for where, row in located:
+            kept += self._examples(where, row, fmt, seen)
         if not kept:
             self.finish()
             raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
@@ -139,7 +159,7 @@ class _Reader:
         return good
 
     def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
-        """Whether an example is neither empty nor huge nor seen before; where not, it is counted."""
+        """Return True if an example is neither empty nor huge nor seen before; where not, it is counted."""
         texts = {name: value for name, value in example.items() if isinstance(value, str)}
         values = tuple(texts.values())
         reason = None
@@ -173,14 +193,14 @@ class _Reader:
 
 
 def _hint(located: list[Located]) -> str:
-    """What else may be wrong where no columns fit: a file's shape shows in its rows only."""
+    """Hint for a source whose columns fit no format: a file's shape shows in its rows only."""
     if located[0][0].rpartition(":")[0].lower().endswith(".csv"):
         return "; the first line of a .csv must hold the column names"
     return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    # To a name of its own first, so that nobody reads half of them.
+    # Under another name first: a reader never sees half of the rows.
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text("".join(_as_line(row) for row in rows), encoding="utf-8")

@@ -4,11 +4,12 @@ import os
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from rlhf.data.files import SUFFIXES, Located, _row_or_bad, _short, read_file
+from rlhf.data.files import SUFFIXES, Located, first_sentence, read_file, row_or_bad
 
 SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
 
@@ -49,7 +50,9 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
         saved = datasets.load_from_disk(str(path))
     # A damaged description may hold anything in any place.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no readable save_to_disk directory ({_short(error)}): save it again") from None
+        raise ValueError(
+            f"{path} is no readable save_to_disk directory ({first_sentence(error)}): save it again"
+        ) from None
     named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
 
@@ -59,7 +62,11 @@ def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
     # Path.rglob would pass over a directory that may not be read, without a word.
     walked = os.walk(path, onerror=_raise)
 
-    for file in sorted(Path(folder, name) for folder, _, names in walked for name in names):
+    every_file = []
+    for folder, _, names in walked:
+        every_file += [Path(folder, name) for name in names]
+
+    for file in sorted(every_file):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
         if file.suffix.lower() in SUFFIXES and not hidden:
@@ -69,7 +76,7 @@ def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
         raise ValueError(
             f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
         )
-    return {split: (row for file in found for row in read_file(file)) for split, found in files.items()}
+    return {split: chain.from_iterable(map(read_file, paths)) for split, paths in files.items()}
 
 
 def _raise(error: OSError) -> None:
@@ -89,16 +96,16 @@ def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[
         if name in SCRIPT_DATASETS:
             file = f"{config or 'all'}.jsonl"
             return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
-        found = datasets.load_dataset(name, config)
+        loaded = datasets.load_dataset(name, config)
     # RuntimeError is what datasets raises for any other loading script, its own error what files of no one form give.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConnectionError(
-            f"{flag} {name} is no local path and could not be loaded from the hub ({_short(error)}): download its "
-            f"data files where there is a network and pass {flag} the local file"
+            f"{flag} {name} is no local path and could not be loaded from the hub ({first_sentence(error)}): download "
+            f"its data files where there is a network and pass {flag} the local file"
         ) from None
-    return {split: _numbered(f"{name}[{split}]", rows) for split, rows in found.items()}
+    return {split: _numbered(f"{name}[{split}]", rows) for split, rows in loaded.items()}
 
 
 def _numbered(label: str, rows) -> Iterator[Located]:
     for index in range(len(rows)):
-        yield f"{label}:{index + 1}", _row_or_bad(partial(rows.__getitem__, index))
+        yield f"{label}:{index + 1}", row_or_bad(partial(rows.__getitem__, index))

@@ -28,7 +28,7 @@ def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, to
 
 
 def supports_static_cache(model: PreTrainedModel) -> bool:
-    """Whether one mask serves all layers, and the architecture keeps to fixed shapes."""
+    """Return True if one mask serves all layers, and the architecture keeps to fixed shapes."""
     attention = model.config._attn_implementation
     if not getattr(model, "_can_compile_fullgraph", False) or attention not in ("sdpa", BY_ROW):
         return False
@@ -125,21 +125,21 @@ class GrowingDecoder:
         if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
             return next_logits(self.model, self.query_ids, self.mask, self.cache)
 
-        found = []
+        outputs = []
         (total, end) = self.mask.shape
 
         for rows in parts:
             width = max(1, int(self.mask[rows].sum(1).max()))
             cache = DynamicCache(config=self.model.config)
-            found.append(next_logits(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
+            outputs.append(next_logits(self.model, self.query_ids[rows, -width:], self.mask[rows, -width:], cache))
             for layer, part in zip(self.cache.layers, cache.layers, strict=True):
                 layer.place(rows, total, end, part)
 
         order = torch.cat(parts).argsort()
-        return tuple(torch.cat(results)[order] for results in zip(*found, strict=True))
+        return tuple(torch.cat(results)[order] for results in zip(*outputs, strict=True))
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same after one more token [B] a row."""
+        """Logits and hidden states after one more token [B] per row."""
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], 1)
         return next_logits(self.model, tokens[:, None], self.mask, self.cache)
 
@@ -181,7 +181,7 @@ class StaticDecoder:
         return next_logits(self.model, self.query_ids, self.query_mask, self.cache)
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The same after one more token [B] a row; the next call overwrites what this one gave."""
+        """Logits and hidden states after one more token [B] per row; the next call overwrites them."""
         self.tokens.copy_(tokens[:, None])
         self.seen[:, self.column] = True
         self.positions += 1

@@ -1,11 +1,11 @@
-"""Rows of different length side by side in one sequence, so that no padding is computed.
+"""Packing: rows of different length in one sequence, so that no padding is computed.
 
     rows        a b c            ids [1, N]        a b c d e
                 d e              positions [1, N]  0 1 2 0 1
 
-All of a decoder but attention treats each token alone; attention is told where the rows end, and takes them one by
-one, or all at once where a GPU has a kernel for that. Whether a model does as it is told is tried, not assumed: one
-that does not gets its rows padded, as ever.
+Everything in a decoder but attention treats each token alone. Attention is told where the rows end, and computes them
+one by one, or all at once where a GPU has a kernel for that. `enable_packing` tries whether a model obeys; the rows of
+a model that does not are padded.
 Source: Krell et al. 2021, arXiv:2107.02027 (packing without contamination across sequences).
 """
 
@@ -66,7 +66,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 @lru_cache(maxsize=64)
 def accepts(forward_owner: type, name: str) -> bool:
-    """Whether `forward` of this module class takes an argument of that name (BLOOM has no position_ids, for one)."""
+    """Return True if `forward` of this module class takes an argument of that name (BLOOM has no position_ids)."""
     return name in inspect.signature(forward_owner.forward).parameters
 
 
@@ -97,7 +97,7 @@ def parts_by_length(lengths: Tensor) -> list[Tensor]:
 
 @dataclass
 class Packed:
-    """What a decoder is given for rows [B, L], and where their real tokens stand in what it gives back.
+    """Inputs of a decoder for rows [B, L], and the places of their real tokens in its output.
 
     inputs: its arguments. starts: [B], where each row begins in one sequence; None where rows pad on the right.
     """
@@ -145,7 +145,7 @@ def hidden_at(backbone: nn.Module, packed: Packed, row: Tensor, place: Tensor) -
 
 
 def enable_packing(backbone: PreTrainedModel) -> bool:
-    """Let `pack` put a decoder's rows side by side, if a trial shows that each is computed as if it were alone."""
+    """Turn on packing for a decoder, if a trial shows that each packed row is computed as if it were alone."""
     config = backbone.config
     text = backbone.config.get_text_config()
     # What a window does shows in rows longer than it only.
@@ -172,7 +172,7 @@ def enable_packing(backbone: PreTrainedModel) -> bool:
 
 
 def _keeps_rows_apart(backbone: PreTrainedModel, ids: Tensor, alone: Tensor) -> bool:
-    """Whether rows of 7 and 4 tokens of `ids` [2, 7] have, side by side, the hidden states [11, H] of each alone."""
+    """Return True if packed rows of 7 and 4 tokens of `ids` [2, 7] have the hidden states [11, H] of each alone."""
     mask = torch.ones_like(ids).bool()
     mask[1, 4:] = False
     try:
@@ -205,12 +205,12 @@ def mlp_only_at(backbone: nn.Module, pick):
     replaced = part.__dict__.get("forward")
 
     def chosen(x: Tensor):
-        found = usual(x[pick][None])
+        output = usual(x[pick][None])
         # Some mixtures of experts give back what their router found, too.
-        states, *rest = found if isinstance(found, tuple) else (found,)
+        states, *rest = output if isinstance(output, tuple) else (output,)
         y = states.new_zeros(x.shape)
         y[pick] = states[0]
-        return (y, *rest) if isinstance(found, tuple) else y
+        return (y, *rest) if isinstance(output, tuple) else y
 
     part.forward = chosen
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlhf.data.batches import collate_prompts
 from rlhf.models.decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.run.stopping import received
@@ -15,7 +16,7 @@ from rlhf.run.stopping import received
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the policy writes. What changes the distribution here is part of the policy and of the reference alike."""
+    """Sampling settings; whatever changes the distribution applies to the policy and to the reference."""
 
     eos_token_id: int
     pad_token_id: int
@@ -106,16 +107,16 @@ class Rollout:
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
-    values_of: Callable[[Tensor], Tensor],
+    values_of: Callable[[Tensor], Tensor] | None,
     query_ids: Tensor,
     query_mask: Tensor,
     sampling: Sampling,
     generator: torch.Generator | None = None,
 ) -> Rollout:
-    """Sample one response to each query; rows that have ended leave the batch, so nobody waits for the longest.
+    """Sample one response to each query; finished rows leave the batch.
 
     Args:
-        model: the policy, in eval mode. values_of: critic, hidden [B, H] -> [B].
+        model: the policy, in eval mode. values_of: critic, hidden [B, H] -> [B]; None records 0.
         query_ids: [B, Q] long, padded on the left. query_mask: [B, Q] bool.
         generator: random source on the model's device; None decodes greedily.
     Returns: a Rollout; a response keeps its first EOS, then pads; T is the longest response's length.
@@ -146,7 +147,9 @@ def generate(
     for t in range(total):
         logits = sampling.process(logits.float(), torch.full_like(alive, t))
         chosen = _choose(logits, sampling, generator)
-        _write(out, (alive, t), chosen, ~ended, logits, values_of(hidden))
+        _write(out, (alive, t), chosen, ~ended, logits)
+        if values_of is not None:
+            out.values[alive, t] = values_of(hidden)
         ended = ended | (chosen == sampling.eos_token_id)
         if t == total - 1:
             break
@@ -165,17 +168,16 @@ def generate(
     return _without_rest(out, sampling.pad_token_id)
 
 
-def _write(out: Rollout, place: tuple[Tensor, int], chosen: Tensor, real: Tensor, logits: Tensor, values: Tensor):
-    """Put what one step found of the rows still in the batch where it belongs."""
+def _write(out: Rollout, place: tuple[Tensor, int], chosen: Tensor, real: Tensor, logits: Tensor) -> None:
+    """Record one step's tokens at their `place`, the rows still in the batch and the column."""
     out.response_ids[place] = chosen
     out.mask[place] = real
     out.logprobs[place] = selective_logprobs(logits, chosen)
     out.entropy[place] = token_entropy(logits)
-    out.values[place] = values
 
 
 def _without_rest(out: Rollout, pad_token_id: int) -> Rollout:
-    """A rollout without what was sampled beyond the ends of its responses.
+    """Cut off what was sampled beyond the ends of the responses.
 
     Raises: FloatingPointError where the policy's logits were not finite.
     """
@@ -205,6 +207,25 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
     probs = logits.softmax(-1)
     # The draw of torch.multinomial, without its look at the numbers, for which a GPU would have to be waited for.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
+def greedy_answers(model: PreTrainedModel, tokenizer, query_ids: list[list[int]], max_new_tokens: int) -> list[str]:
+    """Greedy answers as text; " ..." ends one that did not stop by itself, and an empty answer is allowed.
+
+    Args:
+        model: a language model in eval mode. query_ids: token ids of each query.
+    """
+    device = next(model.parameters()).device
+    batch = collate_prompts(query_ids, tokenizer.pad_token_id)
+    eos = tokenizer.eos_token_id
+    sampling = Sampling(eos, tokenizer.pad_token_id, max_new_tokens, suppress_empty=False)
+    rollout = generate(model, None, batch["input_ids"].to(device), batch["attention_mask"].to(device), sampling)
+
+    answers = []
+    for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True):
+        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
+        answers.append(text if eos in ids[mask] else f"{text} ...")
+    return answers
 
 
 def join(parts: list[Rollout], pad_token_id: int) -> Rollout:

@@ -30,16 +30,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+# Name of `attend_by_row` among transformers' kinds of attention.
+BY_ROW = "sdpa_by_row"
 # Elements of a weight from which on the order of a product matters, and oneDNN's longer way into it pays.
 LARGE = 1 << 17
 
 # Rows of which the weight is better on the left.
 FEW = 4
 
-# PyTorch and oneDNN each keep what they prepared for the last 1024 shapes, buffers of the weights' size among it: with
-# rows of ever new lengths, gigabytes. A micro-batch needs about twenty. Both are read at the first product.
-for kept in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-    os.environ.setdefault(kept, "32")
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -169,8 +167,8 @@ class NormForward:
         return self.fused(x) if x.is_cuda and x.dtype == weight.dtype else self.usual(x)
 
     def fused(self, x: Tensor) -> Tensor:
-        """The same in one kernel."""
-        # Autocast would have float32, in and out; the kernel reckons in float32 by itself.
+        """Normed states in one kernel."""
+        # Autocast would cast to float32, in and out; the kernel computes in float32 by itself.
         with torch.autocast(x.device.type, enabled=False):
             return rms_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.variance_epsilon)
 
@@ -201,8 +199,10 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether there is a flash attention kernel for queries [1, heads, N, dim] and keys and values of as many or fewer
-    heads: on a GPU that has it, in half precision, and not switched off (torch.backends.cuda.enable_flash_sdp).
+    """Return True if there is a flash attention kernel for these queries [1, heads, N, dim], keys and values.
+
+    Keys and values may have fewer heads. The kernel needs a GPU that has it and half precision, and is not used where
+    torch.backends.cuda.enable_flash_sdp switched it off.
     """
     if not query.is_cuda or query.shape[-1] % 8:
         return False
@@ -218,16 +218,13 @@ def flash_by_row(
     bounds: [B + 1] int32, where each row begins, and N. longest: length of the longest row.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    found = torch.ops.aten._flash_attention_forward(
+    output = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
     )
-    return found[0][None]
+    return output[0][None]
 
 
-BY_ROW = "sdpa_by_row"
-
-
-# ---- side by side ----
+# ---- packed rows ----
 def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, row_bounds=None, **kwargs):
     """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
 
@@ -243,6 +240,8 @@ def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, r
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if not placeholder:
         raise ValueError(f"{type(module).__name__} attends by a mask of its own")
+
+    # One kernel for all rows where there is one, else one for each row.
     if not kwargs.get("dropout") and flash_takes(query, key, value):
         return flash_by_row(query, key, value, row_bounds, max(row_lengths), kwargs.get("scaling")), None
     kwargs["is_causal"] = True
@@ -250,6 +249,18 @@ def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, r
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
 
 
-AttentionInterface.register(BY_ROW, attend_by_row)
+def prepare_torch() -> None:
+    """Set up torch and transformers for this process: small caches of shapes, attention over packed rows by its name.
 
-AttentionMaskInterface.register(BY_ROW, sdpa_mask)
+    PyTorch and oneDNN each keep what they prepared for the last 1024 shapes, buffers of the weights' size among it:
+    gigabytes, when rows have ever new lengths. A micro-batch needs about twenty. Both read the limit at their first
+    product, and a value that the caller set stays.
+    """
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "32")
+    AttentionInterface.register(BY_ROW, attend_by_row)
+    AttentionMaskInterface.register(BY_ROW, sdpa_mask)
+
+
+# At import, so that every entry point (scripts, tests, benchmarks) has it before the first product.
+prepare_torch()

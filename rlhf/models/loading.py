@@ -32,15 +32,15 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
         raise FileNotFoundError(f"{flag} {name} does not exist: give a model directory or a hub id (owner/name)")
 
     try:
-        found = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors", "*.txt"])
-        if not list(Path(found).glob("*.safetensors")):
-            found = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.bin", "*.txt"])
+        folder = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors", "*.txt"])
+        if not list(Path(folder).glob("*.safetensors")):
+            folder = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.bin", "*.txt"])
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{flag} {name} is not a local directory and the hub cannot be reached ({type(error).__name__}): "
             "download the model once, or give its directory"
         ) from error
-    return found
+    return folder
 
 
 # ---- loading ----
@@ -109,10 +109,10 @@ def lora_targets(model: nn.Module, spec: str | None) -> list[str]:
     present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if spec is None:
         usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
-        found = ["W_pack"] if "W_pack" in present else list(usual)
-        if not found:
+        targets = ["W_pack"] if "W_pack" in present else list(usual)
+        if not targets:
             raise ValueError(f"give --lora_target_models for {model.config.model_type}: some of {sorted(present)}")
-        return found
+        return targets
     wanted = [name.strip() for name in spec.replace(",", "|").split("|") if name.strip()]
     missing = [name for name in wanted if name not in present]
     if missing or not wanted:
@@ -189,7 +189,7 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
     wanted = get_peft_model_state_dict(model)
 
     for name in sorted(wanted.keys() | weights.keys()):
-        shapes = [tuple(found[name].shape) if name in found else None for found in (weights, wanted)]
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (weights, wanted)]
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"--previous_lora_weights {adapter_dir} does not fit this base: {name} is {shapes[0]}, not {shapes[1]}"

@@ -56,7 +56,7 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
     Rows of like length share a batch. Each module's train or eval mode and torch's random state are left as they were.
     """
     device = torch.device(device)
-    modules = [module for part in (backbone, head) for module in part.modules()]
+    modules = [*backbone.modules(), *head.modules()]
 
     def score_rows(rows: list[list[int]]) -> list[float]:
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
@@ -69,8 +69,8 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
                 for start in range(0, len(order), batch_size):
                     chunk = order[start : start + batch_size]
                     batch = pad([rows[row] for row in chunk], pad_id, side="right")
-                    found = score(backbone, head, **{name: tensor.to(device) for name, tensor in batch.items()})
-                    for row, value in zip(chunk, found.tolist(), strict=True):
+                    batch_scores = score(backbone, head, **{name: tensor.to(device) for name, tensor in batch.items()})
+                    for row, value in zip(chunk, batch_scores.tolist(), strict=True):
                         scores[row] = value
         finally:
             for module, mode in zip(modules, modes, strict=True):
@@ -92,7 +92,7 @@ def audit(
     attack_prompts: int = 200,
     padding: bool = False,
 ) -> dict:
-    """What a reward model thinks of held-out pairs and of degenerate answers to their prompts, and the verdict.
+    """Audit a reward model: its scores of held-out pairs and of degenerate answers to their prompts, and the verdict.
 
     Args:
         score_rows: scores of whole rows, query and response.
@@ -107,7 +107,8 @@ def audit(
         raise ValueError("there is no pair to audit a reward model on")
 
     attacks = make_attacks(pairs, tokenizer, template, seed, max_length, attack_prompts)
-    real = [pair["query_ids"] + pair[f"{side}_ids"] for side in ("chosen", "rejected") for pair in pairs]
+    real = [pair["query_ids"] + pair["chosen_ids"] for pair in pairs]
+    real += [pair["query_ids"] + pair["rejected_ids"] for pair in pairs]
     scores = np.array(score_rows(real + [row for _, _, row in attacks]), dtype=float)
     if not np.isfinite(scores).all():
         raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite: PPO cannot use them")
@@ -117,7 +118,7 @@ def audit(
     margins = chosen - rejected
     # Spread over all pairs: a caller may have sorted them by length.
     shown = np.unique(np.linspace(0, len(pairs) - 1, POINTS).astype(int))
-    found = {
+    results = {
         "pairs": len(pairs),
         "attacks": attack_results(attacks, chosen, attacked),
         "accuracy": share(margins > 0),
@@ -135,7 +136,7 @@ def audit(
         },
     }
 
-    return found | {"verdict": verdict(found)}
+    return results | {"verdict": verdict(results)}
 
 
 def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[tuple[str, int, list[int]]]:
@@ -187,19 +188,19 @@ def winning_attacks(results: dict[str, dict]) -> dict[str, float]:
     return {kind: part for kind, part in lost.items() if part > GATE}
 
 
-def verdict(found: dict) -> dict:
-    """What PPO would make of such a reward model.
+def verdict(results: dict) -> dict:
+    """Verdict on a reward model: what PPO would make of it.
 
     Returns:
         verdict: "pass" or "fail". reasons: why it failed, a sentence each. notes: what else to look at.
         winning: kind -> share of prompts, of the attacks of the gate that win on more than GATE of them.
     """
-    lost = {kind: 1 - result["share"] for kind, result in found["attacks"].items() if result["n"]}
-    winning = winning_attacks(found["attacks"])
-    reasons = _general_reasons(found)
+    lost = {kind: 1 - result["share"] for kind, result in results["attacks"].items() if result["n"]}
+    winning = winning_attacks(results["attacks"])
+    reasons = _general_reasons(results)
     notes = []
     # In a constant score every attack wins by a tie: that teaches PPO nothing, not these things.
-    if not is_constant(found):
+    if not is_constant(results):
         reasons += [consequence(kind, part) for kind, part in winning.items()]
         notes += [consequence(kind, lost[kind]) for kind in lost if kind not in GATE_KINDS and lost[kind] > REMARKABLE]
 
@@ -208,37 +209,37 @@ def verdict(found: dict) -> dict:
         words = f"no prompt to try {', '.join(untried)} on: answers too short, or rows over the length limit"
         (reasons if len(untried) == len(GATE_KINDS) else notes).append(words)
 
-    change = found["padding_change"]
-    deviation = found["scores"]["margin"]["std"]
+    change = results["padding_change"]
+    deviation = results["scores"]["margin"]["std"]
     if change is not None and change > MAX_PADDING_SHARE * deviation:
         notes.append(f"a score changes by up to {change:.3g} with the rows beside it (margins: std {deviation:.3g})")
     return {"verdict": "fail" if reasons else "pass", "winning": winning, "reasons": reasons, "notes": notes}
 
 
-def is_constant(found: dict) -> bool:
-    """Whether all answers, real and degenerate, get one score (but for rounding)."""
-    return found["score_range"] <= 1e-6
+def is_constant(results: dict) -> bool:
+    """Return True if all answers, real and degenerate, get one score (but for rounding)."""
+    return results["score_range"] <= 1e-6
 
 
 def consequence(kind: str, part: float) -> str:
-    """What PPO would make of an attack that wins on a part of the prompts."""
+    """One sentence on what PPO would make of an attack that wins on a part of the prompts."""
     return f"{kind} wins on {part:.0%} of prompts: PPO would learn to {CONSEQUENCES[kind]}"
 
 
-def _general_reasons(found: dict) -> list[str]:
+def _general_reasons(results: dict) -> list[str]:
     """Why the scores of the real answers alone rule a reward model out."""
-    if is_constant(found):
+    if is_constant(results):
         return ["scores are constant: PPO would have nothing to learn from"]
 
     reasons = []
-    (low, high) = found["accuracy"]["interval"]
-    right = f"right on {found['accuracy']['share']:.0%} of {found['pairs']} pairs"
+    (low, high) = results["accuracy"]["interval"]
+    right = f"right on {results['accuracy']['share']:.0%} of {results['pairs']} pairs"
     if low <= 0.5 <= high:
         reasons.append(f"scores are near chance, {right}: PPO would learn noise")
     elif high < 0.5:
         reasons.append(f"scores are worse than chance, {right}: PPO would learn what people reject")
 
-    length = found["length"]
+    length = results["length"]
     strongest = max((length["spearman"] or 0.0, length["spearman_within"] or 0.0), key=abs)
     if abs(strongest) > MAX_SPEARMAN:
         words = "longer" if strongest > 0 else "shorter"

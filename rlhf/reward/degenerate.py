@@ -53,7 +53,7 @@ def letters(text: str) -> str:
 
 
 def alike(one: str, other: str) -> bool:
-    """Whether two texts have the same letters, or most of their pairs of neighbouring letters in common.
+    """Return True if two texts have the same letters, or most of their pairs of neighbouring letters in common.
 
     Data is full of such answers: "yes" and "Yes.", one apology after the other.
     """
@@ -64,7 +64,7 @@ def alike(one: str, other: str) -> bool:
 
 
 def same_question(row: dict, other: dict) -> bool:
-    """Whether two rows are of one dialogue or have one prompt but for its marks: what answers one may answer both."""
+    """Return True if two rows are of one dialogue, or have one prompt but for its marks: one answer may suit both."""
     return row.get("opening") == other.get("opening", "") or letters(row["prompt"]) == letters(other["prompt"])
 
 
@@ -104,10 +104,10 @@ def cut(pair: dict, other: str, rng: random.Random) -> Made:
 
 def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
     """One sentence again and again, until it is at least as long as the good answer."""
-    found = sentences(pair["chosen"])
-    if not found:
+    originals = sentences(pair["chosen"])
+    if not originals:
         return None
-    sentence = rng.choice(found)
+    sentence = rng.choice(originals)
     times = max(MIN_REPEATS, math.ceil(len(pair["chosen"]) / len(sentence))) + rng.randint(0, 2)
     return _join([sentence] * times)
 

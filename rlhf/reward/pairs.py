@@ -30,13 +30,14 @@ class PairCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        sides = [row["query_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+        sides = [row["query_ids"] + row["chosen_ids"] for row in rows]
+        sides += [row["query_ids"] + row["rejected_ids"] for row in rows]
         batch = pad(sides, self.pad_id, side="right")
         return batch | pair_columns(rows)
 
 
 def pair_columns(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-    """What a loss has to know of each pair beside its tokens: "margin" and "mask", where there is anything to say."""
+    """Columns for the loss beside the tokens of each pair: "margin" and "mask", where any row has them."""
     columns = {}
     if any("margin" in row for row in rows):
         columns["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])

@@ -53,7 +53,9 @@ def length_results(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray
         name: share(margins[np.sign(differences) == sign] > 0)
         for name, sign in (("chosen", 1), ("rejected", -1), ("equal", 0))
     }
+    # Both directions count alike, so that a preference for length cancels out.
     sides = [longer[side]["share"] for side in ("chosen", "rejected")]
+
     return {
         "quartiles": [
             {"from": int(longest[quartile == q].min()), "to": int(longest[quartile == q].max())}
@@ -77,6 +79,7 @@ def calibration(margins: np.ndarray) -> dict:
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = margins > 0
     place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+
     bins = []
     ece = 0.0
     for number in range(BINS):

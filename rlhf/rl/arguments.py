@@ -10,7 +10,7 @@ GROUP_SIZE = {"gae": 1, "rloo": 4, "grpo": 4}
 
 @dataclass(kw_only=True)
 class SamplingFlags(Flags):
-    """How the policy writes; the reference is scored under the same rules."""
+    """Sampling of responses; the reference is scored under the same rules."""
 
     max_prompt_length: int = flag(
         512, help="longest query in tokens; longer ones are dropped and counted", group="data"
@@ -53,7 +53,7 @@ class SamplingFlags(Flags):
 
 @dataclass(kw_only=True)
 class RewardFlags(Flags):
-    """What a response is worth: its score, made comparable, minus the price of leaving the reference."""
+    """Reward of a response: its score, made comparable, minus the KL penalty."""
 
     reward_transform: str = flag(
         "sigmoid",
@@ -88,7 +88,7 @@ class RewardFlags(Flags):
 
 @dataclass(kw_only=True)
 class UpdateFlags(Flags):
-    """How the policy and its critic learn from one batch."""
+    """Update of the policy and its critic from one batch."""
 
     steps: int = flag(
         20000,
@@ -188,7 +188,7 @@ class UpdateFlags(Flags):
 
 @dataclass(kw_only=True)
 class WatchFlags(Flags):
-    """What a run looks at besides the score, and what it does about a collapse."""
+    """Watching a run besides its score, and reacting to a collapse."""
 
     judge_lora_path: str | None = flag(
         None,

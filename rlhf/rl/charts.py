@@ -82,13 +82,13 @@ def _pyplot():
 def overoptimization(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{"proxy" and, with a judge, "judge": (sqrt(KL) [N], gain over the SFT model [N])} of a run's evaluations."""
     start = {name.removeprefix("eval_start/"): value for name, value in rows[0].items() if "eval_start/" in name}
-    found = [row for row in rows if "eval/kl/mean" in row]
-    if not start or not found:
+    evaluations = [row for row in rows if "eval/kl/mean" in row]
+    if not start or not evaluations:
         return {}
-    distance = np.sqrt([max(row["eval/kl/mean"], 0.0) for row in found])
+    distance = np.sqrt([max(row["eval/kl/mean"], 0.0) for row in evaluations])
     curves = {"proxy": "score/mean", "judge": "judge/mean"}
     return {
-        name: (distance, np.array([row[f"eval/{key}"] - start[key] for row in found]))
+        name: (distance, np.array([row[f"eval/{key}"] - start[key] for row in evaluations]))
         for name, key in curves.items()
         if key in start
     }

@@ -97,7 +97,7 @@ def _joined(rollout: Rollout) -> tuple[Tensor, Tensor]:
 
 
 def _is_bare_base(roles: Roles) -> bool:
-    """Whether a separate reference has the base's own weights wherever the SFT adapter changes them."""
+    """Return True if a separate reference has the base's own weights wherever the SFT adapter changes them."""
     theirs = dict(roles.separate_reference.named_parameters())
     ours = {
         name.replace(".base_layer", ""): p

@@ -11,7 +11,7 @@ from rlhf.rl.metrics import describe_samples, sample_records
 # Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
 STATISTICS_SAMPLES = 128
 
-# Held-out answers in words that go to samples.jsonl at every evaluation.
+# Held-out answers with text that go to samples.jsonl at every evaluation.
 SHOWN = 8
 
 # Standard errors above which a gain over the SFT model is called one.
@@ -35,12 +35,12 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
         judged = columns["judge"] = score_responses(loop, rollout, "judge")
 
     samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
-    found = describe_samples(loop.accelerator, rollout, samples)
+    measured = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
-        found["judge/mean"], found["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
+        measured["judge/mean"], measured["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
 
-    found["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
-    return {f"eval/{name}": value for name, value in found.items() if name != "env/reward_mean"}, samples[:SHOWN]
+    measured["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
+    return {f"eval/{name}": value for name, value in measured.items() if name != "env/reward_mean"}, samples[:SHOWN]
 
 
 def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
@@ -50,7 +50,7 @@ def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
 
 
 def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
-    """Whether this evaluation is the best so far, by the judge or by the score within the KL budget; remembers it."""
+    """Return True if this evaluation is the best so far (judge, or score within the KL budget), and remember it."""
     judge = loop.args.judge_lora_path
     name = criterion(loop)
     value = metrics[f"eval/{name}/mean"]
@@ -65,7 +65,7 @@ def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
 
 
 def criterion(loop: PPOLoop) -> str:
-    """What best/ is chosen by: "judge" where there is one, else "score"."""
+    """Name of what best/ is chosen by: "judge" where there is one, else "score"."""
     return "judge" if loop.args.judge_lora_path else "score"
 
 

@@ -38,7 +38,7 @@ def score_responses(loop: PPOLoop, rollout: Rollout, role: str = "reward") -> Te
 
 
 def recomputes(loop: PPOLoop) -> bool:
-    """Whether the policy's log-probabilities are computed again before the update, not kept from sampling."""
+    """Return True if the policy's log-probabilities are computed again before the update, not kept from sampling."""
     asked = loop.args.old_logprobs
     return asked == "recomputed" or (asked == "auto" and loop.roles.model.dtype != torch.float32)
 
@@ -73,7 +73,7 @@ def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Ten
 def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Fill in the advantages and, for a critic, the returns; gives back rewards and kl, [B, T] each.
 
-    The price of KL is in the rewards whatever the advantages are made of.
+    The KL penalty is in the rewards, whatever the advantages are made of.
     """
     args = loop.args
     mask = rollout.mask

@@ -18,8 +18,8 @@ QUICK_PROMPTS = 64
 
 def stored_audit(reward_dir: str | Path) -> dict | None:
     """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
-    found = read_audit(reward_dir)
-    return found if found is not None and found.get("adapter") == adapter_hash(reward_dir) else None
+    audit = read_audit(reward_dir)
+    return audit if audit is not None and audit.get("adapter") == adapter_hash(reward_dir) else None
 
 
 def read_gate(reward_dir: str | Path, mode: str) -> None:
@@ -29,13 +29,13 @@ def read_gate(reward_dir: str | Path, mode: str) -> None:
         mode: "warn" or "refuse".
     Raises: ValueError in mode "refuse", with the attacks that win and how to mend it.
     """
-    found = stored_audit(reward_dir)
-    if found is not None:
-        _warn_or_refuse(reward_dir, found["verdict"]["winning"], mode, "its audit")
+    audit = stored_audit(reward_dir)
+    if audit is not None:
+        _warn_or_refuse(reward_dir, audit["verdict"]["winning"], mode, "its audit")
 
 
 def quick_gate(loop: PPOLoop) -> None:
-    """The same for an adapter without an audit: its scores of degenerate answers against the SFT model's own.
+    """Gate for an adapter without an audit: compare its scores of degenerate answers against the SFT model's own.
 
     Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
@@ -69,7 +69,7 @@ def quick_gate(loop: PPOLoop) -> None:
 
     results = attack_results(attacks, np.array(real), np.array(degenerate))
     if loop.accelerator.is_main_process:
-        shares = ", ".join(f"{kind} {found['share']:.0%}" for kind, found in results.items() if found["n"])
+        shares = ", ".join(f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"])
         print(f"quick audit of the reward model: the SFT model's own answer wins against {shares}", flush=True)
 
     _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")

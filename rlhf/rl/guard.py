@@ -55,6 +55,7 @@ class CollapseGuard:
         """
         if "eval/judge/mean" not in metrics or metrics["eval/score/mean"] <= baseline["eval/score/mean"]:
             return None
+
         now = metrics["eval/judge/mean"]
         before = baseline["eval/judge/mean"]
         error = math.hypot(metrics["eval/judge/error"], baseline["eval/judge/error"])
@@ -96,13 +97,13 @@ class CollapseGuard:
         self.recent_kl = deque(state["recent_kl"], maxlen=KL_WINDOW)
 
 
-def refuse_non_finite(accelerator: Accelerator, found: dict[str, Tensor]) -> None:
+def refuse_non_finite(accelerator: Accelerator, quantities: dict[str, Tensor]) -> None:
     """Stop on all ranks together if any tensor ([B] or [B, T]) of any rank holds a value that is no number.
 
     Raises: FloatingPointError naming the quantity and the rows of this rank's batch.
     """
     bad = {}
-    for name, tensor in found.items():
+    for name, tensor in quantities.items():
         rows = (~tensor.isfinite()).flatten(1) if tensor.dim() > 1 else (~tensor.isfinite())[:, None]
         if rows.any():
             bad[name] = rows.any(1).nonzero().flatten().tolist()

@@ -18,7 +18,7 @@ from rlhf.rl.roles import Roles
 
 @dataclass
 class PPOLoop:
-    """What the functions of a step share: the roles, what trains them, and the little that a restart brings back."""
+    """State that the functions of a step share: the roles, what trains them, and what a resumed run restores."""
 
     args: Any
     accelerator: Accelerator
@@ -75,7 +75,7 @@ def seeded(device, *place) -> torch.Generator:
 def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
     """This rank's prompts of a step: consecutive slices of a fresh permutation of the data for each pass over it.
 
-    With a group size above 1 each stands that many times, side by side.
+    With a group size above 1 each prompt stands that many times in a row.
     """
     size = loop.args.batch_size // loop.args.group_size
     first = (step * loop.processes + loop.accelerator.process_index) * size
@@ -84,7 +84,10 @@ def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
         epoch: torch.randperm(len(loop.prompts), generator=seeded("cpu", loop.args.seed, "prompts", epoch))
         for epoch in {epoch for epoch, _ in places}
     }
-    return [loop.prompts[orders[epoch][index]] for epoch, index in places for _ in range(loop.args.group_size)]
+    prompts = []
+    for epoch, index in places:
+        prompts += [loop.prompts[orders[epoch][index]]] * loop.args.group_size
+    return prompts
 
 
 def global_moments(accelerator: Accelerator, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

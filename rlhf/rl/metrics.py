@@ -36,13 +36,14 @@ def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) ->
 
 
 def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
-    """Statistics of sampled answers over all ranks (as many rows on each); `samples` are the rows in words."""
+    """Statistics of sampled answers over all ranks (as many rows on each); `samples`: the rows with text."""
     rows = [
         [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
     ]
     empty = [[float(not row["response"].strip())] for row in samples]
     table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
     score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
+
     return {
         "score/mean": score.mean().item(),
         "score/std": score.std().item() if len(score) > 1 else 0.0,
@@ -61,8 +62,9 @@ def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[d
 
 def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
     """Share of a batch's token pairs that are new in it, mean over ranks; it falls as answers grow alike."""
-    rows = zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True)
-    bigrams = [pair for ids, length in rows for pair in pairwise(ids[:length])]
+    bigrams = []
+    for ids, length in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True):
+        bigrams += pairwise(ids[:length])
     share = len(set(bigrams)) / max(1, len(bigrams))
     return accelerator.gather(torch.tensor([share], device=rollout.mask.device)).mean().item()
 
@@ -123,7 +125,7 @@ def batch_sizes(loop: PPOLoop) -> str:
 
 
 def log_step(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
-    """metrics.jsonl and tracker, one line on the screen, and now and then samples in words."""
+    """metrics.jsonl and tracker, one line on the screen, and now and then samples with text."""
     step = metrics["step"]
     log.write(metrics)
     print(step_line(metrics, total, eta.left(step)), flush=True)

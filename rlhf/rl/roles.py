@@ -179,13 +179,13 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
     packed = pack(backbone_of(model), rollout.input_ids, rollout.attention_mask)
     logits, hidden = forward(model, packed.index(*rollout.predictors()), **packed.inputs, use_cache=False)
     t = rollout.mask.nonzero(as_tuple=True)[1]
-    found = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
-    return scatter_by_mask(found, rollout.mask), hidden
+    logprobs = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
+    return scatter_by_mask(logprobs, rollout.mask), hidden
 
 
-def scatter_by_mask(found: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] like `mask` with the N values of `found` at its True entries, in order, and 0 elsewhere."""
-    return found.new_zeros(mask.shape).masked_scatter(mask, found)
+def scatter_by_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] like `mask` with the N `values` at its True entries, in order, and 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -220,8 +220,8 @@ def role_logprobs(
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
             width = part.mask.shape[1]
-            found, hidden = response_logprobs(model, part, sampling)
-            logprobs[rows, :width] = found
+            part_logprobs, hidden = response_logprobs(model, part, sampling)
+            logprobs[rows, :width] = part_logprobs
             values[rows, :width] = scatter_by_mask(roles.values(hidden), part.mask)
     return logprobs, values
 

@@ -37,13 +37,13 @@ def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
 
 
 def save_last_good(folder: Path, good: tuple[list[torch.Tensor], dict]) -> None:
-    """Write the weights and optimizer state that a rollback would go back to (of rlhf.update.copy_weights)."""
+    """Write the weights and optimizer state that a rollback would go back to (of `copy_weights`)."""
     parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(good[0])}
     save_file(parameters | _flat(good[1]), folder / GOOD_FILE)
 
 
 def load_last_good(folder: Path, device: torch.device) -> tuple[list[torch.Tensor], dict] | None:
-    """What `save_last_good` wrote, or None for a run that never rolls back."""
+    """Read what `save_last_good` wrote, or return None for a run that never rolls back."""
     if not (folder / GOOD_FILE).is_file():
         return None
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / GOOD_FILE).items()}
@@ -53,11 +53,11 @@ def load_last_good(folder: Path, device: torch.device) -> tuple[list[torch.Tenso
 
 
 def _flat(state: dict[int, dict]) -> dict[str, torch.Tensor]:
-    return {
-        f"{index}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-        for index, entry in state.items()
-        for key, value in entry.items()
-    }
+    tensors = {}
+    for index, entry in state.items():
+        for key, value in entry.items():
+            tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
 
 
 def _nested(tensors: dict[str, torch.Tensor]) -> dict[int, dict]:
@@ -68,7 +68,7 @@ def _nested(tensors: dict[str, torch.Tensor]) -> dict[int, dict]:
     return state
 
 
-# Price of KL after a rollback of a run that had none to double.
+# KL penalty after a rollback of a run that had none to double.
 FIRST_PRICE = 0.1
 
 # Fields of the PPOLoop that a checkpoint keeps as they are.
@@ -93,7 +93,7 @@ class Snapshot:
 
 
 def snapshot(loop: PPOLoop) -> Snapshot:
-    """A copy of all that a step may change: weights, optimizer, and what a checkpoint keeps as JSON."""
+    """Copy all that a step may change: weights, optimizer, and what a checkpoint keeps as JSON."""
     return Snapshot(loop_weights(loop), copy.deepcopy(_state(loop)))
 
 
@@ -103,7 +103,7 @@ def _state(loop: PPOLoop) -> dict:
 
 
 def restore(loop: PPOLoop, kept: Snapshot) -> None:
-    """The run as it was at that snapshot, as if the step since had not begun."""
+    """Put the run back to a snapshot, as if the step since then had not begun."""
     restore_weights(list(loop.roles.trainable().values()), loop.optimizer, kept.weights)
     _put_back(loop, kept.state)
 
@@ -171,7 +171,7 @@ def loop_weights(loop: PPOLoop) -> tuple:
 
 
 def last_good(loop: PPOLoop, metrics: dict, start: tuple) -> tuple:
-    """What to go back to after a good step that began at `start`.
+    """Weights and optimizer to go back to after a good step that began at `start`.
 
     The answers of a step came from the weights it began with, so those are known to be good. With a judge, only what
     it has approved is.
@@ -182,7 +182,7 @@ def last_good(loop: PPOLoop, metrics: dict, start: tuple) -> tuple:
 
 
 def roll_back(loop: PPOLoop, reason: str) -> None:
-    """Go back to the last good weights at twice the price of KL, if --on_collapse says so; else stop the run.
+    """Go back to the last good weights at twice the KL penalty, if --on_collapse says so; else stop the run.
 
     Data and random draws go on from here, so what led into the collapse is not played again.
 
@@ -191,13 +191,13 @@ def roll_back(loop: PPOLoop, reason: str) -> None:
     if loop.args.on_collapse == "stop" or loop.rollbacks == loop.args.max_rollbacks:
         raise Collapse(
             f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
-            f"{loop.args.output_dir}. The reward model is the first to look at (README, 'What to watch in PPO')"
+            f"{loop.args.output_dir}. The reward model is the first to look at (docs/ppo.md)"
         )
     restore_weights(list(loop.roles.trainable().values()), loop.optimizer, loop.last_good)
     loop.rollbacks += 1
     loop.kl_controller.value = 2 * loop.kl_controller.value or FIRST_PRICE
     if loop.accelerator.is_main_process:
-        print(f"rollback {loop.rollbacks}: {reason}; KL price now {loop.kl_controller.value:.3g}", flush=True)
+        print(f"rollback {loop.rollbacks}: {reason}; KL penalty now {loop.kl_controller.value:.3g}", flush=True)
 
 
 def copy_weights(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], dict]:

@@ -10,6 +10,7 @@ import signal
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import Adafactor
 
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.ppo import policy_loss, value_loss
@@ -22,6 +23,14 @@ MAX_MEAN_RATIO = 10.0
 
 # Sums over real tokens, collected at every backward; divided by the first they are the metrics of the step.
 SUMS = ("tokens", "policykl", "approxkl", "clipfrac", "ratio/mean", "loss/policy", "loss/value", "value/clipfrac")
+
+
+def make_optimizer(args, roles: Roles) -> torch.optim.Optimizer:
+    """Adam (or Adafactor) over policy adapter and critic."""
+    trained = list(roles.trainable().values())
+    if args.adafactor:
+        return Adafactor(trained, lr=args.learning_rate, scale_parameter=False, relative_step=False, warmup_init=False)
+    return torch.optim.Adam(trained, lr=args.learning_rate, eps=1e-5, fused=trained[0].device.type == "cuda")
 
 
 def update(
@@ -47,6 +56,7 @@ def update(
     learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
     everything = list(roles.trainable().values())
     before = copy_weights(everything, optimizer)
+
     roles.train(True)
     optimizer.zero_grad(set_to_none=True)
     try:
@@ -111,12 +121,12 @@ class Learner:
         own_critic = critic and self.roles.value_adapter
         with torch.set_grad_enabled(not self.critic_only):
             logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
-            loss, found = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
+            loss, stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
 
-        found |= {"tokens": part.mask.sum(), "loss/policy": loss}
+        stats |= {"tokens": part.mask.sum(), "loss/policy": loss}
         if critic and not own_critic:
-            found |= self.value_sums(hidden, part)
-            loss = loss + args.vf_coef * found["loss/value"]
+            stats |= self.value_sums(hidden, part)
+            loss = loss + args.vf_coef * stats["loss/value"]
 
         if loss.requires_grad:
             loss.backward()
@@ -124,12 +134,12 @@ class Learner:
         if own_critic:
             # Backward while this adapter is the active one: recomputed layers would else run with the policy's.
             with self.roles.use("value") as model:
-                found |= self.value_sums(response_hidden(model, part), part)
-                (args.vf_coef * found["loss/value"]).backward()
+                stats |= self.value_sums(response_hidden(model, part), part)
+                (args.vf_coef * stats["loss/value"]).backward()
 
-        self.largest.append(found["ratio/max"])
+        self.largest.append(stats["ratio/max"])
         nothing = torch.zeros((), device=part.mask.device)
-        sums = torch.stack([found.get(name, nothing).detach().double() for name in SUMS])
+        sums = torch.stack([stats.get(name, nothing).detach().double() for name in SUMS])
         self.window = self.window + sums
         self.pending = self.pending + 1
         return sums
@@ -187,4 +197,7 @@ def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torc
     shuffled = torch.randperm(len(rollout.mask), generator=generator, device=generator.device).to(rollout.mask.device)
     lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
     windows = shuffled.split(size * accumulation)
-    return [rows for window in windows for rows in window[lengths[window].argsort(stable=True)].split(size)]
+    batches = []
+    for window in windows:
+        batches += window[lengths[window].argsort(stable=True)].split(size)
+    return batches

@@ -72,7 +72,7 @@ def say(*lines: str) -> None:
 
 
 def is_launched() -> bool:
-    """Whether torchrun, accelerate or the like has started this process already."""
+    """Return True if torchrun, accelerate or the like has started this process already."""
     return any(name in os.environ for name in LAUNCHER_VARIABLES) or any(
         name.startswith("ACCELERATE_") for name in os.environ
     )
@@ -123,7 +123,7 @@ def run_script(main, parse_args) -> None:
 
 
 def sentence(error: Exception, args) -> str:
-    """An error in one line; a full disk in words of ours, whichever file met it."""
+    """An error in one line; a full disk always in the same words, whichever file met it."""
     if getattr(error, "errno", None) not in NO_ROOM:
         return " ".join(str(error).split("\n"))
     folder = getattr(args, "output_dir", ".")
@@ -136,7 +136,7 @@ def sentence(error: Exception, args) -> str:
 
 
 def _say_how_to_go_on(stop: Interrupted) -> None:
-    """Where the run was saved and the command that goes on from there."""
+    """Say where the run was saved, and the command that goes on from there."""
     if int(os.environ.get("RANK", "0")):
         return
     command = shlex.join(

@@ -7,7 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
-# Answers in words that go to a tracker at a time.
+# Answers with text that go to a tracker at a time.
 TRACKED_SAMPLES = 16
 
 
@@ -60,7 +60,7 @@ class MetricsLog:
         self._log({key: value for key, value in record.items() if isinstance(value, int | float)})
 
     def write_samples(self, rows: list[dict], shown: int = 3) -> None:
-        """Append answers in words ({"step", "query", "response", ...}) to samples.jsonl, print and track a few."""
+        """Append answers with text ({"step", "query", "response", ...}) to samples.jsonl, print and track a few."""
         with self.samples.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         for row in rows[:shown]:

@@ -49,7 +49,7 @@ def received() -> int:
 
 
 def forget() -> None:
-    """As if no signal had come (for tests, which share one process)."""
+    """Forget any signal (for tests, which share one process)."""
     _first.clear()
 
 

@@ -42,7 +42,7 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
 
 
 def gradients_are_finite(model, engine) -> bool:
-    """Whether a step's gradients are numbers. DeepSpeed's `engine` shows their norm only, and left such a step out."""
+    """Return True if a step's gradients are finite. DeepSpeed's `engine` shows only their norm."""
     if engine is None:
         return all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     norm = engine.get_global_grad_norm()

@@ -20,7 +20,7 @@ from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
 
 
 def bad_rows_file(args) -> Path | None:
-    """Where --bad_rows skip writes malformed rows; None where this process has no claim on the output directory."""
+    """File that --bad_rows skip writes malformed rows to; None where this process owns no output directory."""
     idle = args.inspect_data or getattr(args, "audit_only", False) or rank_and_size()[0] != 0
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
 

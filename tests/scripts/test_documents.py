@@ -1,4 +1,4 @@
-"""README and docs say the same in both languages; their commands parse, their links lead somewhere, README is short."""
+"""README and docs say the same in both languages; their commands parse, their links lead to files, README is short."""
 
 import importlib
 import re
