@@ -20,13 +20,10 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import peft
 import torch
@@ -63,6 +60,7 @@ from rlhf.models.forward import forward
 from rlhf.models.loading import pick_dtype
 from rlhf.reward.pairs import PairCollator, SharedPromptCollator
 from rlhf.rl.experience import recomputes
+from rlhf.rl.loop import PPOLoop
 from rlhf.rl.state import snapshot
 from rlhf.run.launch import silence_libraries
 
@@ -244,7 +242,7 @@ def reward(bench: Bench, share_prompt: bool) -> list[Row]:
 
 
 # ---- PPO ----
-def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> rl_training.Loop:
+def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> PPOLoop:
     """What rl_training.make_loop makes of these flags, a random base and adapters with random weights in `folder`."""
     for name, rank in (("sft", LoraArguments.lora_rank), ("reward", reward_modeling.ScriptArguments.lora_rank)):
         write_adapter(bench.shape.config(), folder / name, rank, score_head=name == "reward")
@@ -265,28 +263,19 @@ def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> rl_training
         return rl_training.make_loop(args, accelerator, Numbers(), (prompts, []), None)
 
 
-@contextmanager
-def read_by(meter: Meter):
-    """Within the block rl_training.train_step reads this meter in place of the clock."""
-    clock = SimpleNamespace(**vars(time) | {"perf_counter": meter.read})
-    with patch.object(rl_training, "time", clock):
-        yield
-
-
 def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str) -> list[Row]:
     """The phases of a PPO step, and the whole of it, for which `target` is meant. flags: of rl_training.py."""
     meter = Meter(bench.args.device)
     with tempfile.TemporaryDirectory() as folder:
         loop = ppo_loop(bench, rows, Path(folder), *flags)
 
-    with read_by(meter):
-        for step in range(bench.all_steps):
-            meter.read()
-            # What a run keeps to fall back on is part of its step.
-            kept = snapshot(loop)
-            rl_training.train_step(loop, step)
-            meter.read()
-            del kept
+    for step in range(bench.all_steps):
+        meter.read()
+        # What a run keeps to fall back on is part of its step.
+        kept = snapshot(loop)
+        rl_training.train_step(loop, step, clock=meter.read)
+        meter.read()
+        del kept
 
     if len(meter.times) != READINGS * bench.all_steps:
         raise ValueError("rl_training.train_step reads its clock more or less than four times: PHASES is wrong")
