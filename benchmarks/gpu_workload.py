@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import reward_modeling
 from benchmarks.common import random_ids
 from benchmarks.model import EOS, PAD
 from rlhf.arguments import LoraArguments
 from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
+from rlhf.models import loading
 from rlhf.models.kernels import fuse_norms
 from rlhf.models.loading import lora_targets
 from rlhf.rl import roles
@@ -113,8 +113,9 @@ def instead_of_a_checkpoint(config: BaichuanConfig, device: str, dtype: torch.dt
         return model
 
     with ExitStack() as stack:
-        for stage in (roles, reward_modeling):
-            stack.enter_context(patch.object(stage, "load_base", load_base))
+        # roles.py looks the name up in itself, the scripts in the room that loads models.
+        for owner in (roles, loading):
+            stack.enter_context(patch.object(owner, "load_base", load_base))
         yield
 
 
