@@ -92,6 +92,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     Returns: its metrics, the same on every rank, and this rank's rows as samples with text.
     """
     args = loop.args
+    accelerator = loop.accelerator
     times = [clock()]
 
     # 1. Sample
@@ -104,7 +105,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     experience.record_logprobs(loop, rollout)
     numbers = {"log-probability": rollout.logprobs, "value": rollout.values, "score": raw_scores}
     numbers |= {"reference log-probability": rollout.ref_logprobs}
-    guard.refuse_non_finite(loop.accelerator, numbers)
+    guard.refuse_non_finite(accelerator, numbers)
 
     # 3. Rewards and advantages
     scores = experience.transform_scores(loop, raw_scores, rollout)
@@ -115,27 +116,20 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     loop.set_learning_rate(step)
     order = loop.generator(step, "update")
     critic_only = step < args.critic_warmup_steps
-    moved = update.update(
-        loop.roles, loop.optimizer, rollout, loop.sampling, args, loop.accelerator, order, critic_only
-    )
+    moved = update.update(loop.roles, loop.optimizer, rollout, loop.sampling, args, accelerator, order, critic_only)
     times.append(clock())
 
     # 5. What the log says
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
     samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
-    record = {"step": step + 1, **metrics.describe(loop.accelerator, rollout, samples), **moved}
+    record = {"step": step + 1, **metrics.describe(accelerator, rollout, samples), **moved}
     lr = loop.optimizer.param_groups[0]["lr"]
     record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out, "lr": lr}
-    record |= metrics.timings(loop.accelerator, rollout, times)
-    record |= metrics.utilisation(
-        loop.accelerator,
-        rollout,
-        flops.flop_counts(loop.roles.model, loop.roles.model.config),
-        record["time/step"],
-        passes=2 + experience.recomputes(loop) + loop.roles.value_adapter,
-        epochs=moved["epochs"],
-        checkpointing=args.gradient_checkpointing,
-    )
+    record |= metrics.timings(accelerator, rollout, times)
+    work = flops.flop_counts(loop.roles.model, loop.roles.model.config)
+    passes = {"passes": 2 + experience.recomputes(loop) + loop.roles.value_adapter, "epochs": moved["epochs"]}
+    passes |= {"checkpointing": args.gradient_checkpointing}
+    record |= metrics.utilisation(accelerator, rollout, work, record["time/step"], **passes)
     # The next step's KL penalty follows from this step's KL.
     loop.kl_controller.update(record["kl/mean"], args.batch_size * loop.processes)
     return record, samples
