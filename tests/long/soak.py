@@ -26,6 +26,11 @@ from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 IN_START = 0.25
 
 
+def training_of(stage: Stage) -> str:
+    """Where a stage's training begins, as the planted blow names it."""
+    return "rl_training:train" if stage.script == "rl_training" else "rlhf.trainer.training:train"
+
+
 def make_base(folder: Path) -> str:
     """The tests' tiny Baichuan."""
     folder.mkdir()
@@ -45,7 +50,7 @@ def make_base(folder: Path) -> str:
 def seconds_of(zygote: Zygote, stage: Stage, out: Path) -> tuple[float, float]:
     """How long the stage takes to its first step, and from there to its end; leaves the result in `out`."""
     begin = time.monotonic()
-    code = zygote.run(stage, out, signum=KILL, target=f"{stage.script}:train", when="before")
+    code = zygote.run(stage, out, signum=KILL, target=training_of(stage), when="before")
     assert code == 128 + KILL, zygote.said()
     start, begin = time.monotonic() - begin, time.monotonic()
     assert zygote.run(stage, out) == 0, zygote.said()
@@ -66,7 +71,7 @@ def endure(zygote: Zygote, stage: Stage, folder: Path, kills: int, rng: random.R
         early = rng.random() < IN_START
         blow = {"delay": rng.uniform(0, start)}
         if not early:
-            blow = {"delay": rng.uniform(0, training), "target": f"{stage.script}:train", "when": "later"}
+            blow = {"delay": rng.uniform(0, training), "target": training_of(stage), "when": "later"}
         code = zygote.run(stage, out, signum=KILL, **blow) if seen["kills"] < kills else zygote.run(stage, out)
         seen["runs"] += 1
         if code == 128 + KILL:
