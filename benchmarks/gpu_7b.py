@@ -11,7 +11,7 @@ PyTorch's own allocations. No answer ends early.
     ppo       rl_training.train_step, 64 prompts of 128 tokens, 256 new ones, 4 epochs
     memory    the same for 8 x (256 + 256) tokens with gradient checkpointing; also in 4 bits, where bitsandbytes is
 
-tokens: real ones, of the prompts too; of PPO the sampled ones. MFU: operations (rlhf/flops.py; what checkpointing
+tokens: real ones, of the prompts too; of PPO the sampled ones. MFU: operations (rlhf/cost/flops.py; what checkpointing
 computes again counts) over the card's peak. limit: the seconds of a step on a card at its peak, in rollouts one that
 reads its memory at full speed. `--shape tiny --device cpu` runs the same code in seconds, where numbers say nothing.
 """
@@ -80,7 +80,7 @@ class Arguments:
     shape: str = flag("7b", help="of model and batches", choices=list(SHAPES))
     device: str = flag("cuda", help="where it runs", choices=["cuda", "cpu"])
     steps: int = flag(3, help="steps of a row that are measured, after one that is not")
-    peak_tflops: float | None = flag(None, help="the card's peak, where rlhf/flops.py does not know its name")
+    peak_tflops: float | None = flag(None, help="the card's peak, where rlhf/cost/flops.py does not know its name")
     bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where benchmarks/gpu_limits.py does not")
 
     def __post_init__(self):

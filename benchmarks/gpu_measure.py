@@ -67,7 +67,7 @@ class Target:
         return f">= {self.rate:g} samples/s" if self.rate else f"< {self.memory:g} GB"
 
     def met(self, row: "Row") -> bool:
-        """Whether the row reaches it."""
+        """Return True if the row reaches it."""
         return row.samples / row.seconds >= self.rate if self.rate else row.peak_gb < self.memory
 
 

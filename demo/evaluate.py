@@ -9,7 +9,6 @@ One sample a prompt, at temperature 0.7 as one would serve a model, with the sup
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from rlhf.data.template import DEFAULT_TEMPLATE, render
 from rlhf.flags import flag, parse
 from rlhf.models.generation import Sampling, generate
 from rlhf.models.loading import add_lora, load_base
+from rlhf.reward.statistics import wilson
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_lines
 
@@ -68,16 +68,6 @@ def mean(values: list) -> float:
 def win_rate(ours: list[float], theirs: list[float]) -> float:
     """Share of prompts on which `ours` scores higher; a tie is half a win."""
     return mean([0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)])
-
-
-def wilson(share: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """Confidence interval of a share of `count` trials; 95 % by default.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)
 
 
 # ---- answers ----
@@ -137,7 +127,7 @@ def main(args: Arguments) -> None:
         print(f"{name}: {shown}", flush=True)
 
     rate = win_rate(found["ppo"]["scores"], found["sft"]["scores"])
-    low, high = wilson(rate, len(prompts))
+    low, high = wilson(rate, len(prompts), Z_95)
     result = {"prompts": prompts, "versions": found, "win_rate": rate, "win_rate_low": low, "win_rate_high": high}
     (output_dir / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     print(f"PPO against SFT: wins {rate:.3f} ({low:.3f} to {high:.3f}) of {len(prompts)} held-out prompts")

@@ -9,16 +9,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.flags import flag, parse
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_metrics
+from rlhf.run.pictures import pyplot
+
+plt = pyplot()
 
 # (key of metrics.jsonl, label, colour) of the panels; the gold score comes from demo.evaluate.
 PANELS = (
@@ -96,7 +94,7 @@ def draw(output_dir: Path) -> None:
 
     axes[2].set_ylim(bottom=0)
     axes[3].plot(saved, gold, marker="o", color="tab:red")
-    axes[3].set_ylabel("gold score, 0 to 1\n(hidden judge, held-out prompts)")
+    axes[3].set_ylabel("gold score, 0 to 1\n(gold judge, held-out prompts)")
     axes[3].set_xlabel("PPO step (dotted: saved checkpoint; step 0 is the SFT model)")
 
     for axis in axes:
@@ -119,7 +117,7 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             f"{s['sft/eval_loss_after']:.3f}",
         ),
         ("PPO: score by the reward model", f"{s['ppo/score_first']:+.2f}", f"{s['ppo/score_last']:+.2f}"),
-        ("PPO: gold score by the hidden judge, 0 to 1", f"{s['gold/sft']:.3f}", f"{s['gold/ppo']:.3f}"),
+        ("PPO: gold score by the gold judge, 0 to 1", f"{s['gold/sft']:.3f}", f"{s['gold/ppo']:.3f}"),
         ("PPO: answers with the right content", f"{s['correct/sft']:.1%}", f"{s['correct/ppo']:.1%}"),
         ("PPO: length of an answer in tokens", f"{s['len/sft']:.1f}", f"{s['len/ppo']:.1f}"),
     ]
@@ -133,7 +131,7 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             *table,
             "",
             f"The reward model orders {s['rm/eval_accuracy']:.1%} of held-out pairs as the (noisy) crowd did.",
-            f"On {s['heldout_prompts']:.0f} prompts that no stage trained on the hidden judge prefers PPO's answer to",
+            f"On {s['heldout_prompts']:.0f} prompts that no stage trained on the gold judge prefers PPO's answer to",
             f"SFT's in {s['gold/win_rate']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}; a tie counts half).",
             f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes.",
             f"Look at {output_dir}/ppo.png and {output_dir}/compare/comparison.html.",

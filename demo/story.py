@@ -1,4 +1,4 @@
-"""What became of several PPO runs on one demo: the hidden judge over their checkpoints, in a table and a chart.
+"""What became of several PPO runs on one demo: the gold judge over their checkpoints, in a table and a chart.
 
 In:  a finished demo, the output directories of some PPO runs on its SFT model, by name.
 Out: <output_dir>/story.json, story.png, and the table on the screen.
@@ -11,12 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 from demo.evaluate import judge, sample_answers
 from rlhf.artefacts.files import write_json
@@ -28,6 +24,9 @@ from rlhf.rl.charts import draw_against_kl, overoptimization
 from rlhf.rl.evaluation import CLEAR
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_lines, read_metrics
+from rlhf.run.pictures import pyplot
+
+plt = pyplot()
 
 # The gold score is between 0 and 1, the others are some units wide: so it shares their axis.
 GOLD_SCALE = 4
@@ -59,7 +58,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 # ---- figures ----
 class Judge:
-    """Answers of any adapter to the held-out prompts, as the hidden judge sees them."""
+    """Answers of any adapter to the held-out prompts, as the gold judge sees them."""
 
     def __init__(self, args: Arguments):
         demo_dir = Path(args.demo_dir)
@@ -83,7 +82,7 @@ class Judge:
 
 
 def follow(run_dir: Path, hidden: Judge, sft: dict) -> dict:
-    """One run: its steps, the hidden judge at every checkpoint, its evaluations, and what one would keep of it."""
+    """One run: its steps, the gold judge at every checkpoint, its evaluations, and what one would keep of it."""
     saved = sorted(int(folder.name.removeprefix("step_")) for folder in run_dir.glob("step_*"))
     if not saved:
         raise ValueError(f"{run_dir} has no checkpoint step_<n>: run PPO with --save_freq")
@@ -169,7 +168,7 @@ def draw(story: dict, title: str, file: Path) -> None:
     labels = (
         "score of the reward model\n(what PPO maximises)",
         "response length (tokens)",
-        "gold score (hidden judge)",
+        "gold score (gold judge)",
     )
 
     for axis, label in zip(axes, labels, strict=True):

@@ -22,7 +22,7 @@ stage reward python reward_modeling.py --model_name "$DEMO/base" "${ADAPTER[@]}"
   --dataset_name "$OUT/pairs.jsonl" --eval_dataset_name "$OUT/pairs_eval.jsonl" \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/reward" "${REWARD[@]}"
 
-# Both runs maximise the careless reward model without a price of KL, and both are watched by the demo's own as a
+# Both runs maximise the careless reward model without a KL penalty, and both are watched by the demo's own as a
 # held-out judge. Only the second listens: it goes back to what the judge liked last, and puts a price on KL.
 ppo=(python rl_training.py --base_model_name "$DEMO/base" --sft_model_lora_path "$DEMO/sft"
   --reward_model_lora_path "$OUT/reward" --judge_lora_path "$DEMO/reward" --dataset_name "$DEMO/data/prompts.jsonl"

@@ -24,5 +24,5 @@ stage free "${ppo[@]}" --init_kl_coef 0 --output_dir "$OUT/free"
 stage priced "${ppo[@]}" --init_kl_coef 0.1 --output_dir "$OUT/priced"
 
 stage story python -m demo.story --demo_dir "$DEMO" --output_dir "$OUT" --seed "$SEED" \
-  --title "160 steps against a good reward model, without a price of KL and with one" \
-  --runs "no price of KL=$OUT/free" "0.1 a nat=$OUT/priced" ${STORY[@]+"${STORY[@]}"}
+  --title "160 steps against a good reward model, without a KL penalty and with one" \
+  --runs "no KL penalty=$OUT/free" "0.1 a nat=$OUT/priced" ${STORY[@]+"${STORY[@]}"}

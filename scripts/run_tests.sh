@@ -7,4 +7,5 @@ source scripts/setup_venv.sh requirements-dev.txt
 ruff check .
 ruff format --check .
 # One thread each: the models of the tests are too small to share out.
-OMP_NUM_THREADS=1 python -m pytest "$@"
+# A worker for each core; a file stays with one worker, because its tests share what they set up.
+OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile "$@"

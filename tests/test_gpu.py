@@ -60,7 +60,7 @@ def train_all(base: str, data: tuple[str, str], folder: Path, **changed) -> tupl
 
 
 def finite(folder: Path) -> bool:
-    """Whether every number of a run's metrics is one."""
+    """Return True if every number of a run's metrics is one."""
     rows = read_metrics(folder)
     values = [value for row in rows for value in row.values() if isinstance(value, float)]
     return bool(rows) and all(torch.tensor(values).isfinite())

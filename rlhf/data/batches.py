@@ -41,7 +41,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     The order depends on (lengths, group_size, seed, epoch) and nothing else, no global random state: a run resumed in
     its third epoch sees that epoch's order. accelerate calls `set_epoch`, but on several processes not after a resume:
-    a callback must (rlhf/trainer.py).
+    a callback must (rlhf/trainer/log.py).
 
     Args:
         lengths: tokens of each row.

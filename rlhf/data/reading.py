@@ -18,10 +18,8 @@ from rlhf.data.dialogues import BadRow, Unusable
 from rlhf.data.files import Located
 from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
-from rlhf.data.sources import splits_of
+from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import DEFAULT_TEMPLATE, first_question
-
-EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
 
 
 # ---- reading ----

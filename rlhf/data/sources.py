@@ -11,7 +11,9 @@ from huggingface_hub import hf_hub_download
 
 from rlhf.data.files import SUFFIXES, Located, first_sentence, read_file, row_or_bad
 
-SPLITS = ("train", "test", "validation", "valid", "val", "eval", "dev")
+# Usual names of a split for evaluation, the likeliest first.
+EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
+SPLITS = ("train", *EVAL_SPLITS)
 
 # Loading scripts on the hub, which datasets 4 and later refuse: their data files (one a config) are read instead.
 SCRIPT_DATASETS = ("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3")

@@ -129,6 +129,19 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
+def refuse_misfit(stored: dict[str, Tensor], wanted: dict[str, Tensor], owner: str) -> None:
+    """Refuse an adapter whose tensors are not those that this base takes.
+
+    Args:
+        stored, wanted: name -> tensor, of the file and of the model. owner: named in the message.
+    Raises: ValueError naming the first tensor that is missing, left over or of another shape.
+    """
+    for name in sorted(stored.keys() | wanted.keys()):
+        theirs, ours = (tuple(tensors[name].shape) if name in tensors else None for tensors in (stored, wanted))
+        if theirs != ours:
+            raise ValueError(f"{owner} does not fit this base: {name} is {theirs}, not {ours}")
+
+
 def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tuple[PeftModel, dict[str, Tensor]]:
     """Put the LoRA weights of a stored adapter on `model` (bare base or PeftModel) under `name`.
 
@@ -154,15 +167,7 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     except ValueError as error:
         raise ValueError(f"adapter {adapter_dir} does not fit this base: {error}") from error
 
-    wanted = get_peft_model_state_dict(model, adapter_name=name)
-
-    for key in sorted(wanted.keys() | lora.keys()):
-        theirs = lora.get(key)
-        ours = wanted.get(key)
-        if theirs is None or ours is None or theirs.shape != ours.shape:
-            shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (theirs, ours)]
-            raise ValueError(f"adapter {adapter_dir} does not fit this base: {key} is {shapes[0]}, not {shapes[1]}")
-
+    refuse_misfit(lora, get_peft_model_state_dict(model, adapter_name=name), f"adapter {adapter_dir}")
     set_peft_model_state_dict(model, lora, adapter_name=name)
     return model, {key: tensor for key, tensor in weights.items() if "lora_" not in key}
 
@@ -186,15 +191,8 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
     config.task_type = "CAUSAL_LM"
     config.inference_mode = False
     model = get_peft_model(model, config)
-    wanted = get_peft_model_state_dict(model)
 
-    for name in sorted(wanted.keys() | weights.keys()):
-        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"--previous_lora_weights {adapter_dir} does not fit this base: {name} is {shapes[0]}, not {shapes[1]}"
-            )
-
+    refuse_misfit(weights, get_peft_model_state_dict(model), f"--previous_lora_weights {adapter_dir}")
     set_peft_model_state_dict(model, weights)
     return model
 

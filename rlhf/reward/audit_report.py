@@ -15,6 +15,7 @@ from rlhf.reward.audit import GATE, audit, row_scorer
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.statistics import BINS
 from rlhf.run.launch import say
+from rlhf.run.pictures import pyplot
 
 # Held-out pairs that the audit's accuracy and calibration are measured on, at most.
 AUDIT_PAIRS = 2000
@@ -128,11 +129,7 @@ def markdown(results: dict) -> str:
 
 def draw(results: dict, file: Path) -> None:
     """One figure: share won by the real answer against each attack, score against length, calibration."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     figure, (bars, points, reliability) = plt.subplots(1, 3, figsize=(17, 5), constrained_layout=True)
     tried = {kind: result["share"] for kind, result in results["attacks"].items() if result["n"]}
     colours = ["tab:blue" if kind in GATE_KINDS else "lightgrey" for kind in tried]

@@ -8,20 +8,24 @@ BINS = 10
 
 
 # ---- statistics ----
-def share(right: np.ndarray) -> dict:
-    """{"n", "share", "interval"} of what is True among [N] bools; the interval covers 95 %.
+def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a share p of n trials; 95 % by default.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+
+
+def share(right: np.ndarray) -> dict:
+    """{"n", "share", "interval"} of what is True among [N] bools; the interval covers 95 %."""
     n = len(right)
-    z = 1.96
     if n == 0:
         return {"n": 0, "share": None, "interval": None}
     p = float(np.mean(right))
-    centre = p + z * z / (2 * n)
-    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    ends = [(centre + sign * spread) / (1 + z * z / n) for sign in (-1, 1)]
-    return {"n": n, "share": p, "interval": [max(0.0, ends[0]), min(1.0, ends[1])]}
+    low, high = wilson(p, n)
+    return {"n": n, "share": p, "interval": [max(0.0, low), min(1.0, high)]}
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float | None:

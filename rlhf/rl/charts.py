@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.run.log import read_metrics
+from rlhf.run.pictures import pyplot
 
 # (key of metrics.jsonl, label, colour) of the panels over the steps.
 PANELS = (
@@ -30,7 +31,7 @@ def draw_run(output_dir: str | Path) -> Path | None:
     if not rows:
         return None
 
-    plt = _pyplot()
+    plt = pyplot()
     curves = overoptimization(rows)
     figure = plt.figure(figsize=(7 + 5 * bool(curves), 9), constrained_layout=True)
     grid = figure.add_gridspec(len(PANELS), 1 + bool(curves))
@@ -68,15 +69,6 @@ def draw_steps(axes: list, rows: list[dict]) -> None:
             axis.axvline(step, color="tab:red", linestyle="--", linewidth=1)
     axes[2].set_ylim(bottom=0)
     axes[-1].set_xlabel("PPO step" + (" (dashed: the guard stepped in)" if guarded else ""))
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
 
 
 def overoptimization(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.files import load_tensors
 from rlhf.models.forward import backbone_of, enable_packing, forward, hidden_at, pack
@@ -42,11 +41,7 @@ class Roles:
         self.value_head = value_head
         self.score_heads = score_heads
         self.model = model.get_base_model()
-        fuse_linears(self.model)
         self.separate_reference = reference
-        for each in (self.model, reference):
-            if each is not None:
-                enable_packing(backbone_of(each))
         self.value_adapter = "value" in model.peft_config
         self._activate("policy")
 
@@ -144,6 +139,12 @@ def load_roles(
     reference = None
     if merged_sft_dir is not None:
         reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit).eval().requires_grad_(False)
+
+    # Both models compute in fewer passes from here on: fused linear layers, packed rows.
+    fuse_linears(model.get_base_model())
+    for each in (model.get_base_model(), reference):
+        if each is not None:
+            enable_packing(backbone_of(each))
 
     roles = Roles(model, value_head, score_heads, reference)
     disable_dropout(roles.model)

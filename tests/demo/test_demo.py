@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from demo.evaluate import wilson, win_rate
+from demo.evaluate import win_rate
 from demo.facts import KINDS
 from demo.gold import content_correct, gold_score, repeats
 from demo.hardening import GATE_WINS, LOSS, table
@@ -19,6 +19,7 @@ from demo.story import kept
 from demo.world import answer, split_prompts
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.degenerate import KINDS as ATTACKS
+from rlhf.reward.statistics import wilson
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN, HELD = split_prompts(0)

@@ -58,7 +58,7 @@ def seconds_of(zygote: Zygote, stage: Stage, out: Path) -> tuple[float, float]:
 
 
 def half_written(out: Path, prefix: str) -> bool:
-    """Whether a kill fell while a checkpoint was written, moved into its place or removed."""
+    """Return True if a kill fell while a checkpoint was written, moved into its place or removed."""
     scratch = [path for path in out.glob(".*") if path.name != ".lock"]
     return bool(scratch) or any(why_incomplete(folder) for folder in numbered(out, prefix))
 
