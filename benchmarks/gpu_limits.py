@@ -1,7 +1,7 @@
 """What a card could do at best with a step of benchmarks/gpu_7b.py: operations over its peak, bytes over bandwidth.
 
-rlhf/cost/flops.py has the operations and the peaks. Decoding reads the layers, the output layer and the keys and values
-of all rows once for every token of a row, and does so little with them that memory sets the limit.
+rlhf/cost/flops.py has the operations and the peaks. Decoding reads the layers, the output layer, and the keys and
+values of all rows once for every token of a row, and does so little with them that memory sets the limit.
 """
 
 from dataclasses import dataclass
