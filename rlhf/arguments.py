@@ -242,6 +242,7 @@ class TrainerFlags(Flags):
     )
 
     def __post_init__(self):
+        # A name that transformers has dropped since the tutorial.
         if self.optim == "adamw_hf":
             self.optim = "adamw_torch"
 

@@ -81,11 +81,13 @@ def check_adapter(
         )
         return None
 
+    # A reward adapter has the shapes of an SFT one, so only the stage tells them apart.
     stages = (stage,) if isinstance(stage, str) else stage
     if run.get("stage") not in stages:
         wanted = " or ".join(stages)
         raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
 
+    # What was trained on another base, tokenizer or template would run here, and answer nonsense.
     pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
     if tokenizer is not None:
         pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))

@@ -39,6 +39,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
     proto = import_protobuf().ModelProto.FromString(processor.serialized_model_proto())
     _check_flags(proto)
     kinds = type(proto.pieces[0])
+    # 1. Give every user-defined piece that could be touched a character of its own.
     symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
     charsmap = proto.normalizer_spec.precompiled_charsmap
     rules = [normalizers.Precompiled(charsmap)] if charsmap else []
@@ -46,6 +47,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
     masked = [symbol for symbol in symbols if len(symbol) > 1 or symbol in altered]
     stand_in = dict(zip(masked, _unused_characters(proto), strict=False))
 
+    # 2. The same vocabulary and merges, under those characters.
     vocabulary = {stand_in.get(piece.piece, piece.piece): index for index, piece in enumerate(proto.pieces)}
     backend = Tokenizer(
         models.BPE(
@@ -56,6 +58,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
             fuse_unk=True,
         )
     )
+    # 3. Rules that put the stand-ins in, and take them out again.
     backend.normalizer = _normalizer(proto.normalizer_spec, rules, stand_in, altered)
     backend.decoder = _decoder(proto.normalizer_spec, stand_in)
     control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]

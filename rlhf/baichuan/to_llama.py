@@ -62,6 +62,7 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
         else:
             raise ValueError(f"{name} cannot be cut in three: only plain LoRA adapters (A and B) convert")
 
+    # The settings speak of modules by name, too.
     settings = config.to_dict()
     settings["target_modules"] = sorted(_renamed(config.target_modules))
     for pattern in ("rank_pattern", "alpha_pattern"):

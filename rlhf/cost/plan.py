@@ -119,6 +119,7 @@ def plan_trainer(args, script: str, sides: int) -> str:
         else adapter_parameters(model, args.lora_rank, args.lora_target_models)
     )
 
+    # The score head is trained whole, in float32.
     parameters = {"base": number(shape.parameters), "adapter": number(adapter, True)}
     if reward:
         parameters["score head"] = number(shape.hidden, True)

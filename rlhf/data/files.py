@@ -141,6 +141,7 @@ def _array_rows(text: str, label: str) -> Iterator[Located]:
             yield where, BadRow("the file is cut off: its array is never closed")
             return
         try:
+            # The decoder says where an element ends, so the next one is found whatever it holds.
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             rest = text[at : at + 2000]
@@ -162,6 +163,7 @@ def _csv_rows(text: str, label: str) -> Iterator[Located]:
         before = reader.line_num
         where = f"{label}:{before + 1}"
         try:
+            # A record may span lines: its place is the line after the last one read.
             cells = next(reader)
         except StopIteration:
             return

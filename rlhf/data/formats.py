@@ -69,6 +69,7 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
         if name and name not in columns:
             raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
 
+    # 1. Columns by the names that the user gave, else by the usual ones.
     prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
     dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
     if kind == "preference" and not dialogue and not prompt:
@@ -80,6 +81,7 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
     if kind == "sft" and (named.get("answer") or not dialogue):
         dialogue = None
 
+    # 2. What stands around the prompt: system, history, input.
     extras = () if dialogue or not prompt else _extras(columns, prompt)
     asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
     if kind == "preference" and chosen and rejected:
@@ -94,6 +96,7 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
     if kind == "prompt" and chosen:
         return Format(kind, chosen=chosen)
 
+    # 3. Nothing fits: say which flags would settle it.
     needed = {"sft": "prompt answer", "preference": "prompt chosen rejected", "prompt": "prompt"}[kind]
     flags = ", ".join(f"--{role}_field" for role in needed.split())
     raise ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")

@@ -140,6 +140,7 @@ class _Reader:
         try:
             if isinstance(row, BadRow):
                 raise row
+            # A row may make several examples: answers of HC3, turns of a dialogue.
             made = examples(row, fmt, self.args.prompt_template)
         except Unusable as reason:
             self.funnel.drop(str(reason), where)

@@ -32,6 +32,7 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
         raise FileNotFoundError(f"{flag} {name} does not exist: give a model directory or a hub id (owner/name)")
 
     try:
+        # Weights twice, as safetensors and as .bin, would double the download.
         folder = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.safetensors", "*.txt"])
         if not list(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(name, allow_patterns=["*.json", "*.model", "*.bin", "*.txt"])

@@ -59,6 +59,7 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
     modules = [*backbone.modules(), *head.modules()]
 
     def score_rows(rows: list[list[int]]) -> list[float]:
+        # Longest first: if memory is short, that shows in the first batch.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
         scores = [0.0] * len(rows)
         modes = [module.training for module in modules]

@@ -59,6 +59,7 @@ def sections(results: dict) -> list[tuple[str, list[list[str]]]]:
         passed = "" if kind not in GATE_KINDS else "FAIL" if kind in results["verdict"]["winning"] else "pass"
         attacks.append([kind, *_share_cells(result), _number(result["margin"]), passed if result["n"] else "-"])
 
+    # 2. Accuracy, by the length of the answers and by which one is longer.
     length = results["length"]
     accuracy = [["accuracy", "pairs", "right", "95% interval"], ["all pairs", *_share_cells(results["accuracy"])]]
     for part in length["quartiles"]:
@@ -68,11 +69,13 @@ def sections(results: dict) -> list[tuple[str, list[list[str]]]]:
         accuracy.append([name, *_share_cells(length["longer"][side])])
 
     accuracy.append(["length-debiased: mean of chosen and rejected longer", "", _percent(length["debiased"]), ""])
+    # 3. Calibration: confidence against accuracy.
     calibrated = [["confidence", "pairs", "mean confidence", "accuracy"]]
     for number, part in enumerate(results["calibration"]["bins"]):
         edges = f"{0.5 + number / 2 / BINS:.2f} to {0.5 + (number + 1) / 2 / BINS:.2f}"
         calibrated.append([edges, str(part["n"]), _percent(part["confidence"]), _percent(part["accuracy"])])
 
+    # 4. Everything that is one number.
     numbers = [["number", "value"]]
     for name, moments in results["scores"].items():
         numbers += [[f"{name}, {moment}", _number(value)] for moment, value in moments.items()]

@@ -115,6 +115,7 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
     moved = (logprobs - reference)[rollout.mask].abs()
     largest = moved.max().item()
     mean = moved.mean().item()
+    # An adapter on the same base rounds alike: any difference is another model.
     if roles.separate_reference is None:
         if not largest <= TOLERANCE[roles.model.dtype][0]:
             raise ValueError(
@@ -123,6 +124,7 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
             )
         return []
 
+    # A merged model is rounded once more, so its bound is wider.
     if not mean <= MERGED_REFUSES or math.isnan(largest):
         raise ValueError(
             f"--merged_sft_model_path differs from the base with --sft_model_lora_path by {mean:.2g} nats a token: it "

@@ -41,6 +41,7 @@ def quick_gate(loop: PPOLoop) -> None:
     """
     args = loop.args
     tokenizer = loop.tokenizer
+    # 1. Answers of the SFT model, which is what the policy starts as.
     prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
@@ -49,6 +50,7 @@ def quick_gate(loop: PPOLoop) -> None:
     for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
         answer = ids[mask].tolist()
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        # Cut answers would be attacked as if they were whole.
         if answer[-1] == tokenizer.eos_token_id and text:
             pairs.append({**row, "chosen": text, "chosen_ids": answer})
 
@@ -59,6 +61,7 @@ def quick_gate(loop: PPOLoop) -> None:
     longest = rollout.input_ids.shape[1] * 2
     attacks = make_attacks(pairs, tokenizer, args.prompt_template, args.seed, longest, len(pairs))
 
+    # 2. Scores of the real answers and of degenerate ones made from them.
     with loop.roles.use("reward") as model:
         head = loop.roles.score_heads["reward"]
         score_rows = row_scorer(
@@ -67,6 +70,7 @@ def quick_gate(loop: PPOLoop) -> None:
         real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
         degenerate = score_rows([row for _, _, row in attacks])
 
+    # 3. The decision, the same on every rank.
     results = attack_results(attacks, np.array(real), np.array(degenerate))
     if loop.accelerator.is_main_process:
         shares = ", ".join(f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"])

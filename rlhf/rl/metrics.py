@@ -41,6 +41,7 @@ def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[d
         [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
     ]
     empty = [[float(not row["response"].strip())] for row in samples]
+    # One gather for all of them: each would be a synchronisation of all ranks.
     table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
     score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
 

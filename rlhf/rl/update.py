@@ -111,6 +111,7 @@ class Learner:
         if self.roles.value_head is None:
             metrics = {name: value for name, value in metrics.items() if "value" not in name}
 
+        # Mean over the optimizer steps of this batch, before clipping.
         norm = sum(self.norms) / max(1, len(self.norms))
         return metrics | {"grad_norm": norm, "skipped": self.skipped, "epochs": epoch + 1}
 

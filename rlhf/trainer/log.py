@@ -141,6 +141,7 @@ class StageLog(TrainerCallback):
             record["left_out"] = self.left_out
         self.log.write(record | {name: logs[name] for name in self.extra if name in logs})
 
+        # metrics.jsonl has every step; the screen gets some of them.
         if state.global_step % self.flags.logging_steps == 0 or state.global_step in (1, state.max_steps):
             print(self.line(state, record), flush=True)
         self._restart_clock(state)
