@@ -20,7 +20,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,35 +30,23 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch.nn.functional import cross_entropy
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import reward_modeling
 import rl_training
-from benchmarks.common import TRAINING, machine
-from benchmarks.gpu_limits import Card, Cost, ppo_costs
-from benchmarks.gpu_measure import HEAD, Meter, Row, Target, Ticks, cells, line
+from benchmarks.common import machine
+from benchmarks.gpu_limits import Card, ppo_costs
+from benchmarks.gpu_measure import HEAD, Arguments, Bench, Meter, Row, Target, cells, line
+from benchmarks.gpu_trainers import reward, supervised
 from benchmarks.gpu_workload import (
-    SHAPES,
     Numbers,
     Rows,
-    adapted,
-    instead_of_a_checkpoint,
-    pair_rows,
     prompt_rows,
-    random_model,
-    sft_rows,
     write_adapter,
 )
-from benchmarks.model import PAD, tokenizer
 from rlhf.arguments import LoraArguments
-from rlhf.cost.flops import flop_counts, this_card, training_flops
+from rlhf.cost.flops import flop_counts, this_card
 from rlhf.cost.memory import Precision
-from rlhf.data.batches import LengthGroupedSampler
-from rlhf.flags import flag, parse
-from rlhf.models.forward import forward
-from rlhf.models.loading import pick_dtype
-from rlhf.reward.pairs import PairCollator, SharedPromptCollator
+from rlhf.flags import parse
 from rlhf.rl.experience import recomputes
 from rlhf.rl.loop import PPOLoop
 from rlhf.rl.state import snapshot
@@ -70,175 +58,6 @@ LEFT_BEHIND_GB = 0.5
 # Readings of the meter in a PPO step: before it, before each of its three phases, after the last of them, at its end.
 READINGS = 6
 PHASES = {"rollout": (1, 2), "score": (2, 3), "update": (3, 4), "step": (0, 5)}
-
-
-@dataclass(kw_only=True)
-class Arguments:
-    """Flags of benchmarks/gpu_7b.py."""
-
-    only: str = flag("all", help="one part of it", choices=["all", "sft", "reward", "ppo", "memory"])
-    shape: str = flag("7b", help="of model and batches", choices=list(SHAPES))
-    device: str = flag("cuda", help="where it runs", choices=["cuda", "cpu"])
-    steps: int = flag(3, help="steps of a row that are measured, after one that is not")
-    peak_tflops: float | None = flag(None, help="the card's peak, where rlhf/cost/flops.py does not know its name")
-    bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where benchmarks/gpu_limits.py does not")
-
-    def __post_init__(self):
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("no GPU is visible; --shape tiny --device cpu tries the code without one")
-        if self.device == "cpu" and self.shape != "tiny":
-            raise ValueError(f"--shape {self.shape} needs a GPU: with --device cpu give --shape tiny")
-        if self.steps < 1:
-            raise ValueError(f"--steps {self.steps} must be at least 1")
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What all rows share."""
-
-    args: Arguments
-    card: Card
-
-    @property
-    def shape(self):
-        """Sizes of model and batches."""
-        return SHAPES[self.args.shape]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the base's weights, as the stages choose it."""
-        return pick_dtype(self.args.device == "cuda")
-
-    @property
-    def all_steps(self) -> int:
-        """Measured or not."""
-        return 1 + self.args.steps
-
-    def base(self):
-        """Within this context the stages' bases are random."""
-        return instead_of_a_checkpoint(self.shape.config(), self.args.device, self.dtype)
-
-    def target(self, **wanted) -> Target | None:
-        """One for the real shape alone."""
-        return Target(**wanted) if self.args.shape == "7b" else None
-
-
-def trainer_settings(bench: Bench, config_class: type, folder: str, rows: Rows, **extra):
-    """Every trainer's arguments here; checkpointing is turned on at the model, by a name that all versions know."""
-    config = config_class(**TRAINING | {
-        "output_dir": folder, "per_device_train_batch_size": rows.count, "use_cpu": bench.args.device == "cpu",
-        "bf16": bench.dtype == torch.bfloat16, "fp16": bench.dtype == torch.float16, "gradient_checkpointing": False,
-    }, **extra)  # fmt: skip
-    # One process trains on one card: on a machine of several the Trainer would use DataParallel.
-    config._n_gpu = min(1, config.n_gpu)
-    return config
-
-
-def timed_training(bench: Bench, trainer: Trainer) -> tuple[float, float]:
-    """Seconds of a step and peak memory of a trainer's own loop."""
-    meter = Meter(bench.args.device)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Ticks(meter))
-    trainer.train()
-    return meter.spans(0, 1, 1)
-
-
-# ---- SFT ----
-def supervised(bench: Bench, checkpointing: bool) -> list[Row]:
-    """A step of SFT; its output layer counts at the places of answer tokens."""
-    rows = bench.shape.sft
-    torch.manual_seed(0)
-    base = random_model(bench.shape.config(), "causal", bench.args.device, bench.dtype)
-    model = adapted(base, LoraArguments.lora_rank, dropout=LoraArguments.lora_dropout)
-    if checkpointing:
-        base.activation_checkpointing_enable({"use_reentrant": False})
-
-    ours = find_spec("trl") is not None and find_spec("datasets") is not None
-    encoded = sft_rows(rows, bench.all_steps * rows.count, base.config.vocab_size)
-    seconds, peak = (supervised_by_trainer if ours else supervised_by_hand)(bench, model, encoded)
-    lengths = [rows.query + rows.answer] * rows.count
-    flops = training_flops(flop_counts(model, base.config), lengths, rows.count * rows.answer, checkpointing)
-    name = f"SFT {rows.count} x {lengths[0]}{', checkpointing' if checkpointing else ''}"
-    return [Row(name if ours else f"{name} (no trl)", seconds, rows.count, sum(lengths), peak, Cost.of(flops))]
-
-
-def supervised_by_trainer(bench: Bench, model, encoded: list[dict]) -> tuple[float, float]:
-    """As sft_training.build_trainer has it."""
-    from datasets import Dataset, disable_progress_bars
-    from trl import SFTConfig
-
-    import sft_training
-
-    disable_progress_bars()
-    rows = bench.shape.sft
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = sft_training.SupervisedTrainer(
-            model,
-            trainer_settings(bench, SFTConfig, folder, rows, completion_only_loss=True, max_length=None),
-            sampler=LengthGroupedSampler([rows.query + rows.answer] * len(encoded), rows.count, 0),
-            about={},
-            train_dataset=Dataset.from_list(encoded),
-            processing_class=tokenizer(),
-        )
-        return timed_training(bench, trainer)
-
-
-def supervised_by_hand(bench: Bench, model, encoded: list[dict]) -> tuple[float, float]:
-    """The same without trl: cross-entropy at the answer tokens, autocast and AdamW as the Trainer has them."""
-    rows = bench.shape.sft
-    device = bench.args.device
-    meter = Meter(bench.args.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], fused=device == "cuda")
-    model.train()
-    meter.read()
-
-    for start in range(0, len(encoded), rows.count):
-        ids = torch.tensor([row["input_ids"] for row in encoded[start : start + rows.count]], device=device)
-        places = (slice(None), slice(rows.query - 1, -1))
-        with torch.autocast(device, bench.dtype, enabled=bench.dtype != torch.float32):
-            logits, _ = forward(model.get_base_model(), places, ids, use_cache=False)
-            loss = cross_entropy(logits.flatten(0, 1).float(), ids[:, rows.query :].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        meter.read()
-    return meter.spans(0, 1, 1)
-
-
-# ---- reward model ----
-def reward(bench: Bench, share_prompt: bool) -> list[Row]:
-    """A step of reward training, as reward_modeling builds and runs it."""
-    rows = bench.shape.reward
-    args = reward_modeling.parse_args([])
-    with bench.base():
-        model = reward_modeling.build_model(args, "random")
-
-    pairs = pair_rows(rows, bench.all_steps * rows.count, model.config.vocab_size)
-    length = reward_modeling.pairs.shared_length if share_prompt else reward_modeling.pairs.pair_length
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = reward_modeling.RewardTrainer(
-            model,
-            trainer_settings(bench, TrainingArguments, folder, rows, remove_unused_columns=False),
-            sampler=LengthGroupedSampler([length(pair) for pair in pairs], rows.count, 0),
-            loss_options={},
-            about={},
-            train_dataset=pairs,
-            data_collator=(SharedPromptCollator if share_prompt else PairCollator)(PAD),
-        )
-        seconds, peak = timed_training(bench, trainer)
-
-    whole = rows.query + rows.answer
-    work = flop_counts(model, model.config)
-    flops = training_flops(work, [whole] * (2 * rows.count), 0, checkpointing=False)
-    if share_prompt:
-        flops -= training_flops(work, [rows.query] * rows.count, 0, checkpointing=False)
-
-    tokens = rows.count * (2 * whole - share_prompt * rows.query)
-    name = f"reward {rows.count} x 2 x {whole}{', shared prompt' if share_prompt else ''}"
-    return [Row(name, seconds, rows.count, tokens, peak, Cost.of(flops), bench.target(rate=15))]
 
 
 # ---- PPO ----

@@ -8,7 +8,10 @@ import torch
 from transformers import TrainerCallback
 
 from benchmarks.gpu_limits import Card, Cost
+from benchmarks.gpu_workload import SHAPES, instead_of_a_checkpoint
 from benchmarks.peers.worker import peak_gb
+from rlhf.flags import flag
+from rlhf.models.loading import pick_dtype
 
 
 # ---- measuring ----
@@ -82,6 +85,57 @@ class Row:
     peak_gb: float
     cost: Cost
     target: Target | None = None
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Flags of benchmarks/gpu_7b.py."""
+
+    only: str = flag("all", help="one part of it", choices=["all", "sft", "reward", "ppo", "memory"])
+    shape: str = flag("7b", help="of model and batches", choices=list(SHAPES))
+    device: str = flag("cuda", help="where it runs", choices=["cuda", "cpu"])
+    steps: int = flag(3, help="steps of a row that are measured, after one that is not")
+    peak_tflops: float | None = flag(None, help="the card's peak, where rlhf/cost/flops.py does not know its name")
+    bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where benchmarks/gpu_limits.py does not")
+
+    def __post_init__(self):
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("no GPU is visible; --shape tiny --device cpu tries the code without one")
+        if self.device == "cpu" and self.shape != "tiny":
+            raise ValueError(f"--shape {self.shape} needs a GPU: with --device cpu give --shape tiny")
+        if self.steps < 1:
+            raise ValueError(f"--steps {self.steps} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all rows share."""
+
+    args: Arguments
+    card: Card
+
+    @property
+    def shape(self):
+        """Sizes of model and batches."""
+        return SHAPES[self.args.shape]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights, as the stages choose it."""
+        return pick_dtype(self.args.device == "cuda")
+
+    @property
+    def all_steps(self) -> int:
+        """Measured or not."""
+        return 1 + self.args.steps
+
+    def base(self):
+        """Within this context the stages' bases are random."""
+        return instead_of_a_checkpoint(self.shape.config(), self.args.device, self.dtype)
+
+    def target(self, **wanted) -> Target | None:
+        """One for the real shape alone."""
+        return Target(**wanted) if self.args.shape == "7b" else None
 
 
 HEAD = ("", "s", "samples/s", "tokens/s", "GB", "MFU", "limit s", "of limit", "target", "met")
