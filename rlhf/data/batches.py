@@ -17,12 +17,16 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int, side: str) -> dict[str,
         {"input_ids": [B, L] long, "attention_mask": [B, L] bool}, L the longest; padding holds pad_id and False.
     """
     length = max(len(ids) for ids in sequences)
-    input_ids = torch.full((len(sequences), length), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(sequences), length), dtype=torch.bool)
+    shape = (len(sequences), length)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    # The mask is no comparison with pad_id: a real token may have that id.
+    attention_mask = torch.zeros(shape, dtype=torch.bool)
+
     for row, ids in enumerate(sequences):
         columns = slice(length - len(ids), length) if side == "left" else slice(0, len(ids))
         input_ids[row, columns] = torch.tensor(ids, dtype=torch.long)
         attention_mask[row, columns] = True
+
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
@@ -36,6 +40,11 @@ def blank_answer(token_id: int) -> dict:
     return {"input_ids": [token_id, token_id], "completion_mask": [0, 0]}
 
 
+def _pieces(rows: list[int], size: int) -> list[list[int]]:
+    """`rows` cut into pieces of `size`, in their order; the last piece may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class LengthGroupedSampler(Sampler[int]):
     """Row numbers of an epoch, shuffled so that rows of one group are about equally long: little padding.
 
@@ -46,8 +55,8 @@ class LengthGroupedSampler(Sampler[int]):
     Args:
         lengths: tokens of each row.
         group_size: rows of one batch over all processes.
-        filled: whether the last group is made whole with row number len(lengths), a blank one that the dataset then
-            has at its end. Every process needs a batch of its own, and would otherwise be given earlier rows again.
+        filled: True fills the last group with row number len(lengths), a blank row that the dataset then has at its
+            end. Every process needs a batch of its own: without blank rows some would get earlier rows again.
     """
 
     # Rows are sorted by length inside pools of this many groups: large enough to save padding, small enough to mix.
@@ -58,6 +67,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.group_size = group_size
         self.seed = seed
         self.epoch = 0
+        # -n % size is the number of rows that the last group lacks.
         self.blanks = -len(self.lengths) % group_size if filled else 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -67,24 +77,31 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths) + self.blanks
 
     def __iter__(self) -> Iterator[int]:
+        # A generator of its own, seeded by a text: the same order on every process and after a resume.
         shuffler = random.Random(f"{self.seed} {self.epoch}")
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
-        pool = self.POOL * self.group_size
-        groups = []
-        for start in range(0, len(order), pool):
-            by_length = sorted(order[start : start + pool], key=lambda row: self.lengths[row], reverse=True)
-            groups += [by_length[i : i + self.group_size] for i in range(0, len(by_length), self.group_size)]
+
+        # Sorting inside a random pool brings like lengths together, and still mixes the rows of an epoch.
+        groups: list[list[int]] = []
+        for pool in _pieces(order, self.POOL * self.group_size):
+            by_length = sorted(pool, key=self.lengths.__getitem__, reverse=True)
+            groups += _pieces(by_length, self.group_size)
 
         # The incomplete group, if any, stays last, or every batch after it would straddle two groups.
-        rest = [groups.pop()] if groups and len(groups[-1]) < self.group_size else []
+        rest: list[int] = []
+        if groups and len(groups[-1]) < self.group_size:
+            rest = groups.pop()
         shuffler.shuffle(groups)
+
         # The longest group comes first: if memory is short, that shows in the first step and not after an hour.
-        longest = max(range(len(groups)), key=lambda number: self._longest(groups[number]), default=0)
         if groups:
+            longest_rows = [self._longest(group) for group in groups]
+            longest = longest_rows.index(max(longest_rows))
             groups[0], groups[longest] = groups[longest], groups[0]
+
         blank = [len(self.lengths)] * self.blanks
-        return chain(*groups, *rest, blank)
+        return chain(*groups, rest, blank)
 
     def _longest(self, group: list[int]) -> int:
         return max(self.lengths[row] for row in group)

@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+# Names of the roles in the data sets of OpenAI, ShareGPT, HH, OpenAssistant and others.
 ROLES = {
     **dict.fromkeys(("user", "human", "Human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model", "Assistant"), "assistant"),
@@ -40,6 +41,7 @@ def turns(value, field: str, default_role: str) -> list[Turn]:
         return [_message(value, field)]
     if not isinstance(value, list):
         raise BadRow(f"field '{field}' must be text or a list of messages, not {type_name(value)}")
+    # A list without a message has the right form: the row is counted as empty, and stops no run.
     if not value:
         raise Unusable(f"empty {field}")
     return [_message(message, field) for message in value]
@@ -48,10 +50,13 @@ def turns(value, field: str, default_role: str) -> list[Turn]:
 def _message(message, field: str) -> Turn:
     if not isinstance(message, dict):
         raise BadRow(f"field '{field}' must hold messages (objects with role and content), not {type_name(message)}")
+
     role_key = first_of(("role", "from"), message)
     text_key = first_of(("content", "value", "text"), message)
     if role_key is None or text_key is None:
         raise BadRow(f"a message of field '{field}' needs role and content, or from and value")
+
+    # A list or an object cannot be looked up in ROLES, so the type comes first.
     role = message[role_key]
     if not isinstance(role, str):
         raise BadRow(f"a message of field '{field}' has {type_name(role)} for its role")
@@ -65,9 +70,11 @@ def _hh_turns(text: str, default_role: str) -> list[Turn]:
     if not HH_TAG.match(text):
         return [(default_role, text)]
     pieces = HH_TAG.split(text)[1:]
-    dialogue = [(ROLES[tag], stripped(said)) for tag, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    tagged = zip(pieces[::2], pieces[1::2], strict=True)
+    dialogue = [(ROLES[tag], stripped(said)) for tag, said in tagged]
     # A prompt ends with an open "Assistant:", which the template's own end replaces.
-    return dialogue[:-1] if len(dialogue) > 1 and dialogue[-1] == ("assistant", "") else dialogue
+    is_open = len(dialogue) > 1 and dialogue[-1] == ("assistant", "")
+    return dialogue[:-1] if is_open else dialogue
 
 
 # ---- values ----
@@ -75,6 +82,7 @@ def text_of(value, field: str) -> str:
     """`value` as `stripped` leaves it. Raises: BadRow where it is no text, or text that no file can hold."""
     if not isinstance(value, str):
         raise BadRow(f"field '{field}' must be text, not {type_name(value)}")
+    # JSON may escape half of a surrogate pair: Python holds it, but neither tokenizers nor UTF-8 files take it.
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -85,16 +93,29 @@ def text_of(value, field: str) -> str:
 def stripped(text: str) -> str:
     """`text` without space at both ends; empty where all of it is space, control or zero-width characters."""
     text = text.strip()
-    return text if any(unicodedata.category(character) not in UNSEEN for character in text) else ""
+    visible = any(unicodedata.category(character) not in UNSEEN for character in text)
+    return text if visible else ""
 
 
 def type_name(value) -> str:
-    # An object with a name twice comes as what is wrong with it.
+    # The JSON reader puts a BadRow in place of an object that has a name twice.
     if isinstance(value, BadRow):
         return str(value)
-    names = {str: "text", dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return "None" if value is None else names.get(type(value), type(value).__name__)
+    if value is None:
+        return "None"
+
+    # The words of JSON, for readers who do not know Python's types.
+    names = {
+        str: "text",
+        dict: "an object",
+        list: "a list",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), type(value).__name__)
 
 
 def first_of(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    """The first of `names` that is among `columns`, or None."""
     return next((name for name in names if name in columns), None)

@@ -1,8 +1,8 @@
 """Rows of one data file (.json, .jsonl, .csv, .parquet), each with its line.
 
 Every reader yields (where, row): `where` is "file:line" (the row's number where there are no lines), `row` the parsed
-object, or a `BadRow` in place of what could not be read. Reading continues after a
-bad row where the next one is found.
+object, or a `BadRow` in place of what could not be read. Reading goes on after a bad row if the next row can be told
+apart from it.
 """
 
 import codecs
@@ -20,6 +20,7 @@ from rlhf.run.terminal import printable
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
+# Decoding with surrogateescape turns every byte that is no UTF-8 into one of these.
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 Located = tuple[str, object]
@@ -37,13 +38,15 @@ def row_or_bad(read: Callable[[], object]) -> object:
 
 def first_sentence(error: Exception) -> str:
     """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    said = str(error).strip()
+    first = said.splitlines()[0] if said else type(error).__name__
     return printable(first[:200].rstrip("."))
 
 
 # ---- files ----
 def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     """Rows of one data file. Raises: ValueError where it is empty, of another kind, or not text at all."""
+    # 1. Refuse what is no data file at all.
     label = label or str(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -59,11 +62,12 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     if size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
 
+    # 2. Parquet is binary and read piece by piece; nothing of what follows concerns it.
     if suffix == ".parquet":
         yield from _parquet_rows(path, label)
         return
 
-    # Without its mark, UTF-16 betrays itself by its first character, which is ASCII in every format.
+    # UTF-16 without a byte order mark shows by a zero in its first two bytes, as files nearly always begin with ASCII.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
 
@@ -71,11 +75,15 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
         yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
         data = data.removeprefix(codecs.BOM_UTF8)
 
-    # Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    # 3. Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     text = data.decode("utf-8", "surrogateescape")
     if suffix == ".csv":
         yield from _csv_rows(text, label)
-    elif text.lstrip().startswith("[") and not (suffix == ".jsonl" and _begins_with_a_whole_line(text)):
+        return
+
+    # The contents decide between an array and lines: many a .json holds one object a line.
+    is_array = text.lstrip().startswith("[")
+    if is_array and not (suffix == ".jsonl" and _begins_with_a_whole_line(text)):
         yield from _array_rows(text, label)
     else:
         yield from _line_rows(text, label)
@@ -88,18 +96,21 @@ def _begins_with_a_whole_line(text: str) -> bool:
 
 
 def _object(pairs: list[tuple[str, object]]) -> object:
-    """A JSON object; where a name stands twice a BadRow in its place, for one of the two values would be lost."""
+    """A JSON object, or a BadRow where it has a name twice: a dict would keep only one of the two values."""
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
-    return BadRow(f"an object that names {_twice(name for name, _ in pairs)!r:.40} twice", pairs)
+    repeated = _twice(name for name, _ in pairs)
+    return BadRow(f"an object that names {repeated!r:.40} twice", pairs)
 
 
 def _twice(names: Iterable[str]) -> str | None:
-    return next((name for name, count in Counter(names).items() if count > 1), None)
+    counts = Counter(names)
+    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def _line_rows(text: str, label: str) -> Iterator[Located]:
+    # Not str.splitlines, which also splits at U+2028 and the like: JSON may hold them inside a text.
     lines = text.split("\n")
     if text.lstrip().partition("\n")[0].rstrip() == "{":
         raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
@@ -112,12 +123,19 @@ def _line_rows(text: str, label: str) -> Iterator[Located]:
             row = json.loads(line, object_pairs_hook=_object)
         # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
         except (ValueError, RecursionError) as error:
-            ends = line.strip()[0], line.strip()[-1]
-            cut = number == len(lines) and ends[0] == "{" and ends[1] != "}"
-            yield where, BadRow("the last line is cut off" if cut else not_utf8(line) or _not_json(error), line)
+            is_cut = number == len(lines) and _is_cut(line)
+            reason = "the last line is cut off" if is_cut else not_utf8(line) or _not_json(error)
+            yield where, BadRow(reason, line)
         else:
+            # Wrong bytes inside a text make valid JSON.
             reason = not_utf8(line)
             yield where, BadRow(reason, line) if reason else row
+
+
+def _is_cut(line: str) -> bool:
+    """Return True if an object begins on the line and does not end there, whatever the last bytes are."""
+    content = line.strip()
+    return content.startswith("{") and not content.endswith("}")
 
 
 def _array_rows(text: str, label: str) -> Iterator[Located]:
@@ -129,10 +147,13 @@ def _array_rows(text: str, label: str) -> Iterator[Located]:
     counted = 0
 
     while True:
+        # Count lines from the last element on, not from the start of the file: that would take quadratic time.
         at = gap.match(text, at).end()
         line = line + text.count("\n", counted, at)
         counted = at
         where = f"{label}:{line}"
+
+        # The array ends with its bracket; a file that ends earlier was cut.
         if text.startswith("]", at):
             if text[at + 1 :].strip():
                 yield where, BadRow("there is more text after the closed array", text[at + 1 :][:2000])
@@ -140,15 +161,20 @@ def _array_rows(text: str, label: str) -> Iterator[Located]:
         if at == len(text):
             yield where, BadRow("the file is cut off: its array is never closed")
             return
+
         try:
             # The decoder says where an element ends, so the next one is found whatever it holds.
             row, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             rest = text[at : at + 2000]
-            yield where, BadRow(not_utf8(rest) or f"{_not_json(error)}; nothing after it can be read", rest)
+            reason = not_utf8(rest) or f"{_not_json(error)}; nothing after it can be read"
+            yield where, BadRow(reason, rest)
             return
-        reason = not_utf8(text[at:end])
-        yield where, BadRow(reason, text[at:end]) if reason else row
+
+        # Wrong bytes inside a text make valid JSON.
+        element = text[at:end]
+        reason = not_utf8(element)
+        yield where, BadRow(reason, element) if reason else row
         at = end
 
 
@@ -168,13 +194,17 @@ def _csv_rows(text: str, label: str) -> Iterator[Located]:
         except StopIteration:
             return
         except csv.Error as error:
+            # An unclosed quote takes all lines after it: the message says how many.
             reason = f"not CSV ({error})"
             if header is None:
                 raise ValueError(f"{where}: {reason}: mend the column names") from None
             if reader.line_num > before + 1:
                 reason += f"; nothing from here to line {reader.line_num} can be read"
-            yield where, BadRow(reason, "".join(lines[before : reader.line_num])[:2000])
+            unread = "".join(lines[before : reader.line_num])
+            yield where, BadRow(reason, unread[:2000])
             continue
+
+        # The first line that is not blank holds the column names.
         reason = not_utf8(",".join(cells))
         if header is None:
             header = _header(cells, reason, where) if cells else None
@@ -197,9 +227,11 @@ def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
     for batch in _parquet_batches(path, label):
         if twice := _twice(batch.schema.names):
             raise ValueError(f"{label}: column name {twice!r:.40} stands twice: rename one of them")
+        # Row by row, as one value that Python cannot hold would make the whole batch unreadable.
         for index in range(batch.num_rows):
             number += 1
-            yield f"{label}:{number}", row_or_bad(partial(_first_row, batch.slice(index, 1)))
+            read = partial(_first_row, batch.slice(index, 1))
+            yield f"{label}:{number}", row_or_bad(read)
 
 
 def _first_row(batch) -> dict:
@@ -207,6 +239,7 @@ def _first_row(batch) -> dict:
 
 
 def _parquet_batches(path: Path, label: str) -> Iterator:
+    # Imported where needed: `--help` should not wait for it.
     import pyarrow
     import pyarrow.parquet
 
@@ -217,7 +250,7 @@ def _parquet_batches(path: Path, label: str) -> Iterator:
 
 
 def not_utf8(text: str) -> str | None:
-    """Why text decoded with surrogateescape was no UTF-8, with a hint where it would be GB18030; None if it was."""
+    """The reason why text decoded with surrogateescape was no UTF-8, with a hint at GB18030; None if it was UTF-8."""
     match = NOT_UTF8.search(text)
     if not match:
         return None
@@ -238,8 +271,6 @@ def not_utf8(text: str) -> str | None:
 
 
 def _not_json(error: Exception) -> str:
-    return (
-        f"not JSON ({error.msg})"
-        if isinstance(error, json.JSONDecodeError)
-        else "not JSON (nested or long beyond reason)"
-    )
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg})"
+    return "not JSON (nested or long beyond reason)"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from rlhf.data.dialogues import BadRow, Turn, Unusable, first_of, text_of, turns, type_name
 from rlhf.data.template import fold, merged_turns, up_to_last_question
 
+# Usual names of the columns; the first one that the data has is taken.
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "q", "user", "problem", "input", "text")
 
 ANSWER_FIELDS = (
@@ -39,7 +40,7 @@ MAX_CHARACTERS = 200_000
 
 @dataclass(frozen=True)
 class Format:
-    """Which column holds what; None for what the data has not. `dialogue` stands in place of `prompt`."""
+    """The column of every role; None for a role that the data lacks. `dialogue` takes the place of `prompt`."""
 
     kind: str
     prompt: str | None = None
@@ -69,19 +70,22 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
         if name and name not in columns:
             raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
 
-    # 1. Columns by the names that the user gave, else by the usual ones.
+    # Columns by the names that the user gave, else by the usual ones.
     prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
     dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
+    # "context" is too common a word to be taken for a dialogue where any other column fits.
     if kind == "preference" and not dialogue and not prompt:
         dialogue = first_of(("context",), columns)
 
-    answer = named.get("answer") or first_of((name for name in ANSWER_FIELDS if name != prompt), columns)
+    answer_names = [name for name in ANSWER_FIELDS if name != prompt]
+    answer = named.get("answer") or first_of(answer_names, columns)
     chosen = named.get("chosen") or first_of(CHOSEN_FIELDS, columns)
     rejected = named.get("rejected") or first_of(REJECTED_FIELDS, columns)
+    # An answer column that the user named wins over the dialogue.
     if kind == "sft" and (named.get("answer") or not dialogue):
         dialogue = None
 
-    # 2. What stands around the prompt: system, history, input.
+    # The columns that extend the prompt: system, history, input.
     extras = () if dialogue or not prompt else _extras(columns, prompt)
     asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
     if kind == "preference" and chosen and rejected:
@@ -93,17 +97,30 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
     if kind == "prompt" and (dialogue or prompt):
         return Format(kind, **asked)
 
+    # HH-style preferences have no prompt column: the chosen side holds the whole dialogue.
     if kind == "prompt" and chosen:
         return Format(kind, chosen=chosen)
 
-    # 3. Nothing fits: say which flags would settle it.
-    needed = {"sft": "prompt answer", "preference": "prompt chosen rejected", "prompt": "prompt"}[kind]
-    flags = ", ".join(f"--{role}_field" for role in needed.split())
-    raise ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
+    raise _no_format(columns, kind)
+
+
+def _no_format(columns: set[str], kind: str) -> ValueError:
+    """The error where no columns fit; it names the flags that would settle it."""
+    needed = {
+        "sft": ("prompt", "answer"),
+        "preference": ("prompt", "chosen", "rejected"),
+        "prompt": ("prompt",),
+    }
+    flags = ", ".join(f"--{role}_field" for role in needed[kind])
+    return ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
 
 
 def _extras(columns: set[str], prompt: str) -> tuple[str, ...]:
-    return tuple(name for name in EXTRA_FIELDS if name in columns and (name != "input" or prompt == "instruction"))
+    present = [name for name in EXTRA_FIELDS if name in columns]
+    # `input` belongs to an `instruction`; beside another prompt it may be anything.
+    if prompt != "instruction":
+        present = [name for name in present if name != "input"]
+    return tuple(present)
 
 
 def _listed(columns: set[str]) -> str:
@@ -132,8 +149,10 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
 
     if fmt.kind == "sft":
         prompt = fold(up_to_last_question(context), template)
-        return [{"prompt": prompt, "answer": answer} for answer in _answers(_value(row, fmt.answer), fmt.answer)]
+        answers = _answers(_value(row, fmt.answer), fmt.answer)
+        return [{"prompt": prompt, "answer": answer} for answer in answers]
 
+    # What is left is a prompt, here or inside the chosen side of a preference.
     if fmt.chosen:
         context = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
     return [{"prompt": fold(up_to_last_question(context), template)}]
@@ -145,50 +164,65 @@ def _context(row: dict, fmt: Format) -> list[Turn]:
         return turns(_value(row, fmt.dialogue), fmt.dialogue, "user")
     if not fmt.prompt:
         return []
+
     asked = turns(_value(row, fmt.prompt), fmt.prompt, "user")
     # An empty or missing extra is usual, a 0 or False in place of text a mistake.
     extras = {name: row[name] for name in fmt.extras if row.get(name) not in (None, "", [])}
     if "input" in extras:
         role, said = asked[-1]
-        asked[-1] = (role, f"{said}\n{text_of(extras['input'], 'input')}".strip())
-    system = [("system", text_of(extras["system"], "system"))] if "system" in extras else []
+        given = text_of(extras["input"], "input")
+        asked[-1] = (role, f"{said}\n{given}".strip())
+
+    system = []
+    if "system" in extras:
+        system = [("system", text_of(extras["system"], "system"))]
     return system + _history(extras.get("history", [])) + asked
 
 
 def _history(pairs) -> list[Turn]:
-    if not isinstance(pairs, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
+    is_list = isinstance(pairs, list)
+    if not is_list or any(not isinstance(pair, list) or len(pair) != 2 for pair in pairs):
         raise BadRow("field 'history' must be a list of [question, answer] pairs")
+
     history = []
     for question, answer in pairs:
-        history += [("user", text_of(question, "history")), ("assistant", text_of(answer, "history"))]
+        history.append(("user", text_of(question, "history")))
+        history.append(("assistant", text_of(answer, "history")))
     return history
 
 
 def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
     texts = {}
 
+    # Each side gives an answer, and the prompt that it answers.
     for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
         side = turns(_value(row, field), field, "assistant")
         if side[-1][0] != "assistant" or not side[-1][1]:
             raise Unusable(f"empty {name}")
-        # A side that is a whole dialogue brings its own context; a bare answer continues the prompt's.
-        before = side[:-1] if side[0][0] != "assistant" else context + side[:-1]
+        # A side that is a whole dialogue holds its own context; a bare answer continues the prompt's.
+        is_dialogue = side[0][0] != "assistant"
+        before = side[:-1] if is_dialogue else context + side[:-1]
         texts[name] = side[-1][1]
         texts[f"{name} prompt"] = fold(up_to_last_question(before), template)
 
+    # Scores of answers to different prompts cannot be compared.
     if texts["chosen prompt"] != texts["rejected prompt"]:
         raise Unusable("chosen and rejected differ in their prompt")
 
     if texts["chosen"] == texts["rejected"]:
         raise Unusable("chosen == rejected")
 
-    made = {"prompt": texts["chosen prompt"], "chosen": texts["chosen"], "rejected": texts["rejected"]}
-    return made | ({"margin": _margin(row, fmt.margin)} if fmt.margin else {})
+    pair = {"prompt": texts["chosen prompt"], "chosen": texts["chosen"], "rejected": texts["rejected"]}
+    if fmt.margin:
+        pair["margin"] = _margin(row, fmt.margin)
+    return pair
 
 
 def _margin(row: dict, field: str) -> float:
     value = _value(row, field)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    # Python counts true and false among its integers.
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
         shown = repr(value) if isinstance(value, str | float) else type_name(value)
         raise BadRow(f"field '{field}' must be a number, not {shown}"[:200])
     return float(value)
@@ -199,7 +233,10 @@ def _answers(value, field: str) -> list[str]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         answers = [text_of(item, field) for item in value]
     else:
-        answers = [said for role, said in turns(value, field, "assistant") if role == "assistant"]
+        dialogue = turns(value, field, "assistant")
+        answers = [said for role, said in dialogue if role == "assistant"]
+
+    # Among several answers an empty one is dropped alone, later, and counted.
     if not any(answers):
         raise Unusable("empty answer")
     return answers

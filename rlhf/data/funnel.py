@@ -28,18 +28,22 @@ class Funnel:
 
     @property
     def kept(self) -> int:
+        """Rows left now, by the identity above: no count of its own that could disagree."""
         return self.read + self.expanded + self.made.total() - self.dropped.total()
 
     def drop(self, reason: str, where: str) -> None:
         """Count one row out."""
         self.dropped[reason] += 1
         places = self.places.setdefault(reason, [])
+        # Three places are enough to look at; millions of them would fill the memory.
         if len(places) < 3:
             places.append(where)
 
     def table(self) -> str:
         """The counts as lines of text, with places to look at."""
         lines = [("read", self.read, "; ".join(self.formats))]
+
+        # What adds rows, what takes rows away, and the sum, as a reader would check them.
         if self.expanded:
             lines.append(("+ expanded", self.expanded, "further answers or turns of the same rows"))
         for name, count in sorted(self.made.items()):
@@ -47,21 +51,36 @@ class Funnel:
         for reason, count in self.dropped.most_common():
             lines.append((f"- {reason}", count, ", ".join(self.places[reason])))
         lines.append(("kept", self.kept, ""))
+
         width = max(len(name) for name, _, _ in lines)
         return "\n".join(f"{name:<{width}} {count:>9,}  {note}".rstrip() for name, count, note in lines)
 
     def summary(self) -> str:
-        """The counts in half a sentence, for an error."""
+        """The counts as a part of a sentence, for error messages."""
         first = {reason: places[0] for reason, places in self.places.items()}
+        # Of a malformed row the reason is known too, not the place alone.
         if self.bad_rows:
             first["malformed"] = self.bad_rows[0]
-        reasons = ", ".join(f"{count} {reason} ({first[reason]})" for reason, count in self.dropped.items())
-        return f"{self.read} read" + (f", dropped: {reasons}" if reasons else "")
+
+        reasons = [f"{count} {reason} ({first[reason]})" for reason, count in self.dropped.items()]
+        dropped = f", dropped: {', '.join(reasons)}" if reasons else ""
+        return f"{self.read} read{dropped}"
 
     def as_dict(self) -> dict:
         """The counts for run.json."""
         made = {"made": dict(self.made)} if self.made else {}
-        return {"read": self.read, "expanded": self.expanded, **made, "kept": self.kept, "dropped": dict(self.dropped)}
+        return {
+            "read": self.read,
+            "expanded": self.expanded,
+            **made,
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+        }
+
+
+def _opening(row: dict) -> str:
+    """The first question of the row's dialogue; all rows of one dialogue share it."""
+    return row.get("opening", row["prompt"])
 
 
 def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:
@@ -73,8 +92,10 @@ def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], li
     Returns: training rows and evaluation rows, both in their old order.
     Raises: ValueError where there are too few different prompts to split.
     """
-    wanted = max(1, round(size * len(rows)) if size < 1 else round(size))
-    groups = Counter(row.get("opening", row["prompt"]) for row in rows)
+    # A share of few rows may round to 0, and one row is wanted all the same.
+    wanted = round(size * len(rows)) if size < 1 else round(size)
+    wanted = max(1, wanted)
+    groups = Counter(_opening(row) for row in rows)
     if len(groups) < 2 or wanted >= len(rows):
         raise ValueError(
             f"{len(rows)} rows with {len(groups)} different prompts cannot give {wanted} evaluation rows: "
@@ -82,10 +103,11 @@ def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], li
         )
 
     # By hash and not by position, so that a prompt's rank does not depend on the other rows or their order.
-    ranked = sorted(groups, key=lambda opening: hashlib.sha256(f"{seed} {opening}".encode()).digest())
+    ranked = sorted(groups, key=lambda opening: _hash(f"{seed} {opening}"))
     aside: set[str] = set()
     count = 0
 
+    # The last opening is never set aside: training needs at least one.
     for opening in ranked[:-1]:
         if count >= wanted:
             break
@@ -94,14 +116,20 @@ def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], li
 
     sides: tuple[list, list] = ([], [])
     for row in rows:
-        sides[row.get("opening", row["prompt"]) in aside].append(row)
+        sides[_opening(row) in aside].append(row)
     return sides
+
+
+def _hash(text: str) -> bytes:
+    # Python's own hash() of a text differs from process to process.
+    return hashlib.sha256(text.encode()).digest()
 
 
 def subset(rows: list[dict], limit: int, seed: int, funnel: Funnel) -> list[dict]:
     """`limit` rows drawn at random but left in their order (data files are often sorted by topic); -1 keeps all."""
     if limit < 0 or limit >= len(rows):
         return rows
+
     drawn = set(random.Random(seed).sample(range(len(rows)), limit))
     for number, row in enumerate(rows):
         if number not in drawn:
@@ -112,28 +140,36 @@ def subset(rows: list[dict], limit: int, seed: int, funnel: Funnel) -> list[dict
 def one_half(rows: list[dict], half: int, funnel: Funnel) -> list[dict]:
     """The rows of one half (0 or 1) of the prompts: two models trained on different halves share no prompt.
 
-    By hash of the dialogue's opening alone, whatever the seed and the other rows.
+    The hash of the dialogue's opening alone decides, so neither the seed nor the other rows change a row's half.
 
     Raises: ValueError for an empty half.
     """
     kept = []
     for row in rows:
-        opening = row.get("opening", row["prompt"])
-        if hashlib.sha256(f"half {opening}".encode()).digest()[0] % 2 == half:
+        # The parity of the first byte; the word before the opening keeps it independent of `split_eval`.
+        if _hash(f"half {_opening(row)}")[0] % 2 == half:
             kept.append(row)
         else:
             funnel.drop("in the other half", row["where"])
+
     if not kept:
         raise ValueError(f"no prompt falls into half {half} of the data: there are too few to split")
     return kept
 
 
 def without_overlap(rows: list[dict], evaluation: list[dict], funnel: Funnel) -> list[dict]:
+    """The training rows whose prompt is in no evaluation row; the others are counted in `funnel`.
+
+    Raises: ValueError where no training row is left.
+    """
     prompts = {row["prompt"] for row in evaluation}
-    train = [row for row in rows if row["prompt"] not in prompts]
+    train = []
     for row in rows:
         if row["prompt"] in prompts:
             funnel.drop("prompt is in the evaluation rows", row["where"])
+        else:
+            train.append(row)
+
     if not train:
         raise ValueError(
             "every training prompt is in the evaluation rows: name another --eval_split or --dataset_name"

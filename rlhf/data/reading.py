@@ -1,4 +1,4 @@
-"""Reading the rows of a stage: read, check, count, split as the flags say.
+"""Reading the rows of a stage: read, check and count them, and split them as the flags say.
 
     rows, funnel = load_rows(source, "sft" | "preference" | "prompt")   plain rows, each with "where" = "file:line"
     train, evaluation, funnel = load_splits(args, kind, seed)           no prompt in both
@@ -41,8 +41,11 @@ def load_rows(
     Returns: rows, each with "where" ("file:line") and "opening" (a dialogue's first question), and the funnel.
     Raises: ValueError naming malformed rows, or where nothing is left; OSError where the source cannot be read.
     """
-    reader = _Reader(kind, args or ReadingOptions(), bad_rows_file)
-    rows = reader.rows(source, splits_of(source, reader.args.dataset_config_name), split)
+    args = args or ReadingOptions()
+    splits = splits_of(source, args.dataset_config_name)
+
+    reader = _Reader(kind, args, bad_rows_file)
+    rows = reader.rows(source, splits, split)
     reader.finish()
     return rows, reader.funnel
 
@@ -50,7 +53,7 @@ def load_rows(
 def load_splits(
     args, kind: str, seed: int, bad_rows_file: Path | str | None = None
 ) -> tuple[list[dict], list[dict], Funnel]:
-    """Training and evaluation rows as the flags say; no prompt stands in both.
+    """Training and evaluation rows as the flags say; no prompt is in both.
 
     Evaluation rows come from --eval_dataset_name, else --eval_split, else a split with a usual name, else they are set
     aside from the training rows. A training row whose prompt is in a given evaluation split is dropped.
@@ -62,14 +65,17 @@ def load_splits(
     splits = splits_of(args.dataset_name, args.dataset_config_name)
     rows = reader.rows(args.dataset_name, splits, args.train_split)
 
-    # Evaluation rows that exist take part in the same funnel.
+    # Evaluation rows of a source are counted in the same funnel, and their malformed rows reported together.
     given = _evaluation_source(args, splits)
     evaluation = reader.rows(*given) if given else []
     reader.finish()
 
     if given:
-        return without_overlap(rows, evaluation, reader.funnel), evaluation, reader.funnel
-    train, evaluation = split_eval(rows, args.eval_size, seed) if args.eval_size else (rows, [])
+        train = without_overlap(rows, evaluation, reader.funnel)
+    elif args.eval_size:
+        train, evaluation = split_eval(rows, args.eval_size, seed)
+    else:
+        train = rows
     return train, evaluation, reader.funnel
 
 
@@ -77,8 +83,11 @@ def _evaluation_source(args, splits: dict) -> tuple[str, dict, str] | None:
     """(source, its splits, split) of the evaluation rows that flags or data set give; None where neither does."""
     if args.eval_dataset_name:
         splits = splits_of(args.eval_dataset_name, flag="--eval_dataset_name")
-        usual = next((name for name in EVAL_SPLITS if name in splits), next(iter(splits), "train"))
+        # A source for evaluation alone may call its only split "train".
+        first = next(iter(splits), "train")
+        usual = next((name for name in EVAL_SPLITS if name in splits), first)
         return args.eval_dataset_name, splits, args.eval_split or usual
+
     usual = next((name for name in EVAL_SPLITS if name in splits and name != args.train_split), None)
     split = args.eval_split or usual
     return (args.dataset_name, splits, split) if split else None
@@ -86,7 +95,7 @@ def _evaluation_source(args, splits: dict) -> tuple[str, dict, str] | None:
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """Fields of the data flags that a reader looks at, with their defaults: any script's arguments will do instead."""
+    """The data flags that `load_rows` looks at, with their defaults; a script's own arguments have the same names."""
 
     dataset_config_name: str | None = None
     prompt_template: str = DEFAULT_TEMPLATE
@@ -98,7 +107,7 @@ class ReadingOptions:
 
 
 class _Reader:
-    """Rows of one kind from one or two sources, into one funnel; malformed rows are reported together by `finish`."""
+    """Rows of one kind, from one or two sources into one funnel; `finish` reports malformed rows together."""
 
     def __init__(self, kind: str, args, bad_rows_file: Path | str | None):
         self.kind = kind
@@ -112,32 +121,35 @@ class _Reader:
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
+        # All rows first: only together do they show which columns are usual.
         located = list(splits[split])
-        counts: Counter = Counter()
-        for _, row in located:
-            counts.update(row.keys() if isinstance(row, dict) else ())
-        # Columns that most rows have: one stray name must not decide how all the others are read.
-        columns = {name for name, count in counts.items() if 2 * count >= max(counts.values())}
-
+        columns = _usual_columns(located)
         try:
             fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
         except ValueError as error:
             raise ValueError(f"{source}: {error}{_hint(located)}") from None
 
-        self.funnel.formats += [str(fmt)] if fmt else []
+        if fmt:
+            self.funnel.formats.append(str(fmt))
+
+        # Duplicates are sought inside one source: `load_splits` treats a prompt in both by itself.
         seen: set[tuple] = set()
         kept = []
         for where, row in located:
             kept += self._examples(where, row, fmt, seen)
+
+        # Where all rows are malformed, that is what to report.
         if not kept:
             self.finish()
             raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
         return kept
 
     def _examples(self, where: str, row, fmt, seen: set[tuple]) -> list[dict]:
+        """The usable examples of one row; whatever else comes of it is counted."""
         self.funnel.read += 1
 
         try:
+            # What the file reader refused is counted where other malformed rows are.
             if isinstance(row, BadRow):
                 raise row
             # A row may make several examples: answers of HC3, turns of a dialogue.
@@ -148,19 +160,24 @@ class _Reader:
         except BadRow as error:
             self.funnel.drop("malformed", where)
             self.funnel.bad_rows.append(f"{where}: {error}")
-            self.malformed.append({"where": where, "reason": str(error), "row": error.row if error is row else row})
+            # Of a row that could not be parsed, the error holds the raw text.
+            content = error.row if error is row else row
+            self.malformed.append({"where": where, "reason": str(error), "row": content})
             return []
 
         self.funnel.expanded += len(made) - 1
         good = [example for example in made if self._is_usable(example, where, seen)]
         for example in good:
-            example.update(where=where, opening=first_question(example["prompt"], self.args.prompt_template))
+            opening = first_question(example["prompt"], self.args.prompt_template)
+            example.update(where=where, opening=opening)
         return good
 
     def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
-        """Return True if an example is neither empty nor huge nor seen before; where not, it is counted."""
+        """Return True if an example is neither empty nor huge nor seen before, else count it under the reason."""
+        # Numbers such as a margin are left out: a pair that differs in its margin alone is a duplicate.
         texts = {name: value for name, value in example.items() if isinstance(value, str)}
         values = tuple(texts.values())
+
         reason = None
         if not all(values):
             reason = "empty " + next(name for name, text in texts.items() if not text)
@@ -168,7 +185,7 @@ class _Reader:
             reason = f"longer than {MAX_CHARACTERS} characters"
         elif values in seen:
             reason = "duplicate"
-        elif "chosen" in example and (example["prompt"], example["rejected"], example["chosen"]) in seen:
+        elif _swapped(example) in seen:
             reason = "contradicts an earlier pair"
 
         if reason:
@@ -181,19 +198,37 @@ class _Reader:
     def finish(self) -> None:
         """Stop at malformed rows, or write them down. Raises: ValueError naming the first ones."""
         if self.malformed and self.args.bad_rows == "stop":
+            # Five places show a pattern; more would make a message that is not read.
+            first = "; ".join(self.funnel.bad_rows[:5])
             more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
-            raise ValueError(
-                f"malformed rows: {'; '.join(self.funnel.bad_rows[:5])}{more}: "
-                "mend them, or leave them out with --bad_rows skip"
-            )
+            raise ValueError(f"malformed rows: {first}{more}: mend them, or leave them out with --bad_rows skip")
+
         # All processes read the rows; one of them writes.
-        if self.malformed and self.bad_rows_file and os.environ.get("RANK", "0") == "0":
+        is_first = os.environ.get("RANK", "0") == "0"
+        if self.malformed and self.bad_rows_file and is_first:
             _write_rows(Path(self.bad_rows_file), self.malformed)
+
+
+def _usual_columns(located: list[Located]) -> set[str]:
+    """The columns that most rows have: one stray name must not decide how all the others are read."""
+    counts: Counter = Counter()
+    for _, row in located:
+        counts.update(row.keys() if isinstance(row, dict) else ())
+    most = max(counts.values(), default=0)
+    return {name for name, count in counts.items() if 2 * count >= most}
+
+
+def _swapped(example: dict) -> tuple | None:
+    """The texts of the pair that prefers the other answer; None where the example is no pair."""
+    if "chosen" not in example:
+        return None
+    return example["prompt"], example["rejected"], example["chosen"]
 
 
 def _hint(located: list[Located]) -> str:
     """Hint for a source whose columns fit no format: a file's shape shows in its rows only."""
-    if located[0][0].rpartition(":")[0].lower().endswith(".csv"):
+    where, _ = located[0]
+    if where.rpartition(":")[0].lower().endswith(".csv"):
         return "; the first line of a .csv must hold the column names"
     return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
 
@@ -209,7 +244,7 @@ def _write_rows(path: Path, rows: list[dict]) -> None:
 def _as_line(row: dict) -> str:
     try:
         return json.dumps(row, default=str) + "\n"
-    # Writing goes a little deeper than reading did.
+    # Writing recurses a little deeper than reading did.
     except RecursionError:
         return _as_line({**row, "row": "brackets nested by the thousand"})
 
@@ -219,5 +254,6 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         content = {key: value for key, value in row.items() if key != "where"}
-        digest.update(json.dumps(content, sort_keys=True).encode() + b"\n")
+        line = json.dumps(content, sort_keys=True)
+        digest.update(line.encode() + b"\n")
     return digest.hexdigest()

@@ -27,7 +27,7 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     if not source.strip():
         raise ValueError(f"{flag} is empty: give a local file, a directory or a hub id")
 
-    # Unlike Path.expanduser, this lets the name of a user that does not exist stand.
+    # Path.expanduser would raise for a user who does not exist; this leaves such a name as it is.
     path = Path(os.path.expanduser(source))
     if path.is_file():
         return {"train": read_file(path)}
@@ -38,7 +38,9 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     if path.is_dir():
         return _directory_splits(path)
 
-    if path.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    # A mistyped path must not be looked up on the hub: that would end in a message about the network.
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".")
+    if path.suffix.lower() in SUFFIXES or not is_hub_id:
         raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
     return _hub_splits(source, config, flag)
 
@@ -50,24 +52,26 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    # A damaged description may hold anything in any place.
+    # A damaged description may hold a value of any type in any place.
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no readable save_to_disk directory ({first_sentence(error)}): save it again"
         ) from None
+
+    # A data set saved alone has no split names.
     named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
 
 
 def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
     files: dict[str, list[Path]] = {}
-    # Path.rglob would pass over a directory that may not be read, without a word.
+    # Path.rglob would silently leave out a directory that may not be read.
     walked = os.walk(path, onerror=_raise)
-
     every_file = []
     for folder, _, names in walked:
         every_file += [Path(folder, name) for name in names]
 
+    # Sorted, as the order of a file system differs from machine to machine and the rows' order would follow it.
     for file in sorted(every_file):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
@@ -99,7 +103,7 @@ def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[
             file = f"{config or 'all'}.jsonl"
             return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
         loaded = datasets.load_dataset(name, config)
-    # RuntimeError is what datasets raises for any other loading script, its own error what files of no one form give.
+    # datasets raises RuntimeError for any other loading script, and its own error where files differ in their form.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConnectionError(
             f"{flag} {name} is no local path and could not be loaded from the hub ({first_sentence(error)}): download "

@@ -14,7 +14,7 @@ DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 
 # ---- template ----
 def check_template(template: str) -> str:
-    """`template` itself. Raises: ValueError unless it holds {prompt} exactly once."""
+    """Return `template` as it is. Raises: ValueError unless it holds {prompt} exactly once."""
     if template.count("{prompt}") != 1:
         raise ValueError(f"--prompt_template {template!r} must contain {{prompt}} exactly once")
     return template
@@ -22,13 +22,16 @@ def check_template(template: str) -> str:
 
 def render(template: str, prompt: str) -> str:
     """The query: `prompt` in `template`. Other braces, in either of them, are plain text."""
+    # str.format would fail at any other brace, and str.replace would replace a {prompt} inside the prompt.
     before, after = template.split("{prompt}")
     return f"{before}{prompt}{after}"
 
 
 def up_to_last_question(dialogue: list[Turn]) -> list[Turn]:
+    """The merged turns of a dialogue, without an answer at its end."""
     merged = merged_turns(dialogue)
-    return merged[:-1] if merged and merged[-1][0] == "assistant" else merged
+    is_answered = merged and merged[-1][0] == "assistant"
+    return merged[:-1] if is_answered else merged
 
 
 def merged_turns(dialogue: list[Turn]) -> list[Turn]:
@@ -37,7 +40,9 @@ def merged_turns(dialogue: list[Turn]) -> list[Turn]:
     for spoken, said in dialogue:
         role = "user" if spoken == "system" else spoken
         if merged and merged[-1][0] == role:
-            merged[-1] = (role, f"{merged[-1][1]}\n\n{said}".strip())
+            earlier = merged[-1][1]
+            # Stripped, because either of the two may be empty.
+            merged[-1] = (role, f"{earlier}\n\n{said}".strip())
         else:
             merged.append((role, said))
     return merged
@@ -54,6 +59,8 @@ def fold(dialogue: list[Turn], template: str) -> str:
         raise Unusable("empty prompt")
     if dialogue[0][0] != "user":
         raise Unusable("dialogue begins with an answer")
+
+    # `render` puts the template around the whole, so only what lies between the turns is added here.
     before, after = template.split("{prompt}")
     folded = dialogue[0][1]
     for role, said in dialogue[1:]:
@@ -64,4 +71,5 @@ def fold(dialogue: list[Turn], template: str) -> str:
 def first_question(prompt: str, template: str) -> str:
     """The opening of a folded dialogue; a prompt of one turn is its own opening."""
     after = template.split("{prompt}")[1]
+    # A template that ends with {prompt} leaves no mark between the turns.
     return prompt.split(after)[0] if after else prompt

@@ -131,8 +131,8 @@ def test_hc3_chinese_is_read_from_its_data_file_not_by_its_script(tmp_path, monk
 
 def test_hub_data_sets_are_read_with_their_splits(monkeypatch):
     table = datasets.Dataset.from_list(PAIRS)
-    found = datasets.DatasetDict(train=table.select(range(4)), test=table.select([4, 5]))
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: found)
+    on_hub = datasets.DatasetDict(train=table.select(range(4)), test=table.select([4, 5]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: on_hub)
     train, evaluation, _ = load_splits(DataArguments(), "preference", seed=0)
     assert (len(train), len(evaluation)) == (4, 2)
     assert evaluation[1]["where"] == f"{DataArguments().dataset_name}[test]:2"
@@ -182,7 +182,8 @@ def test_a_malformed_row_stops_the_run_by_file_line_and_reason(tmp_path, line, r
 
 
 def test_bad_rows_skip_writes_them_down_and_goes_on(tmp_path):
-    path, bad_rows = tmp_path / "a.jsonl", tmp_path / "run" / "bad_rows.jsonl"
+    path = tmp_path / "a.jsonl"
+    bad_rows = tmp_path / "run" / "bad_rows.jsonl"
     lines = [GOOD, *(line for line, _ in FAULTS.values()), b'{"prompt": "p", "answer": "a"}', b'{"prompt": "cut']
     path.write_bytes(b"\n".join(lines))
     rows, funnel = load_rows(str(path), "sft", args=SKIP, bad_rows_file=bad_rows)
@@ -275,6 +276,7 @@ def test_well_formed_rows_that_make_no_example_are_counted_by_reason(tmp_path):
         {"prompt": "p", "chosen": "", "rejected": "二"},
         {"prompt": "p", "chosen": "长" * 1_000_000, "rejected": "二"},
     ]
+
     kept, funnel = load_rows(write_lines(tmp_path / "a.jsonl", rows), "preference")
     assert texts(kept) == PAIRS
     assert funnel.dropped == {
@@ -302,7 +304,9 @@ def test_mutated_files_end_in_rows_or_in_one_sentence(tmp_path):
         json.dumps(PAIRS, ensure_ascii=False, indent=1).encode(),
         b"\n".join(json.dumps(p).encode() for p in PAIRS),
     ]
+
     for number in range(200):
+        # Replace up to four short stretches with what breaks JSON, text or UTF-8.
         content = bytearray(whole[number % 2])
         for _ in range(shuffler.randint(1, 4)):
             at = shuffler.randrange(len(content))
@@ -311,6 +315,8 @@ def test_mutated_files_end_in_rows_or_in_one_sentence(tmp_path):
             )
         path = tmp_path / "a.json"
         path.write_bytes(bytes(content))
+
+        # One sentence that names the file, or rows that are all accounted for.
         args = DataArguments(bad_rows=("stop", "skip")[number % 3 > 0])
         try:
             rows, funnel = load_rows(str(path), "preference", args=args, bad_rows_file=tmp_path / "bad_rows.jsonl")
@@ -461,7 +467,9 @@ def test_the_mask_marks_the_answer_and_its_eos(tokenizer):
 def test_rows_too_long_are_dropped_and_counted_at_the_exact_token(tokenizer):
     row = {"prompt": "我喜欢什么？", "chosen": "红茶。", "rejected": "红茶，红茶，红茶。", "where": "f:1"}
     made = preference_rows(tokenizer, [row], DEFAULT_TEMPLATE, 1000, Funnel())[0]
-    query, longest = len(made["query_ids"]), len(made["query_ids"]) + len(made["rejected_ids"])
+    query = len(made["query_ids"])
+    longest = query + len(made["rejected_ids"])
+
     for limit, reason in (
         (longest, None),
         (longest - 1, f"longer than {longest - 1} tokens"),
@@ -471,6 +479,7 @@ def test_rows_too_long_are_dropped_and_counted_at_the_exact_token(tokenizer):
         kept = preference_rows(tokenizer, [row], DEFAULT_TEMPLATE, limit, funnel)
         assert funnel.kept == len(kept) == (reason is None)
         assert set(funnel.dropped) == ({reason} if reason else set())
+
     funnel = Funnel(read=2)
     assert len(prompt_rows(tokenizer, [row], DEFAULT_TEMPLATE, query, funnel)) == 1
     assert prompt_rows(tokenizer, [row], DEFAULT_TEMPLATE, query - 1, funnel) == []

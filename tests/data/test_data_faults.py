@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import chain, product
 from pathlib import Path
 
 import datasets
@@ -28,7 +29,7 @@ from rlhf.run import launch
 ROOT = Path(__file__).resolve().parents[2]
 FIELDS = {"sft": ("prompt", "answer"), "preference": ("prompt", "chosen", "rejected"), "prompt": ("prompt",)}
 KINDS = tuple(FIELDS)
-KINDS_AND_FIELDS = [(kind, field) for kind, fields in FIELDS.items() for field in fields]
+KINDS_AND_FIELDS = list(chain.from_iterable(product([kind], fields) for kind, fields in FIELDS.items()))
 
 
 def good(kind, number):
@@ -286,11 +287,13 @@ def test_a_last_line_of_something_else_is_not_called_cut_off(tmp_path):
 
 
 def test_a_hint_at_gb18030_is_given_where_it_helps_and_not_for_damaged_utf8():
-    said, hinted = "今天天气很好，我们去公园散步吧。", 0
+    said = "今天天气很好，我们去公园散步吧。"
     assert "reads as GB18030" in not_utf8(said.encode("gb18030").decode("utf-8", "surrogateescape"))
     # An excerpt may end within a character.
     assert "reads as GB18030" in not_utf8(said.encode("gb18030")[:-1].decode("utf-8", "surrogateescape"))
+
     whole = said.encode()
+    hinted = 0
     for at in range(12, len(whole)):
         flipped = whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1 :]
         hinted += "GB18030" in (not_utf8(flipped.decode("utf-8", "surrogateescape")) or "")
@@ -318,14 +321,17 @@ def test_repeated_and_contradicting_rows_are_dropped_by_reason(kind, suffix, tmp
         first = good(kind, 1)
         extra["contradicts an earlier pair"] = first | {"chosen": first["rejected"], "rejected": first["chosen"]}
         extra["chosen == rejected"] = first | {"rejected": f"{first['chosen']} "}
+
+    every_row = [*rows, *extra.values()]
     path = tmp_path / f"a.{suffix}"
     if suffix == "csv":
-        write_csv(tmp_path, rows + list(extra.values()))
+        write_csv(tmp_path, every_row)
     elif suffix == "parquet":
-        write_parquet(tmp_path, rows + list(extra.values()))
+        write_parquet(tmp_path, every_row)
     else:
-        found = rows + list(extra.values())
-        path.write_text(dumped(found) if suffix == "json" else "\n".join(map(dumped, found)), encoding="utf-8")
+        text = dumped(every_row) if suffix == "json" else "\n".join(map(dumped, every_row))
+        path.write_text(text, encoding="utf-8")
+
     kept, funnel, _ = load(path, kind)
     assert texts(kept) == rows
     assert funnel.dropped == dict.fromkeys(extra, 1)
@@ -344,7 +350,8 @@ def test_prompts_longer_than_the_limit_are_dropped_with_their_place(kind, tiny_b
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_of_the_evaluation_rows_are_not_trained_on(kind, tmp_path):
-    train, held_out = tmp_path / "a.jsonl", tmp_path / "held_out.jsonl"
+    train = tmp_path / "a.jsonl"
+    held_out = tmp_path / "held_out.jsonl"
     train.write_bytes(lines_of(kind, dumped(good(kind, 9)).encode()))
     held_out.write_text(dumped(good(kind, 2) | {"prompt": f"{good(kind, 9)['prompt']} "}) + "\n", encoding="utf-8")
     args = DataArguments(dataset_name=str(train), eval_dataset_name=str(held_out))
@@ -367,18 +374,23 @@ def csv_text(rows):
 
 
 def parquet_bytes(kind, names=None):
-    table, out = pyarrow.Table.from_pylist([good(kind, number) for number in range(3)]), io.BytesIO()
-    pyarrow.parquet.write_table(table.append_column("prompt", table.column(0)) if names else table, out)
+    table = pyarrow.Table.from_pylist([good(kind, number) for number in range(3)])
+    if names:
+        table = table.append_column("prompt", table.column(0))
+    out = io.BytesIO()
+    pyarrow.parquet.write_table(table, out)
     return out.getvalue()
 
 
 def file_faults(kind):
     """Name of the fault -> (file name, contents, what the message says after the path)."""
     rows = [good(kind, number) for number in range(3)]
-    columns = {field: [row[field] for row in rows] for field in rows[0]}
-    by_index = {field: dict(enumerate(values)) for field, values in columns.items()}
+    return blank_faults(rows) | json_faults(kind, rows) | table_faults(kind, csv_text(rows))
+
+
+def blank_faults(rows):
+    """Files without a row, and files in UTF-16."""
     table = csv_text(rows)
-    fitting = f": no {kind} format fits the columns "
     return {
         "empty jsonl": ("a.jsonl", b"", " is empty: check how it was made or downloaded"),
         "empty json": ("a.json", b"", " is empty: check"),
@@ -392,19 +404,38 @@ def file_faults(kind):
         "UTF-16": ("a.jsonl", dumped(rows[0]).encode("utf-16"), " is UTF-16 text: save it as UTF-8"),
         "UTF-16 array": ("a.json", dumped(rows).encode("utf-16-le"), " is UTF-16 text: save it as UTF-8"),
         "UTF-16 turned round": ("a.csv", table.encode("utf-16-be"), " is UTF-16 text: save it as UTF-8"),
+    }
+
+
+def json_faults(kind, rows):
+    """JSON whose rows are not where they should be."""
+    columns = {field: [row[field] for row in rows] for field in rows[0]}
+    by_index = {field: dict(enumerate(values)) for field, values in columns.items()}
+    return {
         "lists in one line": ("a.json", dumped(columns).encode(), ":1: field 'prompt' must hold messages (objects"),
         "lists by index": ("a.json", dumped(by_index).encode(), ":1: a message of field 'prompt' needs role and"),
         "lists indented": ("a.json", json.dumps(columns, indent=1).encode(), " is one indented JSON object: give a"),
         "blank line first": ("a.json", b"\n{\n" + dumped(columns)[1:].encode(), " is one indented JSON object"),
+        # Rows under a name of the outer object, of which no column says anything.
         "under data": (
             "a.json",
             dumped({"data": rows}).encode(),
-            f"{fitting}data: name them with --prompt_field",
+            f": no {kind} format fits the columns data: name them with --prompt_field",
         ),
         "under data, hint": ("a.json", dumped({"data": rows}).encode(), "; a file of one object must be made a list"),
         "under data, indented": ("a.json", json.dumps({"data": rows}, indent=1).encode(), " is one indented JSON"),
         "no fields": ("a.json", b"[{}, {}]", ":1: the row has no fields"),
-        "no header": ("a.csv", table.partition("\n")[2].encode(), fitting),
+    }
+
+
+def table_faults(kind, table):
+    """Tables without usable column names, damaged Parquet, and names of files that say nothing."""
+    return {
+        "no header": (
+            "a.csv",
+            table.partition("\n")[2].encode(),
+            f": no {kind} format fits the columns ",
+        ),
         "no header, hint": (
             "a.csv",
             table.partition("\n")[2].encode(),
@@ -414,6 +445,7 @@ def file_faults(kind):
         "name twice, parquet": ("a.parquet", parquet_bytes(kind, True), ": column name 'prompt' stands twice"),
         "header in GB18030": ("a.csv", "问,答\n一,二\n".encode("gb18030"), ":1: byte 0xce is not UTF-8 but reads as"),
         "header no CSV": ("a.csv", b'"prompt"x,answer\n' + table.encode(), ":1: not CSV (',' expected after '\"')"),
+        # Parquet keeps its description at the end, so a file that was cut has lost it.
         "cut parquet": ("a.parquet", parquet_bytes(kind)[:-20], " is no readable Parquet file (Parquet magic bytes"),
         "cut in the middle": ("a.parquet", parquet_bytes(kind)[:200], " is no readable Parquet file ("),
         "text as parquet": ("a.parquet", table.encode(), " is no readable Parquet file ("),
@@ -522,6 +554,7 @@ def test_table_rows_that_python_cannot_hold_are_named_alone(saved, tmp_path):
         "byte 0xce is not UTF-8 but reads as GB18030": table_with_bad_text(),
         "the row cannot be read (": pyarrow.table({"prompt": ["甲", "乙", "丙"], "answer": ["一"] * 3, "at": dates}),
     }
+
     for reason, table in tables.items():
         path = tmp_path / f"{len(reason)}.parquet"
         if saved:
@@ -529,6 +562,7 @@ def test_table_rows_that_python_cannot_hold_are_named_alone(saved, tmp_path):
             datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(str(path))
         else:
             pyarrow.parquet.write_table(table, path)
+
         where = f"{path}[train]:2" if saved else f"{path}:2"
         assert f"malformed rows: {where}: {reason}" in refusal(path, "sft")
         rows, funnel, _ = load(path, "sft", "skip", eval_size=0)
@@ -540,6 +574,8 @@ def test_a_damaged_save_to_disk_directory_says_so(tmp_path):
     datasets.Dataset.from_list([good("sft", number) for number in range(3)]).save_to_disk(str(tmp_path / "one"))
     table = next((tmp_path / "one").glob("*.arrow"))
     whole = {path: path.read_bytes() for path in (table, *(tmp_path / "one").glob("*.json"))}
+
+    # Each of its files in turn: cut, of another type, no text.
     for path, content in whole.items():
         for damaged in (content[: len(content) // 2], b"[]", b"3", b"\xff"):
             path.write_bytes(damaged)
@@ -547,6 +583,7 @@ def test_a_damaged_save_to_disk_directory_says_so(tmp_path):
             assert f"{tmp_path}/one is no readable save_to_disk directory (" in message
         path.write_bytes(content)
     assert len(load(tmp_path / "one", "sft", eval_size=0)[0]) == 3
+
     (tmp_path / "two").mkdir()
     for content in ('{"splits": []}', '{"splits": 3}', "[]"):
         (tmp_path / "two" / "dataset_dict.json").write_text(content)
@@ -612,15 +649,17 @@ def test_a_directory_is_read_whole_or_refused(tmp_path):
 def test_what_may_not_be_read_is_named():
     """As root, who may read everything, the effective user is nobody for the while."""
     with tempfile.TemporaryDirectory() as name:
-        folder, inner = Path(name), Path(name) / "inner"
+        folder = Path(name)
+        inner = folder / "inner"
         inner.mkdir()
         folder.chmod(0o755)
         for path in (folder / "a.jsonl", folder / "a.parquet", inner / "b.jsonl"):
             path.write_text(dumped(good("sft", 1)), encoding="utf-8")
             path.chmod(0)
         inner.chmod(0)
-        (folder / "a.parquet").rename(folder.parent / f"{folder.name}.parquet")
         lone = folder.parent / f"{folder.name}.parquet"
+        (folder / "a.parquet").rename(lone)
+
         user = os.geteuid()
         try:
             if user == 0:
@@ -630,6 +669,7 @@ def test_what_may_not_be_read_is_named():
             os.seteuid(user)
             lone.unlink()
             inner.chmod(0o755)
+
     assert f"{folder}/a.jsonl cannot be read (Permission denied): check its permissions" in messages[0]
     assert all(f"{folder}" in message and "ermission denied" in message for message in messages), messages
 
@@ -674,7 +714,8 @@ def command(bases, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "listen", lambda: None, raising=False)
 
     def run(script, *flags):
-        module, code = importlib.import_module(script), 0
+        module = importlib.import_module(script)
+        code = 0
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *bases[script], "--inspect_data", "True", *flags])
         try:
             launch.run_script(module.main, module.parse_args)
@@ -687,7 +728,8 @@ def command(bases, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_ends_with_one_sentence_and_exit_code_1(script, command, tmp_path):
-    kind, output = SCRIPTS[script], ("--output_dir", str(tmp_path / "run"))
+    kind = SCRIPTS[script]
+    output = ("--output_dir", str(tmp_path / "run"))
     paths = {}
     for name in FOR_SCRIPTS:
         file, content, said = file_faults(kind)[name]
@@ -695,10 +737,12 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(script, command, tmp_pa
         path.parent.mkdir()
         path.write_bytes(content)
         paths[path] = said
+
     malformed = tmp_path / "malformed.jsonl"
     malformed.write_bytes(lines_of(kind, b'{"prompt": null}'))
     paths[malformed] = ":4: field "
     paths[tmp_path / "missing.jsonl"] = " does not exist: give a local file, a directory or a hub id"
+
     for path, said in paths.items():
         code, printed, error = command(script, "--dataset_name", str(path), *output)
         assert (code, printed) == (1, "")
@@ -709,11 +753,13 @@ def test_a_script_ends_with_one_sentence_and_exit_code_1(script, command, tmp_pa
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_shows_what_it_dropped_and_steers_no_terminal(script, command, tmp_path):
-    kind, path = SCRIPTS[script], tmp_path / "a.jsonl"
+    kind = SCRIPTS[script]
+    path = tmp_path / "a.jsonl"
     rows = [{field: f"{field}\x1b[31m{number}" for field in FIELDS[kind]} for number in range(8)]
     lines = [*map(dumped, rows), dumped(rows[0]), '{"prompt": 7}']
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     flags = ("--dataset_name", str(path), "--bad_rows", "skip", "--output_dir", str(tmp_path / "run"))
+
     code, printed, _ = command(script, *flags)
     assert code == 0
     funnel = [line.split() for line in printed.splitlines()]
@@ -725,11 +771,13 @@ def test_a_script_shows_what_it_dropped_and_steers_no_terminal(script, command, 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_rows_are_put_aside_only_where_a_run_has_its_claim(script, command, tmp_path):
-    kind, path, out = SCRIPTS[script], tmp_path / "a.jsonl", tmp_path / "run"
-    path.write_bytes(lines_of(kind, b'{"prompt": null}'))
+    path = tmp_path / "a.jsonl"
+    out = tmp_path / "run"
+    path.write_bytes(lines_of(SCRIPTS[script], b'{"prompt": null}'))
     flags = ("--dataset_name", str(path), "--bad_rows", "skip", "--output_dir", str(out))
     assert command(script, *flags)[0] == 0
     assert not out.exists()
+
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     code, _, error = command(script, *flags, "--inspect_data", "False")
@@ -743,16 +791,16 @@ def test_a_real_command_ends_without_a_traceback(bases, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of("sft", '{"prompt": "问题"'.encode("gb18030")))
     flags = ["--dataset_name", str(path), "--inspect_data", "True", "--output_dir", str(tmp_path / "run")]
-    found = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, str(ROOT / "sft_training.py"), *bases["sft_training"], *flags],
         capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert found.returncode == 1
-    assert found.stderr.startswith(
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(
         f"sft_training.py: error: malformed rows: {path}:4: byte 0xce is not UTF-8 but reads"
     )
-    assert found.stderr.count("\n") == 1
+    assert finished.stderr.count("\n") == 1
 
 
 # ---- anything at all ----
