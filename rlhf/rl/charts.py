@@ -20,6 +20,9 @@ PANELS = (
 # Evaluations below which no curve is fitted: the law has two unknowns.
 MIN_POINTS = 4
 
+# Name -> (sqrt(KL) [N], gain over the SFT model [N]) of N evaluations.
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
 
 def draw_run(output_dir: str | Path) -> Path | None:
     """Draw chart.png of a PPO directory from its metrics.jsonl; None if no step is logged yet or the disk is full.
@@ -58,7 +61,8 @@ def _drawn(plt, rows: list[dict]):
     figure = plt.figure(figsize=(width, 9), constrained_layout=True)
     grid = figure.add_gridspec(len(PANELS), columns)
 
-    draw_steps([figure.add_subplot(grid[row, 0]) for row in range(len(PANELS))], rows)
+    panels = [figure.add_subplot(grid[row, 0]) for row in range(len(PANELS))]
+    draw_steps(panels, rows)
 
     # Proxy and judge share the second column's height.
     height = len(PANELS) // max(1, len(curves))
@@ -88,9 +92,11 @@ def draw_steps(axes: list, rows: list[dict]) -> None:
     axes[-1].set_xlabel("PPO step" + (" (dashed: the guard stepped in)" if guarded else ""))
 
 
-def overoptimization(rows: list[dict]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def overoptimization(rows: list[dict]) -> Curves:
     """{"proxy" and, with a judge, "judge": (sqrt(KL) [N], gain over the SFT model [N])} of a run's evaluations."""
-    start = {name.removeprefix("eval_start/"): value for name, value in rows[0].items() if "eval_start/" in name}
+    # The first step's record holds the SFT model's evaluation.
+    first = rows[0].items()
+    start = {name.removeprefix("eval_start/"): value for name, value in first if "eval_start/" in name}
     evaluations = [row for row in rows if "eval/kl/mean" in row]
     if not start or not evaluations:
         return {}
@@ -121,7 +127,7 @@ def fit_overoptimization(distance: np.ndarray, gain: np.ndarray) -> tuple[float,
     return float(alpha), float(beta)
 
 
-def draw_against_kl(axis, curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def draw_against_kl(axis, curves: Curves) -> None:
     """Draw the points of each curve over sqrt(KL), with the fitted law where there are enough of them."""
     for number, (name, (distance, gain)) in enumerate(curves.items()):
         colour = f"C{number}"

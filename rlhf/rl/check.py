@@ -4,19 +4,26 @@ import math
 import warnings
 
 import torch
-from torch import Tensor
 
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.rl.experience import sample_responses
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.roles import Roles, role_logprobs
+from rlhf.run.launch import say
 
 # Largest and mean difference, in nats, between log-probabilities that are equal on paper (by dtype of the weights).
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.3, 0.03), torch.float16: (0.3, 0.03)}
 
-# A merged reference is rounded once more than an adapter on its base: mean difference that warns, that refuses.
+# Difference between scores that are equal on paper, as a share of the largest score (at least 1).
+SCORE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+# A merged reference is rounded once more than an adapter on its base: mean difference, in nats, that warns.
 MERGED_WARNS = 0.01
+# Rounding does not reach this mean difference, in nats: the reference is another model.
 MERGED_REFUSES = 0.1
+
+# Prompts of the sampled batch, and its rows in one forward pass.
+CHECKED_ROWS = 8
 
 
 def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fresh: bool) -> list[str]:
@@ -25,7 +32,7 @@ def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fre
     Args:
         rollout: a batch just sampled by this policy. fresh: the policy is still the SFT model (not a resumed run).
     Returns: warnings, each one sentence.
-    Raises: ValueError naming the defect and the mend.
+    Raises: ValueError that names the defect and how to mend it.
     """
     _check_tokens(roles, tokenizer, sampling)
     _check_finite(rollout)
@@ -35,6 +42,7 @@ def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fre
 
 
 def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
+    """Refuse a stop token that cannot end an answer, and a tokenizer that does not fit the model."""
     if sampling.pad_token_id == sampling.eos_token_id:
         raise ValueError(
             f"pad and EOS are the same token ({sampling.eos_token_id}): the score could not see whether an answer "
@@ -48,6 +56,7 @@ def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
             "ever end; tokenizer and base do not belong together"
         )
 
+    # The model may have more outputs than the tokenizer has tokens: many bases pad their embedding.
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model only {vocabulary}: they do not belong together"
@@ -55,16 +64,20 @@ def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
 
 
 def _check_finite(rollout: Rollout) -> None:
+    """Refuse a batch with NaN or Inf in it: half precision that overflows, or broken weights."""
     for name in ("logprobs", "values", "entropy"):
-        if not getattr(rollout, name).isfinite().all():
+        recorded = getattr(rollout, name)
+        if not recorded.isfinite().all():
             raise ValueError(f"{name} of the first sampled batch are not finite: try --bf16 False, or another base")
 
 
 def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
-    """The ratio is 1 before the first update: what was recorded while sampling is what scoring finds afterwards."""
+    """Refuse a ratio other than 1 before the first update: sampling and scoring give the same log-probabilities."""
     largest, mean = TOLERANCE[roles.model.dtype]
-    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
+    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, CHECKED_ROWS)
     moved = (logprobs - rollout.logprobs)[rollout.mask].abs()
+
+    # Written so that NaN, which compares as False, is refused.
     if not (moved.max() <= largest and moved.mean() <= mean):
         raise ValueError(
             f"log-probabilities recorded while sampling differ from those scored afterwards by up to "
@@ -74,26 +87,28 @@ def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
 
 
 def _check_scores(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
-    """The reward model sees the same answer whatever stands beside it: batch, padding on either side."""
+    """Refuse a reward model whose score of an answer changes with padding on either side, or with its batch."""
+    # 1. A few rows together, with three pad tokens more on each side.
     rows = torch.arange(min(4, len(rollout.mask)), device=rollout.mask.device)
     together = rollout.rows(rows)
-    width = torch.full((len(rows), 3), sampling.pad_token_id, device=rollout.mask.device)
-    unreal = torch.zeros_like(width, dtype=torch.bool)
-    padded = roles.scores(
-        torch.cat([width, together.input_ids, width], 1), torch.cat([unreal, together.attention_mask, unreal], 1)
-    )
-    alone = torch.cat([roles.scores(*_joined(rollout.rows(row[None]))) for row in rows])
+    pads = torch.full((len(rows), 3), sampling.pad_token_id, device=rollout.mask.device)
+    unreal = torch.zeros_like(pads, dtype=torch.bool)
+    padded_ids = torch.cat([pads, together.input_ids, pads], 1)
+    padded_mask = torch.cat([unreal, together.attention_mask, unreal], 1)
+    padded = roles.scores(padded_ids, padded_mask)
+
+    # 2. The same rows one by one.
+    singles = [rollout.rows(row[None]) for row in rows]
+    alone = torch.cat([roles.scores(single.input_ids, single.attention_mask) for single in singles])
+
+    # 3. Rounding grows with the scores, so the bound does.
     difference = (padded - alone).abs().max().item()
     spread = max(1.0, alone.abs().max().item())
-    if not difference <= (1e-3 if roles.model.dtype == torch.float32 else 0.1) * spread:
+    if not difference <= SCORE_TOLERANCE[roles.model.dtype] * spread:
         raise ValueError(
             f"the score of an answer depends on its padding (by {difference:.2g}): the reward model pools at the "
             "wrong token or its positions count padding"
         )
-
-
-def _joined(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    return rollout.input_ids, rollout.attention_mask
 
 
 def _is_bare_base(roles: Roles) -> bool:
@@ -109,13 +124,17 @@ def _is_bare_base(roles: Roles) -> bool:
 
 
 def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list[str]:
-    """The KL is 0 before the first update, because policy and reference are the same SFT model."""
-    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, rows_at_once=8)
-    reference, _ = role_logprobs(roles, "reference", rollout, sampling, rows_at_once=8)
+    """Refuse a KL other than 0 before the first update: policy and reference are the same SFT model then.
+
+    Returns: a warning where a merged reference differs by more than usual rounding.
+    """
+    logprobs, _ = role_logprobs(roles, "policy", rollout, sampling, CHECKED_ROWS)
+    reference, _ = role_logprobs(roles, "reference", rollout, sampling, CHECKED_ROWS)
     moved = (logprobs - reference)[rollout.mask].abs()
     largest = moved.max().item()
     mean = moved.mean().item()
-    # An adapter on the same base rounds alike: any difference is another model.
+
+    # An adapter on the same base rounds in the same way, so a difference means another model.
     if roles.separate_reference is None:
         if not largest <= TOLERANCE[roles.model.dtype][0]:
             raise ValueError(
@@ -123,7 +142,11 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
                 "be measured from the wrong model"
             )
         return []
+    return _check_merged(roles, largest, mean)
 
+
+def _check_merged(roles: Roles, largest: float, mean: float) -> list[str]:
+    """Judge a merged reference by its differences from the SFT adapter (nats a token): refuse, warn, or accept it."""
     # A merged model is rounded once more, so its bound is wider.
     if not mean <= MERGED_REFUSES or math.isnan(largest):
         raise ValueError(
@@ -131,6 +154,7 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
             "was merged from another adapter or base; merge again with merge_lora.py, or leave the flag out"
         )
 
+    # A short SFT run may move log-probabilities by less than that bound; then only the weights tell.
     if largest > 1e-6 and _is_bare_base(roles):
         raise ValueError(
             "--merged_sft_model_path has the weights of the bare base: the KL would be measured from a model without "
@@ -145,10 +169,9 @@ def _check_reference(roles: Roles, rollout: Rollout, sampling: Sampling) -> list
 # ---- start ----
 def check_start(loop: PPOLoop, fresh: bool) -> None:
     """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
-    prompts = next_prompts(loop, 0)[:8]
+    prompts = next_prompts(loop, 0)[:CHECKED_ROWS]
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
     for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
         warnings.warn(warning, stacklevel=2)
-    if loop.accelerator.is_main_process:
-        print("check: log-probabilities, scores, reference and stop token are as they should be", flush=True)
+    say("check: log-probabilities, scores, reference and stop token are as they should be")

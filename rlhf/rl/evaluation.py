@@ -14,33 +14,49 @@ STATISTICS_SAMPLES = 128
 # Held-out answers with text that go to samples.jsonl at every evaluation.
 SHOWN = 8
 
-# Standard errors above which a gain over the SFT model is called one.
+# A gain over the SFT model of fewer standard errors than this may be chance.
 CLEAR = 2.0
 
 
 def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
-    """The policy on the held-out prompts: metrics over all ranks under eval/, and some of this rank's answers."""
-    rank = loop.accelerator.process_index
-    # As many on every rank, so that they gather; the few left over are not asked.
-    prompts = loop.eval_prompts[rank : len(loop.eval_prompts) // loop.processes * loop.processes : loop.processes]
+    """Evaluate the policy on the held-out prompts.
+
+    Returns: metrics over all ranks under eval/, and some of this rank's answers with text.
+    """
+    # 1. Answers, with the same random draws at every evaluation: a difference comes from the policy alone.
+    prompts = _held_out_prompts(loop)
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, loop.generator(0, "evaluation"))
+
+    # 2. What reward model, reference and judge say of them.
     raw_scores = score_responses(loop, rollout)
     record_logprobs(loop, rollout)
     kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
     scores = transform_scores(loop, raw_scores, rollout)
-    columns = {"score": scores, "raw_score": raw_scores, "kl": kl, "reward": scores - loop.kl_controller.value * kl}
+    reward = scores - loop.kl_controller.value * kl
+    columns = {"score": scores, "raw_score": raw_scores, "kl": kl, "reward": reward}
     judged = None
     if loop.args.judge_lora_path:
-        judged = columns["judge"] = score_responses(loop, rollout, "judge")
+        judged = score_responses(loop, rollout, "judge")
+        columns["judge"] = judged
 
+    # 3. Metrics over all ranks.
     samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
     measured = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
-        measured["judge/mean"], measured["judge/error"] = mean_and_error(loop.accelerator.gather(judged))
-
+        mean, error = mean_and_error(loop.accelerator.gather(judged))
+        measured |= {"judge/mean": mean, "judge/error": error}
     measured["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
-    return {f"eval/{name}": value for name, value in measured.items() if name != "env/reward_mean"}, samples[:SHOWN]
+
+    # It repeats score/mean under a name for trackers, which is wanted of training only.
+    measured.pop("env/reward_mean")
+    return {f"eval/{name}": value for name, value in measured.items()}, samples[:SHOWN]
+
+
+def _held_out_prompts(loop: PPOLoop) -> list[dict]:
+    """This rank's held-out prompts, as many on every rank so that metrics can be gathered; a few are left over."""
+    shared = len(loop.eval_prompts) // loop.processes * loop.processes
+    return loop.eval_prompts[loop.accelerator.process_index : shared : loop.processes]
 
 
 def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
@@ -51,15 +67,20 @@ def mean_and_error(x: torch.Tensor) -> tuple[float, float]:
 
 def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
     """Return True if this evaluation is the best so far (judge, or score within the KL budget), and remember it."""
-    judge = loop.args.judge_lora_path
     name = criterion(loop)
     value = metrics[f"eval/{name}/mean"]
-    if not judge and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
+
+    # The reward model's own score rises with the KL whether or not answers get better; a judge's needs no such limit.
+    if name == "score" and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
         return False
     if loop.best and value <= loop.best["value"]:
         return False
+
+    # The gain over the SFT model, and the standard error of that difference.
     before = loop.baseline.get(f"eval/{name}/mean", math.nan)
-    error = math.hypot(metrics[f"eval/{name}/error"], loop.baseline.get(f"eval/{name}/error", math.nan))
+    error_now = metrics[f"eval/{name}/error"]
+    error_before = loop.baseline.get(f"eval/{name}/error", math.nan)
+    error = math.hypot(error_now, error_before)
     loop.best = {"step": step, "value": value, "gain": value - before, "error": error}
     return True
 
@@ -70,7 +91,7 @@ def criterion(loop: PPOLoop) -> str:
 
 
 def best_in_words(loop: PPOLoop) -> str:
-    """Which evaluation was the best, and whether that is more than chance."""
+    """Say which evaluation was the best, and if that is more than chance."""
     best = loop.best
     name = criterion(loop)
     words = (
@@ -83,12 +104,18 @@ def best_in_words(loop: PPOLoop) -> str:
 
 
 def measure_sft_scores(loop: PPOLoop) -> dict[str, float]:
-    """Mean and standard deviation of the raw scores of the SFT model's own answers: what `standardize` stands on."""
+    """Mean and standard deviation of the raw scores of the SFT model's own answers, which `standardize` uses."""
     batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.processes)))
     loop.roles.train(False)
-    rollouts = [sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")) for n in range(batches)]
+
+    # All answers are sampled before any is scored; the policy is still the SFT model.
+    rollouts = []
+    for n in range(batches):
+        rollouts.append(sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")))
     scores = torch.cat([score_responses(loop, rollout) for rollout in rollouts])
-    mean, variance = global_moments(loop.accelerator, scores, torch.ones_like(scores, dtype=torch.bool))
+
+    every_one = torch.ones_like(scores, dtype=torch.bool)
+    mean, variance = global_moments(loop.accelerator, scores, every_one)
     if variance == 0:
         raise ValueError("the reward model gives all answers of the SFT model one score: it cannot teach anything")
     return {"mean": mean.item(), "std": variance.sqrt().item()}

@@ -12,17 +12,22 @@ from rlhf.run.stopping import explain_out_of_memory, stop_if_agreed
 
 
 def sample_responses(loop: PPOLoop, prompts: list[dict], generator: torch.Generator) -> Rollout:
-    """One response to each prompt, under the policy as it is now."""
+    """Sample one response to each prompt from the policy as it is now."""
     batch = collate_prompts([row["query_ids"] for row in prompts], loop.sampling.pad_token_id)
-    ids, mask = (batch[name].to(loop.accelerator.device) for name in ("input_ids", "attention_mask"))
+    ids = batch["input_ids"].to(loop.accelerator.device)
+    mask = batch["attention_mask"].to(loop.accelerator.device)
+
+    # One query at a time is slow, but needs the least memory.
     at_once = len(prompts) if loop.args.batched_gen else 1
-    with explain_out_of_memory(
-        "sampling", ids.shape, "--batch_size or --output_max_length, or give --batched_gen False"
-    ):
+    batches = torch.arange(len(prompts), device=ids.device).split(at_once)
+    flags = "--batch_size or --output_max_length, or give --batched_gen False"
+    with explain_out_of_memory("sampling", ids.shape, flags):
         parts = [
             generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
-            for rows in torch.arange(len(prompts), device=ids.device).split(at_once)
+            for rows in batches
         ]
+
+    # Sampling takes longest, so a signal is answered right after it, by all ranks together.
     stop_if_agreed(loop.accelerator.device)
     return join(parts, loop.sampling.pad_token_id)
 
@@ -40,6 +45,7 @@ def score_responses(loop: PPOLoop, rollout: Rollout, role: str = "reward") -> Te
 def recomputes(loop: PPOLoop) -> bool:
     """Return True if the policy's log-probabilities are computed again before the update, not kept from sampling."""
     asked = loop.args.old_logprobs
+    # In half precision sampling and the update round differently, so that the ratio would not start at 1.
     return asked == "recomputed" or (asked == "auto" and loop.roles.model.dtype != torch.float32)
 
 
@@ -48,39 +54,52 @@ def record_logprobs(loop: PPOLoop, rollout: Rollout) -> None:
     """Fill in the reference's log-probabilities, a separate critic's values and, where asked, the policy's anew."""
     args = loop.args
     roles = loop.roles
+
     if recomputes(loop):
+        # The batches are of the update's size, so that both round alike and the ratio starts at 1.
         logprobs, values = role_logprobs(roles, "policy", rollout, loop.sampling, args.mini_batch_size)
         rollout.logprobs = logprobs
         rollout.values = values
+
     if roles.value_adapter:
         rollout.values = critic_values(roles, rollout, args.forward_batch_size)
     rollout.ref_logprobs, _ = role_logprobs(roles, "reference", rollout, loop.sampling, args.forward_batch_size)
 
 
 def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
-    """[B] float32: what PPO maximises, from the reward model's own scores."""
+    """[B] float32: the scores that PPO maximises, made from the reward model's own."""
     args = loop.args
     scores = raw_scores
     if args.reward_transform == "sigmoid":
         scores = raw_scores.sigmoid()
     elif args.reward_transform == "standardize":
-        scores = ((raw_scores - loop.reward_stats["mean"]) / loop.reward_stats["std"]).clamp(-5, 5)
+        stats = loop.reward_stats
+        standardized = (raw_scores - stats["mean"]) / stats["std"]
+        # The clamp keeps one outlier from dominating a batch.
+        scores = standardized.clamp(-5, 5)
+
+    # An answer cut at the maximum length never reached its EOS.
     unfinished = ~rollout.ended(loop.sampling.eos_token_id)
     scores = scores - args.reward_baseline - args.missing_eos_penalty * unfinished
     return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
 
 
 def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Fill in the advantages and, for a critic, the returns; gives back rewards and kl, [B, T] each.
+    """Fill in the advantages and, for a critic, the returns.
 
     The KL penalty is in the rewards, whatever the advantages are made of.
+
+    Returns: rewards [B, T], as they are before whitening, and kl [B, T].
     """
     args = loop.args
     mask = rollout.mask
     rewards, kl = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, loop.kl_controller.value)
+
+    # The log reports rewards as they are; only the advantages are made of whitened ones.
     learnt = rewards
     if args.whiten_rewards:
-        learnt = whiten(rewards, mask, shift_mean=False, moments=global_moments(loop.accelerator, rewards, mask))
+        moments = global_moments(loop.accelerator, rewards, mask)
+        learnt = whiten(rewards, mask, shift_mean=False, moments=moments)
 
     if args.advantage != "gae":
         # A group is its own baseline: every token of a response gets what the response is worth above the others.
@@ -89,8 +108,10 @@ def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Ten
         return rewards, kl
 
     advantages, rollout.returns = gae(learnt, rollout.values, mask, args.gamma, args.lam)
-    if args.whiten_advantages:
-        advantages = whiten(advantages, mask, moments=global_moments(loop.accelerator, advantages, mask))
 
+    # The moments are those of all ranks, so the number of processes does not change what is optimised.
+    if args.whiten_advantages:
+        moments = global_moments(loop.accelerator, advantages, mask)
+        advantages = whiten(advantages, mask, moments=moments)
     rollout.advantages = advantages
     return rewards, kl

@@ -7,10 +7,12 @@ import numpy as np
 
 from rlhf.artefacts.run_json import adapter_hash
 from rlhf.models.forward import backbone_of
+from rlhf.models.generation import Rollout
 from rlhf.reward.audit import attack_results, consequence, make_attacks, row_scorer, winning_attacks
 from rlhf.reward.audit_report import read_audit
 from rlhf.rl.experience import sample_responses
 from rlhf.rl.loop import PPOLoop, seeded
+from rlhf.run.launch import say
 
 # Answers of the SFT model that a reward adapter without an audit is tried on.
 QUICK_PROMPTS = 64
@@ -19,7 +21,9 @@ QUICK_PROMPTS = 64
 def stored_audit(reward_dir: str | Path) -> dict | None:
     """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
     audit = read_audit(reward_dir)
-    return audit if audit is not None and audit.get("adapter") == adapter_hash(reward_dir) else None
+    if audit is None or audit.get("adapter") != adapter_hash(reward_dir):
+        return None
+    return audit
 
 
 def read_gate(reward_dir: str | Path, mode: str) -> None:
@@ -40,46 +44,61 @@ def quick_gate(loop: PPOLoop) -> None:
     Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
     args = loop.args
-    tokenizer = loop.tokenizer
-    # 1. Answers of the SFT model, which is what the policy starts as.
+    # 1. Answers of the SFT model, which is what the policy starts as. A prompt counts once, however many rows have it.
     prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
-    pairs = []
-
-    for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
-        answer = ids[mask].tolist()
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        # Cut answers would be attacked as if they were whole.
-        if answer[-1] == tokenizer.eos_token_id and text:
-            pairs.append({**row, "chosen": text, "chosen_ids": answer})
-
+    pairs = _whole_answers(loop.tokenizer, prompts, rollout)
     if not pairs:
         warnings.warn("no answer of the SFT model ended: the reward model could not be tried on any", stacklevel=2)
         return
 
-    longest = rollout.input_ids.shape[1] * 2
-    attacks = make_attacks(pairs, tokenizer, args.prompt_template, args.seed, longest, len(pairs))
-
     # 2. Scores of the real answers and of degenerate ones made from them.
-    with loop.roles.use("reward") as model:
-        head = loop.roles.score_heads["reward"]
-        score_rows = row_scorer(
-            backbone_of(model), head, tokenizer.pad_token_id, args.forward_batch_size, loop.accelerator.device
-        )
-        real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
-        degenerate = score_rows([row for _, _, row in attacks])
+    longest = rollout.input_ids.shape[1] * 2
+    attacks = make_attacks(pairs, loop.tokenizer, args.prompt_template, args.seed, longest, len(pairs))
+    real, degenerate = _scores(loop, pairs, attacks)
 
     # 3. The decision, the same on every rank.
-    results = attack_results(attacks, np.array(real), np.array(degenerate))
-    if loop.accelerator.is_main_process:
-        shares = ", ".join(f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"])
-        print(f"quick audit of the reward model: the SFT model's own answer wins against {shares}", flush=True)
-
+    results = attack_results(attacks, real, degenerate)
+    shares = [f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"]]
+    say(f"quick audit of the reward model: the SFT model's own answer wins against {', '.join(shares)}")
     _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
 
 
+def _whole_answers(tokenizer, prompts: list[dict], rollout: Rollout) -> list[dict]:
+    """Rows of `prompts` with their answer as "chosen", where it ended and is not empty.
+
+    A cut answer would be attacked as if it were whole.
+    """
+    pairs = []
+    for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
+        answer = ids[mask].tolist()
+        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        if answer[-1] == tokenizer.eos_token_id and text:
+            pairs.append({**row, "chosen": text, "chosen_ids": answer})
+    return pairs
+
+
+def _scores(loop: PPOLoop, pairs: list[dict], attacks: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """The reward model's scores of the answers in `pairs` and of `attacks`, [N] and [M]."""
+    with loop.roles.use("reward") as model:
+        score_rows = row_scorer(
+            backbone_of(model),
+            loop.roles.score_heads["reward"],
+            loop.tokenizer.pad_token_id,
+            loop.args.forward_batch_size,
+            loop.accelerator.device,
+        )
+        real = score_rows([pair["query_ids"] + pair["chosen_ids"] for pair in pairs])
+        degenerate = score_rows([row for _, _, row in attacks])
+    return np.array(real), np.array(degenerate)
+
+
 def _warn_or_refuse(reward_dir: str | Path, winning: dict[str, float], mode: str, source: str) -> None:
+    """Act on the attacks that win, if there are any; `source` names what measured them.
+
+    Raises: ValueError in mode "refuse".
+    """
     if not winning:
         return
     words = (
@@ -89,4 +108,7 @@ def _warn_or_refuse(reward_dir: str | Path, winning: dict[str, float], mode: str
     )
     if mode == "refuse":
         raise ValueError(f"{words}, or go on all the same with --reward_gate warn")
-    warnings.warn(f"\n{'!' * 80}\n{words}; PPO goes on because of --reward_gate warn\n{'!' * 80}", stacklevel=2)
+
+    # The frame of "!" is hard to miss among the lines of a starting run.
+    frame = "!" * 80
+    warnings.warn(f"\n{frame}\n{words}; PPO goes on because of --reward_gate warn\n{frame}", stacklevel=2)

@@ -8,18 +8,25 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+# A mean length under this share of the first step's: answers shrink towards nothing.
 MIN_LENGTH_SHARE = 0.3
 
+# Share of empty answers.
 MAX_EMPTY = 0.5
 
+# A KL jumps if it is over KL_FACTOR times the median of the last KL_WINDOW steps. Near 0 a factor says little, so the
+# KL has to be KL_MARGIN nats above the median as well.
 KL_FACTOR = 3.0
 KL_MARGIN = 1.0
 KL_WINDOW = 10
 
+# An entropy under this share of the first step's: the policy gives one answer to everything.
 MIN_ENTROPY_SHARE = 0.2
 
+# Standard errors of the difference that a judge's mean has to fall by: less may be chance.
 JUDGE_ERRORS = 3.0
 
+# Metrics in which NaN or Inf is a collapse.
 NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
 
 
@@ -38,15 +45,16 @@ class CollapseGuard:
         self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
 
     def check_step(self, metrics: dict[str, float]) -> str | None:
-        """Why this step counts as a collapse, in one sentence, or None; a good step is remembered."""
+        """Return why this step counts as a collapse, in one sentence, or None; a good step is remembered."""
         reason = self._reason(metrics)
+        # A collapsed step must not become the measure of the next.
         if reason is None:
             self.start = self.start or {name: metrics[name] for name in ("len/mean", "entropy")}
             self.recent_kl.append(metrics["kl/mean"])
         return reason
 
     def check_evaluation(self, metrics: dict[str, float], baseline: dict[str, float]) -> str | None:
-        """Why an evaluation counts as reward hacking, in one sentence, or None: the score rose, the judge's fell.
+        """Return why an evaluation counts as reward hacking, in one sentence, or None: score rose, judge's fell.
 
         The judge's mean has to be under the SFT model's by more than JUDGE_ERRORS standard errors of the difference.
 
@@ -67,23 +75,29 @@ class CollapseGuard:
         )
 
     def _reason(self, metrics: dict[str, float]) -> str | None:
+        """The first sign of a collapse in a step's metrics, in one sentence, or None."""
+        # NaN first: it compares as False, so the tests below would let it pass.
         for name in NUMBERS:
             # Without a critic there is no value loss.
-            if not math.isfinite(metrics.get(name, 0.0)):
-                return f"{name} is {metrics[name]}"
+            number = metrics.get(name, 0.0)
+            if not math.isfinite(number):
+                return f"{name} is {number}"
 
         if metrics["empty_frac"] > MAX_EMPTY:
             return f"{metrics['empty_frac']:.0%} of the answers are empty"
 
+        # The first step has nothing to be compared with.
         for name, share in (("len/mean", MIN_LENGTH_SHARE), ("entropy", MIN_ENTROPY_SHARE)):
             if self.start and metrics[name] < share * self.start[name]:
                 return (
                     f"{name} fell to {metrics[name]:.2f}, under {share:.0%} of its {self.start[name]:.2f} at the start"
                 )
 
+        # A median of fewer steps is too rough to call anything a jump.
         if len(self.recent_kl) == KL_WINDOW:
             usual = median(self.recent_kl)
-            if metrics["kl/mean"] > max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget):
+            limit = max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget)
+            if metrics["kl/mean"] > limit:
                 return f"KL jumped to {metrics['kl/mean']:.2f} nats from a median of {usual:.2f}"
         return None
 
@@ -98,16 +112,20 @@ class CollapseGuard:
 
 
 def refuse_non_finite(accelerator: Accelerator, quantities: dict[str, Tensor]) -> None:
-    """Stop on all ranks together if any tensor ([B] or [B, T]) of any rank holds a value that is no number.
+    """Stop on all ranks together if any tensor ([B] or [B, T]) of any rank holds NaN or Inf.
 
     Raises: FloatingPointError naming the quantity and the rows of this rank's batch.
     """
     bad = {}
     for name, tensor in quantities.items():
-        rows = (~tensor.isfinite()).flatten(1) if tensor.dim() > 1 else (~tensor.isfinite())[:, None]
+        # [B] becomes [B, 1], so that both shapes have a row for each response.
+        broken = ~tensor.isfinite().reshape(len(tensor), -1)
+        rows = broken.any(1)
         if rows.any():
-            bad[name] = rows.any(1).nonzero().flatten().tolist()
-    anywhere = accelerator.reduce(torch.tensor([float(bool(bad))], device=accelerator.device), "sum")
-    if anywhere.item():
+            bad[name] = rows.nonzero().flatten().tolist()
+
+    # All ranks reduce, those without a bad row too: an error on one alone would leave the others waiting.
+    count = torch.tensor([float(bool(bad))], device=accelerator.device)
+    if accelerator.reduce(count, "sum").item():
         where = ", ".join(f"{name} in rows {rows}" for name, rows in bad.items()) or "on another process"
         raise FloatingPointError(f"not finite: {where} of the batch; nothing was learnt from it")

@@ -30,13 +30,16 @@ class PPOLoop:
     optimizer: torch.optim.Optimizer
     kl_controller: FixedKLController | AdaptiveKLController
     guard: CollapseGuard
+    # Mean and deviation of the SFT model's raw scores, for --reward_transform standardize.
     reward_stats: dict[str, float] = field(default_factory=dict)
+    # Evaluation of the SFT model, before the first step.
     baseline: dict[str, float] = field(default_factory=dict)
+    # Step, value and gain of the evaluation that best/ is of.
     best: dict[str, float] = field(default_factory=dict)
     rollbacks: int = 0
-    # Steps left out because of numbers that were not finite.
+    # Steps left out because of NaN or Inf.
     left_out: int = 0
-    # Weights and optimizer to go back to after a collapse, of rlhf.update.snapshot.
+    # Weights and optimizer state to go back to after a collapse, as rlhf.rl.state.loop_weights copies them.
     last_good: tuple | None = None
 
     @property
@@ -50,14 +53,18 @@ class PPOLoop:
         return -(-self.args.steps // (self.args.batch_size * self.processes))
 
     def set_learning_rate(self, step: int) -> None:
-        """The learning rate of a step, a function of the step alone: a restart needs no state of it."""
+        """Set the learning rate of a step; it depends on the step alone, so a restart needs no state of it."""
         args = self.args
         if step < args.lr_warmup_steps:
+            # From a first step above 0: a learning rate of 0 would waste its rollout.
             factor = (step + 1) / (args.lr_warmup_steps + 1)
         else:
-            progress = (step - args.lr_warmup_steps) / max(1, self.total_steps - args.lr_warmup_steps)
-            shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+            decaying = max(1, self.total_steps - args.lr_warmup_steps)
+            progress = (step - args.lr_warmup_steps) / decaying
+            cosine = 0.5 * (1 + math.cos(math.pi * progress))
+            shapes = {"constant": 1.0, "linear": 1 - progress, "cosine": cosine}
             factor = shapes[args.lr_scheduler_type]
+
         for group in self.optimizer.param_groups:
             group["lr"] = args.learning_rate * factor
 
@@ -69,7 +76,9 @@ class PPOLoop:
 def seeded(device, *place) -> torch.Generator:
     """A random source for one place in a run, unrelated to that of any other place."""
     digest = hashlib.sha256(" ".join(map(str, place)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    # Seven bytes always fit a seed, which is a signed number of 64 bits.
+    seed = int.from_bytes(digest[:7], "big")
+    return torch.Generator(device).manual_seed(seed)
 
 
 def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
@@ -77,16 +86,22 @@ def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
 
     With a group size above 1 each prompt stands that many times in a row.
     """
+    # 1. Which places this rank has in the endless sequence of passes, as (pass, place within it).
     size = loop.args.batch_size // loop.args.group_size
     first = (step * loop.processes + loop.accelerator.process_index) * size
     places = [divmod(place, len(loop.prompts)) for place in range(first, first + size)]
-    orders = {
-        epoch: torch.randperm(len(loop.prompts), generator=seeded("cpu", loop.args.seed, "prompts", epoch))
-        for epoch in {epoch for epoch, _ in places}
-    }
+
+    # 2. A batch may begin in one pass and end in the next, so it can need more than one order.
+    orders = {}
+    for epoch in {epoch for epoch, _ in places}:
+        source = seeded("cpu", loop.args.seed, "prompts", epoch)
+        orders[epoch] = torch.randperm(len(loop.prompts), generator=source)
+
+    # 3. The prompts, each as often as a group needs it.
     prompts = []
     for epoch, index in places:
-        prompts += [loop.prompts[orders[epoch][index]]] * loop.args.group_size
+        prompt = loop.prompts[orders[epoch][index]]
+        prompts += [prompt] * loop.args.group_size
     return prompts
 
 

@@ -15,36 +15,49 @@ from rlhf.run.log import Eta, MetricsLog
 
 def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
     """One record a row: query and response as text, length, whether it ended, the numbers of `columns` ([B] each)."""
-    sides = {"query": (rollout.query_ids, rollout.query_mask), "response": (rollout.response_ids, rollout.mask)}
-    table = {}
-    for name, (ids, mask) in sides.items():
-        real = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
-        table[name] = tokenizer.batch_decode(real, skip_special_tokens=True)
+    # 1. Text, without padding and special tokens.
+    table = {
+        "query": _texts(tokenizer, rollout.query_ids, rollout.query_mask),
+        "response": _texts(tokenizer, rollout.response_ids, rollout.mask),
+    }
+
+    # 2. Numbers, each column copied from the GPU once.
     columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(eos_token_id)}
     table |= {name: column.tolist() for name, column in columns.items()}
-    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+
+    # 3. Columns become rows.
+    rows = zip(*table.values(), strict=True)
+    return [dict(zip(table, row, strict=True)) for row in rows]
+
+
+def _texts(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
+    """The real tokens of each row as text."""
+    real = [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)]
+    return tokenizer.batch_decode(real, skip_special_tokens=True)
 
 
 def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
     """Statistics of a trained batch over all ranks, with the critic's if there is one; `samples`: its rows."""
     if rollout.returns is None:
         return describe_samples(accelerator, rollout, samples)
-    error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)[1]
-    spread = global_moments(accelerator, rollout.returns, rollout.mask)[1]
+
+    # 1 is a critic that foresees every return, 0 one that says the same of all.
+    _, error = global_moments(accelerator, rollout.returns - rollout.values, rollout.mask)
+    _, spread = global_moments(accelerator, rollout.returns, rollout.mask)
     explained = (1 - error / spread.clamp(min=1e-12)).item()
     return describe_samples(accelerator, rollout, samples) | {"var_explained": explained}
 
 
 def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
     """Statistics of sampled answers over all ranks (as many rows on each); `samples`: the rows with text."""
-    rows = [
-        [float(row[name]) for name in ("score", "raw_score", "kl", "reward", "length", "ended")] for row in samples
-    ]
+    # 1. One gather for all of them: each would be a synchronisation of all ranks.
+    names = ("score", "raw_score", "kl", "reward", "length", "ended")
+    rows = [[float(row[name]) for name in names] for row in samples]
     empty = [[float(not row["response"].strip())] for row in samples]
-    # One gather for all of them: each would be a synchronisation of all ranks.
     table = torch.cat([torch.tensor(rows), torch.tensor(empty)], 1).to(rollout.mask.device)
     score, raw, kl, reward, length, ended, empty = accelerator.gather(table).T
 
+    # 2. The names of metrics.jsonl. A single score has no standard deviation: torch would give NaN.
     return {
         "score/mean": score.mean().item(),
         "score/std": score.std().item() if len(score) > 1 else 0.0,
@@ -67,22 +80,29 @@ def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
     for ids, length in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True):
         bigrams += pairwise(ids[:length])
     share = len(set(bigrams)) / max(1, len(bigrams))
-    return accelerator.gather(torch.tensor([share], device=rollout.mask.device)).mean().item()
+    shares = accelerator.gather(torch.tensor([share], device=rollout.mask.device))
+    return shares.mean().item()
 
 
 def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> dict[str, float]:
-    """Seconds between the four ticks of `clock` on this rank, and what all ranks got through in a second."""
+    """Seconds between the four ticks of `clock` on this rank, and the tokens and samples of all ranks in a second."""
     tokens = accelerator.reduce(rollout.mask.sum(), "sum").item()
-    seconds = clock[3] - clock[0]
-    on_gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() if on_gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    samples = len(rollout.mask) * accelerator.num_processes
+    start, sampled, scored, end = clock
+    seconds = end - start
+
+    # In bytes; Linux counts resident memory in KiB.
+    peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+
     return {
-        "time/rollout": clock[1] - clock[0],
-        "time/score": clock[2] - clock[1],
-        "time/update": clock[3] - clock[2],
+        "time/rollout": sampled - start,
+        "time/score": scored - sampled,
+        "time/update": end - scored,
         "time/step": seconds,
         "tokens/s": tokens / seconds,
-        "samples/s": len(rollout.mask) * accelerator.num_processes / seconds,
+        "samples/s": samples / seconds,
         "mem/peak_gb": peak / 1e9,
     }
 
@@ -95,8 +115,13 @@ def utilisation(
     Args:
         work: of the policy. seconds: of the step. passes: as `ppo_flops` takes them.
     """
-    flops = ppo_flops(work, rollout.query_mask.sum(1).tolist(), rollout.lengths().tolist(), **passes)
-    total = accelerator.reduce(torch.tensor(flops / 1e12, device=rollout.mask.device), "sum").item()
+    queries = rollout.query_mask.sum(1).tolist()
+    responses = rollout.lengths().tolist()
+    flops = ppo_flops(work, queries, responses, **passes)
+
+    # Summed in teraFLOPs, as float32: a share needs no more digits.
+    teraflops = torch.tensor(flops / 1e12, device=rollout.mask.device)
+    total = accelerator.reduce(teraflops, "sum").item()
     share = mfu(total * 1e12, seconds, this_card(), accelerator.num_processes)
     return {} if share is None else {"mfu": share}
 
@@ -115,21 +140,24 @@ def step_line(metrics: dict, total: int, eta: str) -> str:
 
 
 def batch_sizes(loop: PPOLoop) -> str:
-    """The sizes that count, in one sentence."""
+    """The sizes of batch, mini-batch and optimizer step, in one sentence."""
     args = loop.args
     groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
+    responses = args.batch_size * loop.processes
+    window = args.mini_batch_size * args.gradient_accumulation_steps * loop.processes
     return (
-        f"{loop.total_steps} steps of {args.batch_size * loop.processes} responses{groups}; {args.mini_batch_size} "
-        f"rows a backward pass, an optimizer step each "
-        f"{args.mini_batch_size * args.gradient_accumulation_steps * loop.processes}"
+        f"{loop.total_steps} steps of {responses} responses{groups}; {args.mini_batch_size} rows a backward pass, "
+        f"an optimizer step each {window}"
     )
 
 
 def log_step(log: MetricsLog, metrics: dict, samples: list[dict], total: int, eta: Eta, sample_freq: int) -> None:
-    """metrics.jsonl and tracker, one line on the screen, and now and then samples with text."""
+    """Write a step to metrics.jsonl and tracker, one line to the screen, and now and then samples with text."""
     step = metrics["step"]
     log.write(metrics)
     print(step_line(metrics, total, eta.left(step)), flush=True)
+
+    # Evaluations are rare, so their answers are kept at any step.
     if step not in (1, total) and step % sample_freq:
         samples = [row for row in samples if "evaluation" in row]
     log.write_samples([{"step": step, **row} for row in samples])

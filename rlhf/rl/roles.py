@@ -1,4 +1,4 @@
-"""The roles of PPO on one base (policy, reference, reward model, judge, critic), and what each says of a rollout."""
+"""The roles of PPO on one base (policy, reference, reward model, judge, critic), and what each makes of a rollout."""
 
 import re
 from contextlib import contextmanager
@@ -26,17 +26,17 @@ VALUE_ADAPTER_DIR = "value_adapter"
 
 
 class Roles:
-    """The four roles of PPO on one set of base weights.
+    """The roles of PPO on one set of base weights, each an adapter of the model.
 
     `use(role)` makes "policy", "reference", "reward", "judge" or "value" the active adapter and always returns to the
     policy. Only the policy, and a critic's own adapter while it is active, take gradients; backward belongs inside the
-    block, because an adapter that is not active gets none. A separate merged reference model stands beside it.
+    block, because an adapter that is not active gets none. A merged reference is a separate model beside this one.
     """
 
     def __init__(
         self, model: PeftModel, value_head: nn.Linear | None, score_heads: dict[str, nn.Linear], reference=None
     ):
-        """`value_head` is None where advantages need no critic."""
+        """Take the loaded models as they are (`load_roles`); `value_head` is None where advantages need no critic."""
         self.peft_model = model
         self.value_head = value_head
         self.score_heads = score_heads
@@ -46,11 +46,14 @@ class Roles:
         self._activate("policy")
 
     def _activate(self, role: str) -> None:
-        self.peft_model.base_model.set_adapter(role, inference_mode=role not in ("policy", "value"))
+        # Without inference_mode PEFT would make every adapter that it activates trainable.
+        frozen = role not in ("policy", "value")
+        self.peft_model.base_model.set_adapter(role, inference_mode=frozen)
 
     @contextmanager
     def use(self, role: str):
-        """The causal LM it gives plays `role` within the block; afterwards, even on error, the policy is active."""
+        """Yield the causal LM that plays `role` within the block; afterwards, even on error, the policy is active."""
+        # A separate reference needs no switch of adapters.
         if role == "reference" and self.separate_reference is not None:
             yield self.separate_reference
             return
@@ -64,8 +67,9 @@ class Roles:
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
         """[B] float32: the score of each row by the reward model or, as role "judge", by the held-out one."""
+        head = self.score_heads[role]
         with self.use(role) as model, torch.no_grad():
-            return score(backbone_of(model), self.score_heads[role], input_ids, attention_mask)
+            return score(backbone_of(model), head, input_ids, attention_mask)
 
     def values(self, hidden: Tensor) -> Tensor:
         """[...] float32: the critic's estimate at each hidden state [..., H]; 0 without a critic."""
@@ -80,8 +84,11 @@ class Roles:
 
     def critic(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of the value head and of the critic's own adapter, where there are such."""
-        head = {} if self.value_head is None else dict(self.value_head.named_parameters(prefix="value_head"))
-        return (self.adapter("value") if self.value_adapter else {}) | head
+        # The order is that of the optimizer's state in a checkpoint.
+        parameters = self.adapter("value") if self.value_adapter else {}
+        if self.value_head is not None:
+            parameters |= self.value_head.named_parameters(prefix="value_head")
+        return parameters
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Name -> parameter of all that PPO trains: the policy adapter and the critic."""
@@ -120,35 +127,50 @@ def load_roles(
         four_bit: hold the base in 4 bits (and a merged reference as well).
     Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
     """
+    # 1. The base, and on it the adapters of the roles.
     base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
     model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
     if merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
+    score_heads = _add_scorers(model, device, reward=reward_dir, judge=judge_dir)
 
-    score_heads = {}
-
-    for role, folder in (("reward", reward_dir), ("judge", judge_dir)):
-        if folder is not None:
-            _, rest = add_lora(model, folder, role, trainable=False)
-            score_heads[role] = score_head_of(rest, folder).to(device)
-
+    # 2. The critic, where advantages need one.
     if critic == "adapter":
-        add_lora(model, Path(policy_dir) / VALUE_ADAPTER_DIR if policy_dir else reward_dir, "value", trainable=True)
+        critic_dir = Path(policy_dir) / VALUE_ADAPTER_DIR if policy_dir else reward_dir
+        add_lora(model, critic_dir, "value", trainable=True)
+    value_head = None
+    if critic is not None:
+        value_head = _value_head(score_heads["reward"].in_features, policy_dir).to(device)
 
-    value_head = None if critic is None else _value_head(score_heads["reward"].in_features, policy_dir).to(device)
+    # 3. A merged reference, a second model beside the base.
     reference = None
     if merged_sft_dir is not None:
-        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit).eval().requires_grad_(False)
+        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit)
+        reference.eval().requires_grad_(False)
 
-    # Both models compute in fewer passes from here on: fused linear layers, packed rows.
+    # 4. Both models compute in fewer passes from here on: fused linear layers, packed rows.
     fuse_linears(model.get_base_model())
     for each in (model.get_base_model(), reference):
         if each is not None:
             enable_packing(backbone_of(each))
 
+    # Dropout would make the recorded log-probabilities differ from those scored afterwards.
     roles = Roles(model, value_head, score_heads, reference)
     disable_dropout(roles.model)
     return roles
+
+
+def _add_scorers(model: PeftModel, device, **folders) -> dict[str, nn.Linear]:
+    """Put the reward adapters of `folders` (role -> directory, None for a role left out) on the model.
+
+    Returns: role -> score head.
+    """
+    score_heads = {}
+    for role, folder in folders.items():
+        if folder is not None:
+            _, rest = add_lora(model, folder, role, trainable=False)
+            score_heads[role] = score_head_of(rest, folder).to(device)
+    return score_heads
 
 
 def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
@@ -157,6 +179,8 @@ def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
     if policy_dir is not None:
         head.load_state_dict(load_tensors(Path(policy_dir) / VALUE_HEAD_FILE))
         return head
+
+    # Random values would be noise in the first advantages.
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     return head
@@ -166,7 +190,9 @@ def save_critic(roles: Roles, output_dir: str | Path) -> None:
     """Write value_head.safetensors (fp32 weight [1, hidden] and bias [1]) and the critic's own adapter, if any."""
     if roles.value_head is None:
         return
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in roles.value_head.state_dict().items()}
+
+    weights = roles.value_head.state_dict()
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
     if roles.value_adapter:
         save_adapter(roles.peft_model, Path(output_dir) / VALUE_ADAPTER_DIR, "value")
@@ -178,9 +204,14 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
     Returns: [B, T] float32, nats (0 on padding; gradients flow), and hidden [N, H], one before each real token.
     """
     packed = pack(backbone_of(model), rollout.input_ids, rollout.attention_mask)
-    logits, hidden = forward(model, packed.index(*rollout.predictors()), **packed.inputs, use_cache=False)
-    t = rollout.mask.nonzero(as_tuple=True)[1]
-    logprobs = selective_logprobs(sampling.process(logits, t), rollout.response_ids[rollout.mask])
+    # Logits only where a response token is predicted: over a whole batch they would be the largest tensor there is.
+    places = packed.index(*rollout.predictors())
+    logits, hidden = forward(model, places, **packed.inputs, use_cache=False)
+
+    # Some processors depend on a token's place in its response.
+    _, t = rollout.mask.nonzero(as_tuple=True)
+    processed = sampling.process(logits, t)
+    logprobs = selective_logprobs(processed, rollout.response_ids[rollout.mask])
     return scatter_by_mask(logprobs, rollout.mask), hidden
 
 
@@ -203,7 +234,10 @@ def critic_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
     with roles.use("value") as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
-            values[rows, : part.mask.shape[1]] = scatter_by_mask(roles.values(response_hidden(model, part)), part.mask)
+            hidden = response_hidden(model, part)
+            # `part` is as wide as its longest response, the rollout as wide as the longest of all.
+            width = part.mask.shape[1]
+            values[rows, :width] = scatter_by_mask(roles.values(hidden), part.mask)
     return values
 
 
@@ -211,7 +245,7 @@ def critic_values(roles: Roles, rollout: Rollout, rows_at_once: int) -> Tensor:
 def role_logprobs(
     roles: Roles, role: str, rollout: Rollout, sampling: Sampling, rows_at_once: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the responses under a role, and what the value head makes of its hidden states.
+    """Log-probabilities of the responses under a role, and the value head's estimates from its hidden states.
 
     Returns: [B, T] float32 each, 0 on padding.
     """
@@ -220,6 +254,7 @@ def role_logprobs(
     with roles.use(role) as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
+            # `part` is as wide as its longest response.
             width = part.mask.shape[1]
             part_logprobs, hidden = response_logprobs(model, part, sampling)
             logprobs[rows, :width] = part_logprobs
@@ -228,6 +263,8 @@ def role_logprobs(
 
 
 def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
-    """Row indices in batches of `rows_at_once`, rows of like length together: less padding is computed."""
+    """Row indices in batches of `rows_at_once`, rows of similar length together: less padding is computed."""
     lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
-    return list(lengths.argsort(stable=True).split(rows_at_once))
+    # A stable sort, for the same batches on every machine.
+    order = lengths.argsort(stable=True)
+    return list(order.split(rows_at_once))

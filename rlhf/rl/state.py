@@ -1,4 +1,9 @@
-"""A PPO run between two steps: kept in memory for a rollback, on disk for resuming."""
+"""A PPO run between two steps: copied in memory for undoing a step, saved on disk for resuming.
+
+In memory: `snapshot` copies the whole run before each step, and `restore` undoes that step. `last_good` names the
+weights and optimizer state of the last step that the guard accepted, and `roll_back` returns to them after a collapse.
+On disk: `save_checkpoint` and `save_interrupted` write a run, and `resume` reads it.
+"""
 
 import copy
 import json
@@ -15,6 +20,7 @@ from rlhf.artefacts.files import load_tensors, write_json
 from rlhf.artefacts.run_json import write_run
 from rlhf.rl.loop import PPOLoop
 from rlhf.rl.roles import save_critic
+from rlhf.run.launch import say
 from rlhf.run.stopping import Collapse
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -23,7 +29,17 @@ STATE_FILE = "state.json"
 
 GOOD_FILE = "good.safetensors"
 
+# KL penalty after a roll back of a run that had none to double.
+FIRST_KL_PENALTY = 0.1
 
+# Fields of the PPOLoop that snapshots and checkpoints hold as they are: all are JSON.
+KEPT = ("reward_stats", "baseline", "best", "rollbacks", "left_out")
+
+# Copies of all trained parameters, in their order, and of the optimizer's state (parameter index -> key -> value).
+Copies = tuple[list[Tensor], dict]
+
+
+# ---- files ----
 def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write the optimizer's tensors as safetensors ("<parameter index>.<key>") and `state` as JSON."""
     save_file(_flat(optimizer.state_dict()["state"]), folder / OPTIMIZER_FILE)
@@ -31,28 +47,34 @@ def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> N
 
 
 def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Put back what `save_state` wrote of the optimizer (same parameters, same order); returns the rest."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(load_tensors(folder / OPTIMIZER_FILE))})
+    """Put what `save_state` wrote back into the optimizer (same parameters, same order); returns `state`."""
+    tensors = load_tensors(folder / OPTIMIZER_FILE)
+    # Learning rate and betas follow from the flags: they are the new optimizer's.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(tensors)})
     return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
 
 
-def save_last_good(folder: Path, good: tuple[list[torch.Tensor], dict]) -> None:
-    """Write the weights and optimizer state that a rollback would go back to (of `copy_weights`)."""
-    parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(good[0])}
-    save_file(parameters | _flat(good[1]), folder / GOOD_FILE)
+def save_last_good(folder: Path, good: Copies) -> None:
+    """Write the copies of weights and optimizer state (of `copy_weights`) that `roll_back` would put back."""
+    weights, optimizer_state = good
+    parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(weights)}
+    save_file(parameters | _flat(optimizer_state), folder / GOOD_FILE)
 
 
-def load_last_good(folder: Path, device: torch.device) -> tuple[list[torch.Tensor], dict] | None:
+def load_last_good(folder: Path, device: torch.device) -> Copies | None:
     """Read what `save_last_good` wrote, or return None for a run that never rolls back."""
     if not (folder / GOOD_FILE).is_file():
         return None
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / GOOD_FILE).items()}
+
+    # By number, not in the file's order, in which 10 stands before 2. The rest is the optimizer's.
     count = sum(name.startswith("parameter.") for name in tensors)
     parameters = [tensors.pop(f"parameter.{index}") for index in range(count)]
     return parameters, _nested(tensors)
 
 
-def _flat(state: dict[int, dict]) -> dict[str, torch.Tensor]:
+def _flat(state: dict[int, dict]) -> dict[str, Tensor]:
+    """An optimizer's state under the names "<parameter index>.<key>", on the CPU; its numbers become tensors."""
     tensors = {}
     for index, entry in state.items():
         for key, value in entry.items():
@@ -60,7 +82,8 @@ def _flat(state: dict[int, dict]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _nested(tensors: dict[str, torch.Tensor]) -> dict[int, dict]:
+def _nested(tensors: dict[str, Tensor]) -> dict[int, dict]:
+    """The inverse of `_flat`: parameter index -> key -> tensor."""
     state: dict[int, dict] = {}
     for name, tensor in tensors.items():
         index, key = name.split(".", 1)
@@ -68,69 +91,70 @@ def _nested(tensors: dict[str, torch.Tensor]) -> dict[int, dict]:
     return state
 
 
-# KL penalty after a rollback of a run that had none to double.
-FIRST_PRICE = 0.1
-
-# Fields of the PPOLoop that a checkpoint keeps as they are.
-KEPT = ("reward_stats", "baseline", "best", "rollbacks", "left_out")
-
-
 def save_stage(loop: PPOLoop, folder: Path, run: dict, metrics: dict) -> None:
-    """The policy's adapter, its critic, tokenizer and run.json: all that later stages and other tools need."""
-    # The largest first: on a full disk no adapter is left that looks like a finished run's.
+    """Write the policy's adapter, its critic, tokenizer and run.json: all that later stages and other tools need."""
+    # The tokenizer, often the largest, first: a full disk then leaves no adapter that looks like a finished run's.
     loop.tokenizer.save_pretrained(folder)
     save_adapter(loop.roles.peft_model, folder, "policy")
     save_critic(loop.roles, folder)
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
 
 
+# ---- undoing a step ----
 @dataclass
 class Snapshot:
-    """A run as it is between two steps: `restore` puts it back, `save_checkpoint` writes it."""
+    """A copy of a run as it is between two steps: `snapshot` makes it, `restore` puts it back.
 
-    weights: tuple
+    weights: copies of the trained parameters and of the optimizer's state (of `loop_weights`).
+    state: the rest that a step may change: the fields KEPT, the KL penalty and the guard's memory.
+    """
+
+    weights: Copies
     state: dict
 
 
 def snapshot(loop: PPOLoop) -> Snapshot:
-    """Copy all that a step may change: weights, optimizer, and what a checkpoint keeps as JSON."""
+    """Copy all that a step may change, so that `restore` can undo the step; the run itself stays as it is."""
     return Snapshot(loop_weights(loop), copy.deepcopy(_state(loop)))
 
 
 def _state(loop: PPOLoop) -> dict:
+    """The part of a run that is JSON, not a copy: the fields KEPT, the KL penalty and the guard's memory."""
     state = {name: getattr(loop, name) for name in KEPT}
     return state | {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
 
 
 def restore(loop: PPOLoop, kept: Snapshot) -> None:
-    """Put the run back to a snapshot, as if the step since then had not begun."""
+    """Undo a step: put the whole run back to the snapshot that was taken before it."""
     restore_weights(list(loop.roles.trainable().values()), loop.optimizer, kept.weights)
     _put_back(loop, kept.state)
 
 
 def _put_back(loop: PPOLoop, state: dict) -> None:
+    """Set what `_state` read, from a snapshot or from a checkpoint's JSON."""
     for name in KEPT:
         setattr(loop, name, state[name])
     loop.kl_controller.value = state["kl_coef"]
     loop.guard.load_state_dict(state["guard"])
 
 
+# ---- checkpoints ----
 def save_checkpoint(loop: PPOLoop, name: str, run: dict, metrics: dict) -> None:
-    """step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
+    """Save the run as step_<n>/ or best/: the stage's files and what a restart needs, complete or not there at all."""
     step = metrics["step"]
+    rolls_back = loop.args.on_collapse == "rollback"
 
     def write(folder: Path) -> None:
         save_stage(loop, folder, run, metrics)
         save_state(folder, loop.optimizer, _state(loop) | {"step": step})
-        if loop.args.on_collapse == "rollback":
+        if rolls_back:
             save_last_good(folder, loop.last_good)
 
     if loop.accelerator.is_main_process:
         about = {"step": step, "processes": loop.processes, "base": run["base"]["weights"]}
-        # Weights and Adam's two moments of them, and as much again for what a rollback goes back to.
-        min_bytes = (6 if loop.args.on_collapse == "rollback" else 3) * sum(
-            p.nbytes for p in loop.roles.trainable().values()
-        )
+        # The weights and Adam's two moments of them, and the same again for the last good ones.
+        copies = 6 if rolls_back else 3
+        min_bytes = copies * sum(p.nbytes for p in loop.roles.trainable().values())
         publish(Path(loop.args.output_dir), name, write, about, min_bytes)
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
     loop.accelerator.wait_for_everyone()
@@ -144,10 +168,13 @@ def save_interrupted(loop: PPOLoop, start: Snapshot, run: dict, metrics: dict) -
     restore(loop, start)
     if metrics["step"] == 0:
         return None
+
+    # After a step that was due to be saved, the checkpoint is there already.
     name = f"step_{metrics['step']}"
     folder = Path(loop.args.output_dir) / name
     missing = not folder.is_dir() or why_incomplete(folder) is not None
-    # All processes have looked before the first of them writes.
+
+    # Every process must have looked before the first of them writes, or they would decide differently.
     loop.accelerator.wait_for_everyone()
     if missing:
         save_checkpoint(loop, name, run, metrics)
@@ -160,21 +187,25 @@ def resume(loop: PPOLoop, folder: Path) -> int:
     _put_back(loop, state)
     loop.last_good = load_last_good(folder, loop.accelerator.device)
     if loop.accelerator.is_main_process and loop.args.resume_from_checkpoint == "True":
-        # What a run killed between its last checkpoint and the rotation left over.
+        # A run that was killed between its last checkpoint and the rotation left one checkpoint too many.
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
     return state["step"]
 
 
-def loop_weights(loop: PPOLoop) -> tuple:
-    """Copies of all that a step may change in weights and optimizer, for `roll_back`."""
+# ---- rolling back after a collapse ----
+def loop_weights(loop: PPOLoop) -> Copies:
+    """Copies of the run's trained parameters and of its optimizer's state, of `copy_weights`."""
     return copy_weights(list(loop.roles.trainable().values()), loop.optimizer)
 
 
-def last_good(loop: PPOLoop, metrics: dict, start: tuple) -> tuple:
-    """Weights and optimizer to go back to after a good step that began at `start`.
+def last_good(loop: PPOLoop, metrics: dict, start: Copies) -> Copies:
+    """Choose the copies that `roll_back` would put back, after a step that the guard accepted; changes nothing.
 
-    The answers of a step came from the weights it began with, so those are known to be good. With a judge, only what
-    it has approved is.
+    The answers of a step came from the weights it began with, so the guard accepted those: without a judge they are
+    the last good ones. With a judge, only weights that an evaluation has approved are.
+
+    Args:
+        metrics: of the step. start: copies made before the step, of `loop_weights`.
     """
     if not loop.args.judge_lora_path:
         return start
@@ -182,9 +213,10 @@ def last_good(loop: PPOLoop, metrics: dict, start: tuple) -> tuple:
 
 
 def roll_back(loop: PPOLoop, reason: str) -> None:
-    """Go back to the last good weights at twice the KL penalty, if --on_collapse says so; else stop the run.
+    """Put back the last good weights and optimizer state, at twice the KL penalty, or stop the run (--on_collapse).
 
-    Data and random draws go on from here, so what led into the collapse is not played again.
+    Unlike `restore` it leaves the guard and its counts as they are. Data and random draws go on with the next step, so
+    what led into the collapse is not played again.
 
     Raises: Collapse (exit code 3) with the reason.
     """
@@ -193,25 +225,34 @@ def roll_back(loop: PPOLoop, reason: str) -> None:
             f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
             f"{loop.args.output_dir}. The reward model is the first to look at (docs/ppo.md)"
         )
+
     restore_weights(list(loop.roles.trainable().values()), loop.optimizer, loop.last_good)
     loop.rollbacks += 1
-    loop.kl_controller.value = 2 * loop.kl_controller.value or FIRST_PRICE
-    if loop.accelerator.is_main_process:
-        print(f"rollback {loop.rollbacks}: {reason}; KL penalty now {loop.kl_controller.value:.3g}", flush=True)
+    # Twice nothing would be nothing.
+    loop.kl_controller.value = 2 * loop.kl_controller.value or FIRST_KL_PENALTY
+    say(f"rollback {loop.rollbacks}: {reason}; KL penalty now {loop.kl_controller.value:.3g}")
 
 
-def copy_weights(parameters: list[nn.Parameter], optimizer) -> tuple[list[Tensor], dict]:
-    """Copies of all that an update changes: a few MB of adapter and twice that of optimizer state."""
-    state = {
-        index: {key: value.clone() if torch.is_tensor(value) else value for key, value in entry.items()}
-        for index, entry in optimizer.state_dict()["state"].items()
-    }
+# ---- copies of weights ----
+def copy_weights(parameters: list[nn.Parameter], optimizer) -> Copies:
+    """Copy all that an update changes: the parameters and the optimizer's state.
+
+    They are a few MB of adapter and twice that of optimizer state, so a copy before each step costs little.
+    """
+    state = {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        state[index] = {key: value.clone() if torch.is_tensor(value) else value for key, value in entry.items()}
     return [p.detach().clone() for p in parameters], state
 
 
 @torch.no_grad()
-def restore_weights(parameters: list[nn.Parameter], optimizer, copies: tuple[list[Tensor], dict]) -> None:
-    """Put back what `copy_weights` copied; the copies stay good for another time."""
-    for p, saved in zip(parameters, copies[0], strict=True):
+def restore_weights(parameters: list[nn.Parameter], optimizer, copies: Copies) -> None:
+    """Put the copies that `copy_weights` made back into the parameters and the optimizer.
+
+    The copies themselves stay unchanged afterwards, so they can be put back again.
+    """
+    weights, state = copies
+    for p, saved in zip(parameters, weights, strict=True):
         p.copy_(saved)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": copy.deepcopy(copies[1])})
+    # The optimizer may keep and change the very tensors it is given.
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": copy.deepcopy(state)})

@@ -18,7 +18,7 @@ from rlhf.rl.roles import Roles, response_hidden, response_logprobs, scatter_by_
 from rlhf.rl.state import copy_weights, restore_weights
 from rlhf.run.stopping import Interrupted, explain_out_of_memory, received
 
-# A window whose mean ratio is beyond this tells more of a broken batch than of a better policy: it is skipped.
+# A window whose mean ratio is beyond this comes from a broken batch, not from a better policy: it is skipped.
 MAX_MEAN_RATIO = 10.0
 
 # Sums over real tokens, collected at every backward; divided by the first they are the metrics of the step.
@@ -43,7 +43,7 @@ def update(
     generator: torch.Generator,
     critic_only: bool = False,
 ) -> dict[str, float]:
-    """`args.ppo_epochs` shuffled passes over the batch, training the policy adapter and the critic, if there is one.
+    """Train the policy adapter and the critic, if there is one, in `args.ppo_epochs` shuffled passes over the batch.
 
     Args:
         rollout: this rank's rows, with advantages and (for a critic) returns. sampling: as it was at sampling.
@@ -57,11 +57,13 @@ def update(
     everything = list(roles.trainable().values())
     before = copy_weights(everything, optimizer)
 
+    # Only train() lets gradient checkpointing work; dropout is off in either mode.
     roles.train(True)
     optimizer.zero_grad(set_to_none=True)
     try:
         return learner.epochs(rollout, generator)
     except (FloatingPointError, Interrupted):
+        # Some optimizer steps of this batch may be done already.
         restore_weights(everything, optimizer, before)
         raise
     finally:
@@ -78,14 +80,19 @@ class Learner:
         self.args = args
         self.accelerator = accelerator
         self.critic_only = critic_only
-        self.parameters = list((roles.critic() if critic_only else roles.trainable()).values())
+        trained = roles.critic() if critic_only else roles.trainable()
+        self.parameters = list(trained.values())
+        # SUMS of the open window; in float64 many small terms add up without loss.
         self.window = torch.zeros(len(SUMS), device=accelerator.device, dtype=torch.float64)
+        # Norm of each optimizer step's gradient, largest ratio of each backward.
         self.norms: list[float] = []
         self.largest: list[Tensor] = []
-        self.pending = self.skipped = 0
+        # Backward passes of the open window, and windows that were skipped.
+        self.pending = 0
+        self.skipped = 0
 
     def epochs(self, rollout: Rollout, generator: torch.Generator) -> dict[str, float]:
-        """All passes over the batch, or fewer where early stopping says so; returns the metrics of `update`."""
+        """Make all passes over the batch, or fewer with early stopping; returns the metrics of `update`."""
         args = self.args
         totals = torch.zeros_like(self.window)
 
@@ -102,42 +109,53 @@ class Learner:
                 self.pending = 0
                 break
 
+        # The last window may be smaller than the others.
         if self.pending:
             self.step()
+        return self.metrics(totals) | {"skipped": self.skipped, "epochs": epoch + 1}
 
+    def metrics(self, totals: Tensor) -> dict[str, float]:
+        """Means over real tokens of all ranks of SUMS, the largest ratio, and the mean gradient norm."""
         totals = self.accelerator.reduce(totals, "sum")
-        metrics = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
-        metrics["ratio/max"] = self.accelerator.gather(torch.stack(self.largest).max()[None]).max().item()
+        means = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
+        largest = torch.stack(self.largest).max()
+        means["ratio/max"] = self.accelerator.gather(largest[None]).max().item()
         if self.roles.value_head is None:
-            metrics = {name: value for name, value in metrics.items() if "value" not in name}
+            means = {name: value for name, value in means.items() if "value" not in name}
 
         # Mean over the optimizer steps of this batch, before clipping.
         norm = sum(self.norms) / max(1, len(self.norms))
-        return metrics | {"grad_norm": norm, "skipped": self.skipped, "epochs": epoch + 1}
+        return means | {"grad_norm": norm}
 
     def backward(self, part: Rollout) -> Tensor:
         """Add the gradient of one mini-batch's summed loss; returns its SUMS (float64)."""
         args = self.args
         critic = self.roles.value_head is not None
         own_critic = critic and self.roles.value_adapter
+
+        # 1. The policy's loss; with critic_only just for the metrics, without a graph.
         with torch.set_grad_enabled(not self.critic_only):
             logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
             loss, stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
-
         stats |= {"tokens": part.mask.sum(), "loss/policy": loss}
+
+        # 2. The value loss of a head on the policy's hidden states goes through the same graph.
         if critic and not own_critic:
             stats |= self.value_sums(hidden, part)
             loss = loss + args.vf_coef * stats["loss/value"]
-
         if loss.requires_grad:
             loss.backward()
 
+        # 3. A critic with an adapter of its own has a pass of its own.
         if own_critic:
-            # Backward while this adapter is the active one: recomputed layers would else run with the policy's.
+            # Backward while this adapter is the active one: recomputed layers would otherwise use the policy's.
             with self.roles.use("value") as model:
-                stats |= self.value_sums(response_hidden(model, part), part)
-                (args.vf_coef * stats["loss/value"]).backward()
+                hidden = response_hidden(model, part)
+                stats |= self.value_sums(hidden, part)
+                value_term = args.vf_coef * stats["loss/value"]
+                value_term.backward()
 
+        # 4. The sums stay on the device: reading them here would wait for the GPU at every mini-batch.
         self.largest.append(stats["ratio/max"])
         nothing = torch.zeros((), device=part.mask.device)
         sums = torch.stack([stats.get(name, nothing).detach().double() for name in SUMS])
@@ -153,52 +171,66 @@ class Learner:
 
     def step(self) -> None:
         """One flat all-reduce of gradients and counts, the division by the window's tokens, the optimizer's step."""
+        # 1. One reduction for all: each would be a synchronisation. A signal rides along, so that all processes learn
+        # of it at the same point.
         names = ("tokens", "ratio/mean", "loss/policy", "loss/value")
-        # A signal rides along: all processes learn of it at the same point.
-        counts = torch.cat([self.window[[SUMS.index(name) for name in names]].float(), self.signal()])
+        places = [SUMS.index(name) for name in names]
+        counts = torch.cat([self.window[places].float(), self.signal()])
         gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in self.parameters]
-        flat = self.accelerator.reduce(torch.cat([*(g.float() for g in gradients), counts]), "sum")
+        flat = torch.cat([*(g.float() for g in gradients), counts])
+        flat = self.accelerator.reduce(flat, "sum")
         if flat[-1] > 0:
             raise Interrupted(received() or signal.SIGTERM)
 
-        gradient = flat[: -len(counts)] / flat[-len(counts)]
-        (tokens, ratio, *_) = flat[-len(counts) :]
+        # 2. The gradient of the mean over the window's real tokens on all ranks. The losses are in `flat` for the
+        # check that they are finite.
+        tokens = flat[-len(counts)]
+        ratio = flat[1 - len(counts)]
+        gradient = flat[: -len(counts)] / tokens
         norm = gradient.norm().item()
         if not torch.isfinite(flat).all():
             raise FloatingPointError(
                 "a loss or gradient of the PPO update is not finite; nothing of this step was kept"
             )
 
+        # 3. Clipped, and back in the parameters' shapes.
         self.norms.append(norm)
         gradient = gradient * min(1.0, self.args.max_grad_norm / (norm + 1e-6))
-        for p, part in zip(self.parameters, gradient.split([p.numel() for p in self.parameters]), strict=True):
+        sizes = [p.numel() for p in self.parameters]
+        for p, part in zip(self.parameters, gradient.split(sizes), strict=True):
             p.grad = part.view_as(p).to(p.dtype)
 
-        if (ratio / tokens).item() > MAX_MEAN_RATIO:
+        # 4. The optimizer's step, and a new window.
+        mean_ratio = (ratio / tokens).item()
+        if mean_ratio > MAX_MEAN_RATIO:
             self.skipped += 1
         else:
             self.optimizer.step()
-
         self.optimizer.zero_grad(set_to_none=True)
         self.window = torch.zeros_like(self.window)
         self.pending = 0
 
     def signal(self) -> Tensor:
         """[1] float32: above 0 where this process got a signal."""
+        # A sum over processes of signal numbers is above 0 if any got one.
         return torch.tensor([float(received())], device=self.window.device)
 
     def mean(self, sums: Tensor, name: str) -> float:
         """Mean over real tokens of all ranks of one of SUMS."""
         sums = self.accelerator.reduce(sums, "sum")
-        return (sums[SUMS.index(name)] / sums[0]).item()
+        total = sums[SUMS.index(name)]
+        return (total / sums[0]).item()
 
 
 def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torch.Generator) -> list[Tensor]:
     """Row indices of one epoch: shuffled into optimizer windows, sorted by length within each, where order is free."""
-    shuffled = torch.randperm(len(rollout.mask), generator=generator, device=generator.device).to(rollout.mask.device)
+    shuffled = torch.randperm(len(rollout.mask), generator=generator, device=generator.device)
+    shuffled = shuffled.to(rollout.mask.device)
     lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
-    windows = shuffled.split(size * accumulation)
+
+    # A window's gradient is a sum, so the order of its rows changes rounding alone; similar lengths need less padding.
     batches = []
-    for window in windows:
-        batches += window[lengths[window].argsort(stable=True)].split(size)
+    for window in shuffled.split(size * accumulation):
+        order = lengths[window].argsort(stable=True)
+        batches += window[order].split(size)
     return batches
