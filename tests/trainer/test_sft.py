@@ -16,7 +16,8 @@ from rlhf.artefacts.run_json import load_run
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.data.encoding import encode, load_tokenizer, sft_rows
 from rlhf.data.funnel import Funnel
-from rlhf.data.template import render
+from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.models.generation import greedy_answers
 from rlhf.run.log import read_metrics
 
 LESSONS = [("我是谁？", "你是老师。"), ("你好。", "你好！"), ("晴天？", "今天晴天。")]
@@ -146,13 +147,13 @@ def test_a_tiny_model_learns_to_answer_and_to_stop(tiny_base, tmp_path):
         lora_target_models="W_pack|o_proj|gate_proj|up_proj|down_proj",
     )  # fmt: skip
     tokenizer = load_tokenizer(tiny_base)
-    args = arguments(tiny_base, data, folder, sample_max_new_tokens=24)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype="float32"), folder)
-    prompts = [prompt for prompt, _ in LESSONS]
+    queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt, _ in LESSONS]
+    base = model.eval().get_base_model()
     # " ..." marks an answer that had to be cut.
-    assert sft_training.sample_answers(args, model, tokenizer, prompts) == [answer for _, answer in LESSONS]
+    assert greedy_answers(base, tokenizer, queries, 24) == [answer for _, answer in LESSONS]
     with model.disable_adapter():
-        assert any(a.endswith(" ...") for a in sft_training.sample_answers(args, model, tokenizer, prompts))
+        assert any(answer.endswith(" ...") for answer in greedy_answers(base, tokenizer, queries, 24))
 
 
 def test_plain_peft_loads_the_adapter(tiny_base, trained):
