@@ -37,7 +37,7 @@ QUERY_WEIGHT = 0.2
 VERDICTS = {True: "对", False: "错"}
 VERDICT_WEIGHT = 4.0
 WRONG_SHARE = 0.35
-# Share of the wrong answers that are right ones to another question: beside the point is wrong, too.
+# Share of the wrong answers that are right ones to another question: an answer beside the point is wrong, too.
 ELSEWHERE_SHARE = 0.25
 
 
@@ -52,26 +52,33 @@ class Page:
 
 def write_corpus(prompts: list[Prompt], count: int, rng: random.Random) -> list[Page]:
     """`count` pages about the training prompts, answered in every voice, WRONG_SHARE of them wrongly."""
-    voices, shares = zip(*VOICE_SHARES.items(), strict=True)
     corpus = []
-
     while len(corpus) < count:
         # Whole passes over the prompts, so that every fact is read equally often.
         for prompt in rng.sample(prompts, len(prompts)):
-            correct = rng.random() >= WRONG_SHARE
-            voice = rng.choices(voices, shares)[0]
-            other = rng.choice(prompts).fact
-            if not correct and rng.random() < ELSEWHERE_SHARE and other.key != prompt.fact.key:
-                text = answer(other, voice, rng)
-            else:
-                text = answer(prompt.fact, voice, rng, correct)
-            corpus.append(Page(render(DEFAULT_TEMPLATE, prompt.text), text, correct))
+            corpus.append(_write_page(prompt, prompts, rng))
     return corpus[:count]
+
+
+def _write_page(prompt: Prompt, prompts: list[Prompt], rng: random.Random) -> Page:
+    voices, shares = zip(*VOICE_SHARES.items(), strict=True)
+    # The seed settles the text only as long as these draws keep their order.
+    correct = rng.random() >= WRONG_SHARE
+    voice = rng.choices(voices, shares)[0]
+    other = rng.choice(prompts).fact
+
+    text = render(DEFAULT_TEMPLATE, prompt.text)
+    # A right answer to another question. With the same key it would be right here as well.
+    if not correct and rng.random() < ELSEWHERE_SHARE and other.key != prompt.fact.key:
+        return Page(text, answer(other, voice, rng), correct)
+    return Page(text, answer(prompt.fact, voice, rng, correct), correct)
 
 
 def train_tokenizer(corpus: list[Page], directory: Path) -> BaichuanTokenizer:
     """Train a SentencePiece BPE with Baichuan's flags (byte fallback, dummy prefix, nmt_nfkc) and save it."""
     directory.mkdir(parents=True, exist_ok=True)
+
+    # One thread, so that the pieces cannot depend on the cores of a machine.
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(page.query + page.answer for page in corpus),
         model_prefix=str(directory / "tokenizer"),
@@ -87,7 +94,9 @@ def train_tokenizer(corpus: list[Page], directory: Path) -> BaichuanTokenizer:
         num_threads=1,
         minloglevel=2,
     )
+    # The model file holds everything; the list of pieces is for people.
     (directory / "tokenizer.vocab").unlink()
+
     tokenizer = BaichuanTokenizer(vocab_file=str(directory / "tokenizer.model"), model_max_length=512)
     tokenizer.save_pretrained(directory)
     return tokenizer
@@ -98,8 +107,12 @@ def encode_page(tokenizer: BaichuanTokenizer, page: Page) -> tuple[list[int], li
     query = encode(tokenizer, page.query)
     row = encode(tokenizer, page.query + page.answer) + [tokenizer.eos_token_id]
     verdict = tokenizer.convert_tokens_to_ids(VERDICTS[page.correct])
-    weights = [QUERY_WEIGHT * page.correct] * len(query) + [1.0 * page.correct] * (len(row) - len(query))
-    return row + [verdict], weights + [VERDICT_WEIGHT]
+
+    # Of a wrong page the verdict alone is learned.
+    weights = [QUERY_WEIGHT * page.correct] * len(query)
+    weights += [1.0 * page.correct] * (len(row) - len(query))
+    weights.append(VERDICT_WEIGHT)
+    return row + [verdict], weights
 
 
 def make_batches(rows: list[tuple[list[int], list[float]]], rng: random.Random) -> list[tuple[Tensor, Tensor]]:
@@ -109,11 +122,17 @@ def make_batches(rows: list[tuple[list[int], list[float]]], rng: random.Random) 
     """
     # Sorting within big chunks leaves almost no padding and still mixes the kinds of question.
     batches = []
-    for start in range(0, len(rows), 16 * BATCH_ROWS):
-        chunk = sorted(rows[start : start + 16 * BATCH_ROWS], key=lambda row: len(row[0]))
+    size = 16 * BATCH_ROWS
+    for start in range(0, len(rows), size):
+        chunk = sorted(rows[start : start + size], key=lambda row: len(row[0]))
         chunk_batches = [chunk[i : i + BATCH_ROWS] for i in range(0, len(chunk), BATCH_ROWS)]
         batches += rng.sample(chunk_batches, len(chunk_batches))
-    return [(pad(ids), pad(weights)) for ids, weights in (zip(*batch, strict=True) for batch in batches)]
+    return [_padded(batch) for batch in batches]
+
+
+def _padded(batch: list[tuple[list[int], list[float]]]) -> tuple[Tensor, Tensor]:
+    ids, weights = zip(*batch, strict=True)
+    return pad(ids), pad(weights)
 
 
 def pad(rows: Sequence[list]) -> Tensor:
@@ -141,20 +160,26 @@ def language_model_loss(model: BaichuanForCausalLM, input_ids: Tensor, weights: 
 def pretrain(model: BaichuanForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> None:
     """One pass of AdamW over the batches, the learning rate on a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
-    eta = Eta(len(batches), 0)
+    steps = len(batches)
+    eta = Eta(steps, 0)
     recent = None
 
     for step, (input_ids, weights) in enumerate(batches):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(batches))
+            group["lr"] = learning_rate(step, steps)
+
         loss = language_model_loss(model, input_ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        recent = loss.item() if recent is None else 0.95 * recent + 0.05 * loss.item()
-        if (step + 1) % 100 == 0 or step + 1 == len(batches):
-            print(f"step {step + 1:4d}/{len(batches)} | loss {recent:.3f} | {eta.left(step + 1)} left", flush=True)
+
+        # One batch says little: what is printed is a running mean over about twenty.
+        value = loss.item()
+        recent = value if recent is None else 0.95 * recent + 0.05 * value
+        done = step + 1
+        if done % 100 == 0 or done == steps:
+            print(f"step {done:4d}/{steps} | loss {recent:.3f} | {eta.left(done)} left", flush=True)
 
 
 def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) -> None:
@@ -163,13 +188,19 @@ def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) ->
     corpus = write_corpus(prompts, pages, rng)
     tokenizer = train_tokenizer(corpus, directory)
     encoded = [encode_page(tokenizer, page) for page in corpus]
+
+    # The weights are drawn after the tokenizer is known, because its size is theirs.
     torch.manual_seed(seed)
-    model = BaichuanForCausalLM(
-        BaichuanConfig(
-            vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=INITIALIZER_RANGE, **SHAPE
-        )
+    pieces = len(tokenizer)
+    config = BaichuanConfig(
+        vocab_size=pieces,
+        max_position_embeddings=512,
+        initializer_range=INITIALIZER_RANGE,
+        **SHAPE,
     )
+    model = BaichuanForCausalLM(config)
     tokens = sum(len(ids) for ids, _ in encoded)
-    print(f"base: {model.num_parameters():,} parameters, {len(tokenizer)} pieces, {tokens:,} tokens", flush=True)
+    print(f"base: {model.num_parameters():,} parameters, {pieces} pieces, {tokens:,} tokens", flush=True)
+
     pretrain(model, make_batches(encoded, rng))
     model.save_pretrained(directory)

@@ -37,9 +37,11 @@ class Arguments:
     degenerate_share: float = flag(DEGENERATE_SHARE, help="share of pairs with a degenerate answer on one side")
 
     def __post_init__(self):
+        # No stage can train on an empty file, and the error of that stage would name another flag.
         for name in ("base_pages", "sft_rows", "pairs", "eval_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+            count = getattr(self, name)
+            if count < 1:
+                raise ValueError(f"--{name} {count} must be at least 1")
         if not 0 <= self.degenerate_share <= 1:
             raise ValueError(f"--degenerate_share {self.degenerate_share} must be between 0 and 1")
 
@@ -55,30 +57,46 @@ def sft_rows(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict
     for number in range(count):
         prompt = prompts[number % len(prompts)]
         voice = "mixed" if rng.random() < SLIPS else "formal"
-        rows.append({"prompt": prompt.text, "answer": answer(prompt.fact, voice, rng)})
+        text = answer(prompt.fact, voice, rng)
+        rows.append({"prompt": prompt.text, "answer": text})
     return rows
 
 
 def one_of_each_kind(prompts: list[Prompt]) -> list[Prompt]:
     """The first prompt of every kind, for the comparison table."""
-    return [next(prompt for prompt in prompts if prompt.fact.kind == kind) for kind in KINDS]
+    first: dict[str, Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(prompt.fact.kind, prompt)
+    return [first[kind] for kind in KINDS]
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
     """One JSON object a line."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines), encoding="utf-8")
     print(f"{file}: {len(rows)} rows", flush=True)
 
 
 def write_data(args: Arguments, train: list[Prompt], held: list[Prompt], directory: Path) -> None:
     """Every file of <output_dir>/data; each has a random source of its own, so one size changes no other file."""
     directory.mkdir(parents=True, exist_ok=True)
-    sources = {name: random.Random(f"{name} {args.seed}") for name in ("sft", "sft_eval", "pairs", "pairs_eval")}
-    write_rows(directory / "sft.jsonl", sft_rows(train, args.sft_rows, sources["sft"]))
-    write_rows(directory / "sft_eval.jsonl", sft_rows(held, len(held), sources["sft_eval"]))
+    names = ("sft", "sft_eval", "pairs", "pairs_eval")
+    sources = {name: random.Random(f"{name} {args.seed}") for name in names}
+
+    # SFT: the evaluation rows ask each held-out prompt once.
+    answers = sft_rows(train, args.sft_rows, sources["sft"])
+    write_rows(directory / "sft.jsonl", answers)
+    answers = sft_rows(held, len(held), sources["sft_eval"])
+    write_rows(directory / "sft_eval.jsonl", answers)
+
+    # Reward model: the held-out pairs keep the usual share of degenerate answers, whatever training gets, so that
+    # accuracies of different runs can be compared.
     pairs = draw_pairs(train, args.pairs, sources["pairs"], args.degenerate_share)
     write_rows(directory / "preferences.jsonl", pairs)
-    write_rows(directory / "preferences_eval.jsonl", draw_pairs(held, args.eval_pairs, sources["pairs_eval"]))
+    pairs = draw_pairs(held, args.eval_pairs, sources["pairs_eval"])
+    write_rows(directory / "preferences_eval.jsonl", pairs)
+
+    # PPO and whatever looks at its results need no answers.
     write_rows(directory / "prompts.jsonl", [{"prompt": prompt.text} for prompt in train])
     write_rows(directory / "heldout.jsonl", [{"prompt": prompt.text} for prompt in held])
     shown = "".join(f"{prompt.text}\n" for prompt in one_of_each_kind(held))
@@ -89,8 +107,11 @@ def main(args: Arguments) -> None:
     """Split the prompts, write the data, pretrain the base."""
     output_dir = Path(args.output_dir)
     train, held = split_prompts(args.seed)
+
+    # Files that an earlier build left beside the new ones would be read as if they belonged to it.
     for part in ("data", "base"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
+
     write_data(args, train, held, output_dir / "data")
     build_base(train, args.base_pages, args.seed, output_dir / "base")
     print(f"base model in {output_dir / 'base'}, data in {output_dir / 'data'}", flush=True)

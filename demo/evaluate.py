@@ -1,4 +1,4 @@
-"""What the gold judge says of the base, the SFT model and every PPO checkpoint, on prompts no stage trained on.
+"""Gold scores of the base, the SFT model and every PPO checkpoint, on prompts no stage trained on.
 
 In:  <output_dir> with base/, data/heldout.jsonl, sft/, ppo/ and ppo/step_<n>/.
 Out: <output_dir>/evaluation.json: each version's figures, answers and their gold scores; PPO's win rate over SFT.
@@ -25,6 +25,7 @@ from rlhf.reward.statistics import wilson
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_lines
 
+# Standard normal quantile of a two-sided interval of 95 %.
 Z_95 = 1.959964
 
 
@@ -45,10 +46,11 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 
 # ---- figures ----
-def judge(prompts: list[str], answers: list[str]) -> dict:
-    """Means over the prompts, and what they are means of."""
-    scores = [gold_score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-    correct = [content_correct(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+def gold_figures(prompts: list[str], answers: list[str]) -> dict:
+    """What the gold judge says of the answers: means over the prompts, and the scores of each answer."""
+    both = list(zip(prompts, answers, strict=True))
+    scores = [gold_score(prompt, answer) for prompt, answer in both]
+    correct = [content_correct(prompt, answer) for prompt, answer in both]
     return {
         "gold": mean(scores),
         "correct": mean(correct),
@@ -67,22 +69,27 @@ def mean(values: list) -> float:
 
 def win_rate(ours: list[float], theirs: list[float]) -> float:
     """Share of prompts on which `ours` scores higher; a tie is half a win."""
-    return mean([0.5 if a == b else float(a > b) for a, b in zip(ours, theirs, strict=True)])
+    both = zip(ours, theirs, strict=True)
+    return mean([0.5 if a == b else float(a > b) for a, b in both])
 
 
 # ---- answers ----
 def find_versions(output_dir: Path) -> dict[str, Path]:
     """Name -> adapter directory of the SFT model and the PPO checkpoints, in the order of training."""
-    steps = sorted(int(folder.name.removeprefix("step_")) for folder in (output_dir / "ppo").glob("step_*"))
+    ppo = output_dir / "ppo"
+    # By number: as text, step_10 would come before step_5.
+    steps = sorted(int(folder.name.removeprefix("step_")) for folder in ppo.glob("step_*"))
     versions = {"sft": output_dir / "sft"}
-    versions |= {f"step_{step}": output_dir / "ppo" / f"step_{step}" for step in steps}
-    return versions | {"ppo": output_dir / "ppo"}
+    versions |= {f"step_{step}": ppo / f"step_{step}" for step in steps}
+    return versions | {"ppo": ppo}
 
 
 def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tuple[list[str], float]:
     """One answer of `model` to each prompt, and their mean length in tokens; the same noise for every version."""
     queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt in prompts]
     batch = collate_prompts(queries, tokenizer.pad_token_id)
+
+    # An empty answer has to show in the figures, so it is not suppressed as in training.
     sampling = Sampling(
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
@@ -90,6 +97,7 @@ def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tup
         temperature=args.temperature,
         suppress_empty=False,
     )
+    # Only PPO asks for values.
     rollout = generate(
         model,
         lambda hidden: hidden.new_zeros(len(hidden)),
@@ -98,38 +106,52 @@ def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tup
         sampling,
         torch.Generator().manual_seed(args.seed),
     )
+
     rows = zip(rollout.response_ids, rollout.mask, strict=True)
     answers = [tokenizer.decode(ids[mask], skip_special_tokens=True).strip() for ids, mask in rows]
     return answers, rollout.lengths().float().mean().item()
 
 
 def main(args: Arguments) -> None:
-    """Answer with every version, judge, compare, write."""
+    """Let every version answer, ask the gold judge, compare PPO with SFT, write."""
     output_dir = Path(args.output_dir)
     base_dir = str(output_dir / "base")
     tokenizer = load_tokenizer(base_dir)
     model = load_base(base_dir, torch.float32)
-    prompts = [row["prompt"] for row in read_lines(output_dir / "data" / "heldout.jsonl")][: args.prompts]
+    rows = read_lines(output_dir / "data" / "heldout.jsonl")
+    prompts = [row["prompt"] for row in rows][: args.prompts]
     if not prompts:
         raise ValueError(f"{output_dir}/data/heldout.jsonl holds no prompt: run demo.build first")
 
+    # The base alone comes first; then one base carries the adapter of each version in turn.
     model.eval()
-    found = {}
-
+    versions = {}
     for name, folder in {"base": None, **find_versions(output_dir)}.items():
+        answering = model
         if folder is not None:
             model, _ = add_lora(model, folder, name, trainable=False)
             model.base_model.set_adapter(name, inference_mode=True)
             model.eval()
-        answers, tokens = sample_answers(model if folder is None else model.get_base_model(), tokenizer, prompts, args)
-        found[name] = {**judge(prompts, answers), "tokens": tokens}
-        shown = {key: round(value, 3) for key, value in found[name].items() if isinstance(value, float)}
+            answering = model.get_base_model()
+
+        answers, tokens = sample_answers(answering, tokenizer, prompts, args)
+        figures = {**gold_figures(prompts, answers), "tokens": tokens}
+        versions[name] = figures
+        shown = {key: round(value, 3) for key, value in figures.items() if isinstance(value, float)}
         print(f"{name}: {shown}", flush=True)
 
-    rate = win_rate(found["ppo"]["scores"], found["sft"]["scores"])
+    # A tie is half a win, so this is no plain share of wins; the interval of one is close enough.
+    rate = win_rate(versions["ppo"]["scores"], versions["sft"]["scores"])
     low, high = wilson(rate, len(prompts), Z_95)
-    result = {"prompts": prompts, "versions": found, "win_rate": rate, "win_rate_low": low, "win_rate_high": high}
-    (output_dir / "evaluation.json").write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    result = {
+        "prompts": prompts,
+        "versions": versions,
+        "win_rate": rate,
+        "win_rate_low": low,
+        "win_rate_high": high,
+    }
+    text = json.dumps(result, ensure_ascii=False, indent=1)
+    (output_dir / "evaluation.json").write_text(text, encoding="utf-8")
     print(f"PPO against SFT: wins {rate:.3f} ({low:.3f} to {high:.3f}) of {len(prompts)} held-out prompts")
 
 

@@ -9,18 +9,24 @@ Right and stiff beats wrong and lively; quality takes points off for whatever ma
 import re
 from collections import Counter
 from functools import lru_cache
+from itertools import chain, product
 
 from demo.facts import CARING_OPENERS, FORMAL_CLOSERS, FORMAL_OPENERS, KINDS, LIVELY_ENDS, Fact
 from demo.world import FACT_OF
 
-INTERJECTIONS = tuple(sorted({opener.rstrip("，") for kind in KINDS.values() for opener in kind.openers}))
+# As the lively voice uses them; sorted, because the order of a set differs from run to run.
+INTERJECTIONS = tuple(
+    sorted({opener.rstrip("，") for opener in chain.from_iterable(kind.openers for kind in KINDS.values())})
+)
 PARTICLES = ("呀", "啦", "哦", "吧", "呢")
 TONES = ("！", "～")
+# Turns of phrase that the formal voice alone uses.
 FORMAL_MARKS = (
     "您", "根据", "希望以上", "如有", "感谢", "建议", "针对", "对于", "通常", "该国", "该城市", "据研究", "请问",
     "主要",
     "翻译为", "对应的", "计算", "情绪", "角度", "荣幸", "意义相反",
 )  # fmt: skip
+# Characters of a whole sentence (a shorter answer loses quality in proportion), and of an answer too long to read.
 FULL_LENGTH = 14
 LONGEST = 64
 
@@ -31,7 +37,8 @@ def gold_score(prompt: str, answer: str) -> float:
     Raises:
         ValueError: the prompt is none of the mini-world's.
     """
-    weight = 0.5 + 0.5 * liveliness(answer) if content_correct(prompt, answer) else 0.25 * liveliness(answer)
+    lively = liveliness(answer)
+    weight = 0.5 + 0.5 * lively if content_correct(prompt, answer) else 0.25 * lively
     return quality(answer) * weight
 
 
@@ -46,9 +53,10 @@ def content_correct(prompt: str, answer: str) -> bool:
 
 def fact_of(prompt: str) -> Fact:
     """The fact that answers a prompt of the mini-world."""
-    if prompt.strip() not in FACT_OF:
+    text = prompt.strip()
+    if text not in FACT_OF:
         raise ValueError(f"the gold judge knows only prompts of the mini-world, and {prompt!r} is none of them")
-    return FACT_OF[prompt.strip()]
+    return FACT_OF[text]
 
 
 def _keys_in(fact: Fact, answer: str) -> set[str]:
@@ -62,8 +70,12 @@ def _keys_in(fact: Fact, answer: str) -> set[str]:
 
 def liveliness(answer: str) -> float:
     """Share of interjection, particle and bright tone in an answer, in [0, 1]; a formal turn of phrase undoes one."""
-    groups = sum(any(mark in answer for mark in marks) for marks in (INTERJECTIONS, PARTICLES, TONES))
-    return max(groups - sum(mark in answer for mark in FORMAL_MARKS), 0) / 3
+    # A second mark of the same group adds nothing, so heaping them up does not pay.
+    present = 0
+    for marks in (INTERJECTIONS, PARTICLES, TONES):
+        present += any(mark in answer for mark in marks)
+    formal = sum(mark in answer for mark in FORMAL_MARKS)
+    return max(present - formal, 0) / 3
 
 
 def quality(answer: str) -> float:
@@ -71,11 +83,15 @@ def quality(answer: str) -> float:
     text = answer.strip()
     if not text:
         return 0.0
-    whole = 1.0 if text[-1] in "。！？～" and len(text) <= LONGEST else 0.3
+    # An answer that PPO's limit of tokens cut off has no end.
+    ended = text[-1] in "。！？～"
+    whole = 1.0 if ended and len(text) <= LONGEST else 0.3
     full = min(len(text) / FULL_LENGTH, 1.0)
     # A quarter of unknown triples makes the text gibberish.
     fluent = max(1.0 - 4.0 * (1.0 - fluency(text)), 0.0)
-    return whole * full * fluent * (0.2 if repeats(text) else 1.0) * (0.3 if stuffed(text) else 1.0)
+    once = 0.2 if repeats(text) else 1.0
+    plain = 0.3 if stuffed(text) else 1.0
+    return whole * full * fluent * once * plain
 
 
 def repeats(text: str) -> bool:
@@ -85,17 +101,20 @@ def repeats(text: str) -> bool:
 
 
 def stuffed(text: str) -> bool:
-    """True where liveliness is laid on with a trowel: doubled tones, several interjections, many particles."""
-    counts = Counter({mark: text.count(mark) for mark in (*INTERJECTIONS, *PARTICLES, *TONES)})
+    """True where an answer overdoes liveliness: doubled tones, several interjections, many particles."""
+    marks = (*INTERJECTIONS, *PARTICLES, *TONES)
+    counts = Counter({mark: text.count(mark) for mark in marks})
     doubled = re.search(r"[！～]{2}|([呀啦哦吧呢])\1", text) is not None
     interjections = sum(counts[mark] for mark in INTERJECTIONS)
-    return doubled or interjections > 1 or counts.total() > 8 or max(counts.values()) > 3
+    most = max(counts.values())
+    return doubled or interjections > 1 or counts.total() > 8 or most > 3
 
 
 def fluency(text: str) -> float:
     """Share of the text's character triples, its edges included, that the world's own sentences hold."""
     triples = _triples(f"^{text}$")
-    return sum(triple in _known_triples() for triple in triples) / max(len(triples), 1)
+    known = _known_triples()
+    return sum(triple in known for triple in triples) / max(len(triples), 1)
 
 
 def _triples(text: str) -> list[str]:
@@ -106,11 +125,13 @@ def _triples(text: str) -> list[str]:
 def _known_triples() -> frozenset[str]:
     known: set[str] = set()
     for kind in KINDS.values():
+        # Whatever stands before and after goes with every voice: a policy on its way from one to another mixes them.
         openers = {"", *FORMAL_OPENERS, *kind.openers, *CARING_OPENERS}
         closers = {"", *FORMAL_CLOSERS, *kind.cheers}
-        for fact in kind.facts:
-            for frame in (*kind.formal, *kind.plain, *kind.lively):
-                _learn(known, frame.format(s=fact.slot, k=fact.key), openers, closers)
+        frames = (*kind.formal, *kind.plain, *kind.lively)
+        for fact, frame in product(kind.facts, frames):
+            body = frame.format(s=fact.slot, k=fact.key)
+            _learn(known, body, openers, closers)
     return frozenset(known)
 
 
@@ -118,8 +139,8 @@ def _learn(known: set[str], body: str, openers: set[str], closers: set[str]) -> 
     """Add the triples of a sentence with everything that may stand before and after it."""
     endings = [body] if body[-1] in "。？" else [body + end for end in LIVELY_ENDS]
     known.update(_triples(body))
+    # The seams need the sentence's edges alone, which keeps this short for all pairs of opener and closer.
     for opener in openers:
         known.update(_triples(f"^{opener}{body[:2]}"))
-    for ending in endings:
-        for closer in closers:
-            known.update(_triples(f"{ending[-3:]}{closer}$"))
+    for ending, closer in product(endings, closers):
+        known.update(_triples(f"{ending[-3:]}{closer}$"))

@@ -1,4 +1,4 @@
-"""What hardening does to a reward model: the same clean pairs with and without it, audited on held-out prompts.
+"""The effect of hardening on a reward model: the same clean pairs with and without it, audited on held-out prompts.
 
 In:  finished demos, one a seed. Out: <output_dir>/seed_<n>/{careless,hardened}, and the table on the screen.
 
@@ -11,6 +11,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
 
 from rlhf.artefacts.run_json import load_run
@@ -19,9 +20,11 @@ from rlhf.reward.degenerate import GATE_KINDS, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSIONS = {"careless": [], "hardened": ["--degenerate_frac", "0.5"]}
-# What a hardened reward model has to win against, as shares of prompts; the clean accuracy it may lose, in the mean.
+# Share of prompts on which a hardened reward model has to prefer the real answer to each kind of degenerate one: to
+# the kinds that the gate of PPO checks, and to the others that are promised.
 GATE_WINS = 0.98
 OTHER_WINS = 0.90
+# Clean accuracy that hardening may cost, in the mean over the seeds.
 LOSS = 0.01
 OTHERS = ("cut", "other_answer")
 
@@ -36,6 +39,7 @@ class Arguments:
 
 def run(*command: str) -> None:
     """One stage, its words on stderr. Raises: CalledProcessError."""
+    # The models are far too small for a GPU, and nothing is fetched from a hub.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, *command], check=True, stdout=sys.stderr, cwd=ROOT, env=environment)
 
@@ -47,6 +51,7 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
         where = ["--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed]
         run("-m", "demo.pairs", "--kind", "clean", *where, "--pairs", "10000", "--eval_pairs", "2000")
 
+    # A finished model is left as it is, because its stage is told to resume.
     for name, flags in VERSIONS.items():
         run(
             "reward_modeling.py", "--model_name", str(demo_dir / "base"), "--seed", seed,
@@ -60,35 +65,61 @@ def train(demo_dir: Path, folder: Path) -> dict[str, dict]:
     return {name: load_run(folder / name) for name in VERSIONS}
 
 
-def table(found: list[dict[str, dict]], seeds: list[int]) -> tuple[str, list[str]]:
-    """Clean accuracy and the share of prompts won against each attack, by version and seed; and broken promises."""
-    header = [f"{name} {seed}" for name in VERSIONS for seed in seeds]
+def table(runs: list[dict[str, dict]], seeds: list[int]) -> tuple[str, list[str]]:
+    """Clean accuracy and the share of prompts won against each attack, by version and seed; and broken promises.
+
+    Args:
+        runs: version -> metrics, once a seed.
+    """
+    columns = list(product(VERSIONS, range(len(runs))))
+    header = [f"{name} {seed}" for name, seed in product(VERSIONS, seeds)]
     lines = [f"{'':<26}" + "".join(f"{name:>13}" for name in header)]
 
     for kind in ("clean accuracy", *KINDS):
         key = "eval_accuracy" if kind == "clean accuracy" else f"audit/{kind}"
-        values = [metrics[name].get(key) for name in VERSIONS for metrics in found]
+        values = [runs[number][name].get(key) for name, number in columns]
+        # A kind that came after a model was trained is missing in its run.json.
         cells = ["-" if value is None else f"{value:.3f}" for value in values]
-        lines.append(f"{kind + ' (gate)' * (kind in GATE_KINDS):<26}" + "".join(f"{cell:>13}" for cell in cells))
+        title = f"{kind} (gate)" if kind in GATE_KINDS else kind
+        lines.append(f"{title:<26}" + "".join(f"{cell:>13}" for cell in cells))
 
-    loss = sum(m["careless"]["eval_accuracy"] - m["hardened"]["eval_accuracy"] for m in found) / len(found)
-    broken = [
-        f"{kind} wins too often"
-        for kind, least in [(k, GATE_WINS) for k in GATE_KINDS] + [(k, OTHER_WINS) for k in OTHERS]
-        if any(m["hardened"][f"audit/{kind}"] < least for m in found)
-    ]
-    broken += [f"clean accuracy falls by {loss:.3f}"] * (round(loss, 9) > LOSS)
-    broken += ["a careless model passes on empty answers"] * any(m["careless"]["audit/empty"] >= 0.9 for m in found)
-    return "\n".join([*lines, f"clean accuracy falls by {loss:+.4f} in the mean"]), broken
+    losses = [metrics["careless"]["eval_accuracy"] - metrics["hardened"]["eval_accuracy"] for metrics in runs]
+    loss = sum(losses) / len(runs)
+    lines.append(f"clean accuracy falls by {loss:+.4f} in the mean")
+    return "\n".join(lines), broken_promises(runs, loss)
+
+
+def broken_promises(runs: list[dict[str, dict]], loss: float) -> list[str]:
+    """One sentence for each promise that does not hold on every seed; loss: of clean accuracy, in the mean."""
+    broken = []
+    promised = {kind: GATE_WINS for kind in GATE_KINDS} | {kind: OTHER_WINS for kind in OTHERS}
+    for kind, least in promised.items():
+        if any(metrics["hardened"][f"audit/{kind}"] < least for metrics in runs):
+            broken.append(f"{kind} wins too often")
+
+    # Rounded, because a loss of exactly the limit is a little more than it in binary.
+    if round(loss, 9) > LOSS:
+        broken.append(f"clean accuracy falls by {loss:.3f}")
+    # Where the careless model withstands the attack already, the comparison shows nothing.
+    if any(metrics["careless"]["audit/empty"] >= 0.9 for metrics in runs):
+        broken.append("a careless model passes on empty answers")
+    return broken
 
 
 def main(args: Arguments) -> int:
     """Print the table; 1 where a promise is broken."""
+    output_dir = Path(args.output_dir).resolve()
     demos = [Path(folder).resolve() for folder in args.demo_dirs]
-    found = [train(demo, Path(args.output_dir).resolve() / f"seed_{n}") for n, demo in enumerate(demos)]
-    seeds = [records["hardened"]["arguments"]["seed"] for records in found]
-    words, broken = table([{name: record["metrics"] for name, record in records.items()} for records in found], seeds)
-    commits = {(record["git_commit"] or "unknown")[:7] for records in found for record in records.values()}
+    trained = [train(demo, output_dir / f"seed_{number}") for number, demo in enumerate(demos)]
+
+    seeds = [records["hardened"]["arguments"]["seed"] for records in trained]
+    metrics = [{name: record["metrics"] for name, record in records.items()} for records in trained]
+    words, broken = table(metrics, seeds)
+
+    # Models of an earlier call may have been trained by another commit than those of this one.
+    commits = set()
+    for record in chain.from_iterable(records.values() for records in trained):
+        commits.add((record["git_commit"] or "unknown")[:7])
     print(f"trained by commit {', '.join(sorted(commits))}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(words)

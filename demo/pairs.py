@@ -1,4 +1,4 @@
-"""More preference pairs for a finished demo: fresh ones for a second judge, or those of a careless project.
+"""More preference pairs for a finished demo: fresh ones for another reward model, or those of a careless project.
 
 In:  a demo's directory. Out: <output_dir>/pairs.jsonl and pairs_eval.jsonl (held-out prompts, chosen in the same way).
 
@@ -16,19 +16,19 @@ from rlhf.artefacts.run_json import load_run
 from rlhf.flags import flag, parse
 from rlhf.run.launch import run_script
 
-# Careless are pairs without any degenerate answer, of which only those are kept whose chosen answer has at most this
-# share of the other's characters. Nobody meant it: people happened to compare brisk answers with long-winded ones, and
-# nobody looked at the lengths afterwards.
+# Careless pairs hold no degenerate answer, and in each of them the chosen answer has at most this share of the other's
+# characters. Nobody meant it: people happened to compare short answers with long-winded ones, and nobody looked at the
+# lengths afterwards.
 SHORTER = 0.6
 
 
 def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
-    """`count` rows {"prompt", "chosen", "rejected"}, all of them real answers: nobody writes degenerate ones."""
+    """`count` rows {"prompt", "chosen", "rejected"} of real answers only: people do not write degenerate ones."""
     return draw_pairs(prompts, count, rng, degenerate_share=0.0)
 
 
 def sure_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
-    """The same without the crowd's mistakes: to measure on, the chosen answer has to be the better one."""
+    """Clean pairs without the crowd's mistakes: to measure on, the chosen answer has to be the better one."""
     return draw_pairs(prompts, count, rng, degenerate_share=0.0, noise=0.0)
 
 
@@ -36,7 +36,9 @@ def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> lis
     """`count` rows {"prompt", "chosen", "rejected"} without a degenerate answer, the chosen one much the shorter."""
     rows = []
     while len(rows) < count:
-        drawn = draw_pairs(rng.sample(prompts, len(prompts)), len(prompts), rng, degenerate_share=0.0)
+        # In a new order each time: otherwise the first prompts would fill most of a small file.
+        order = rng.sample(prompts, len(prompts))
+        drawn = draw_pairs(order, len(order), rng, degenerate_share=0.0)
         rows += [row for row in drawn if len(row["chosen"]) <= SHORTER * len(row["rejected"])]
     return rows[:count]
 
@@ -59,8 +61,9 @@ class Arguments:
 
     def __post_init__(self):
         for name in ("pairs", "eval_pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+            count = getattr(self, name)
+            if count < 1:
+                raise ValueError(f"--{name} {count} must be at least 1")
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -77,11 +80,20 @@ def main(args: Arguments) -> None:
         )
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    kinds = {"pairs": KINDS[args.kind], "pairs_eval": sure_pairs if args.kind == "clean" else KINDS[args.kind]}
+
+    # Hardening is measured on clean pairs, where a mistake of the crowd would count against the model.
+    draw = KINDS[args.kind]
+    draw_held = sure_pairs if args.kind == "clean" else draw
+    # With any other seed a held-out prompt of the demo could become a training prompt here.
     train, held = split_prompts(run["arguments"]["seed"])
-    for name, prompts, count in (("pairs", train, args.pairs), ("pairs_eval", held, args.eval_pairs)):
+    files = (
+        ("pairs", draw, train, args.pairs),
+        ("pairs_eval", draw_held, held, args.eval_pairs),
+    )
+    for name, draw_rows, prompts, count in files:
         rng = random.Random(f"{args.kind} {name} {args.seed}")
-        write_rows(output_dir / f"{name}.jsonl", kinds[name](prompts, count, rng))
+        rows = draw_rows(prompts, count, rng)
+        write_rows(output_dir / f"{name}.jsonl", rows)
 
 
 if __name__ == "__main__":

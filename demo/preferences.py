@@ -1,4 +1,4 @@
-"""Preference pairs as a hurried crowd would give them: two answers, the gold judge's choice, some mistakes."""
+"""Preference pairs as people in a hurry would give them: two answers, the gold judge's choice, some mistakes."""
 
 import random
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from demo.facts import LIVELY_ENDS
 from demo.gold import PARTICLES, gold_score
 from demo.world import Prompt, all_prompts, answer
 
-# Who writes the answers that people compare, and how often what is said is not so.
+# Who writes the answers that people compare, and how often an answer is wrong.
 VOICE_SHARES = {"lively": 0.35, "formal": 0.25, "mixed": 0.3, "plain": 0.1}
 WRONG_SHARE = 0.3
 # Share of pairs with a degenerate answer on one side. A reward model that never sees one may come to love it.
@@ -17,6 +17,9 @@ NOISE = 0.05
 NOTICEABLE = 0.1
 
 
+# ---- degenerate answers ----
+# Each makes one of a prompt and a real answer to it. A writer that needs no luck takes the random source all the same:
+# they are called by their place in a list.
 def short(prompt: Prompt, text: str, rng: random.Random) -> str:
     return rng.choice(("嗯。", "好。", "。", "哦", "好的！", "哈哈", "呀～", text[:1], text[:2], text[:3]))
 
@@ -31,7 +34,8 @@ def repeated_sentence(prompt: Prompt, text: str, rng: random.Random) -> str:
 
 def repeated_token(prompt: Prompt, text: str, rng: random.Random) -> str:
     start = rng.randrange(len(text))
-    return text[start : start + rng.randint(1, 3)] * rng.randint(4, 10)
+    piece = text[start : start + rng.randint(1, 3)]
+    return piece * rng.randint(4, 10)
 
 
 def copied_prompt(prompt: Prompt, text: str, rng: random.Random) -> str:
@@ -39,21 +43,28 @@ def copied_prompt(prompt: Prompt, text: str, rng: random.Random) -> str:
 
 
 def random_characters(prompt: Prompt, text: str, rng: random.Random) -> str:
-    letters = list(text + rng.choice(all_prompts()).text)
+    # Letters of another question join them, so that the result is not even on topic.
+    other = rng.choice(all_prompts())
+    letters = list(text + other.text)
     rng.shuffle(letters)
     return "".join(letters)[: len(text)]
 
 
 def stuffed_particles(prompt: Prompt, text: str, rng: random.Random) -> str:
-    extra = [rng.choice(PARTICLES + LIVELY_ENDS + ("哈哈，", "哇，")) for _ in range(rng.randint(3, 8))]
+    marks = PARTICLES + LIVELY_ENDS + ("哈哈，", "哇，")
+    extra = [rng.choice(marks) for _ in range(rng.randint(3, 8))]
     place = rng.choice((0, len(text)))
     return text[:place] + "".join(extra) + text[place:]
 
 
 def lost_key(prompt: Prompt, text: str, rng: random.Random) -> str:
-    return text.replace(prompt.fact.key, "") if prompt.fact.key in text else text[: len(text) // 2]
+    key = prompt.fact.key
+    if key in text:
+        return text.replace(key, "")
+    return text[: len(text) // 2]
 
 
+# Short and cut answers stand here twice: PPO finds an early end of the answer before anything else.
 DEGENERATE: tuple[Callable[[Prompt, str, random.Random], str], ...] = (
     short,
     short,
@@ -68,10 +79,13 @@ DEGENERATE: tuple[Callable[[Prompt, str, random.Random], str], ...] = (
 )
 
 
+# ---- pairs ----
 def candidate(prompt: Prompt, rng: random.Random) -> str:
     """A real answer in some voice, right or wrong."""
     voices, shares = zip(*VOICE_SHARES.items(), strict=True)
-    return answer(prompt.fact, rng.choices(voices, shares)[0], rng, correct=rng.random() >= WRONG_SHARE)
+    voice = rng.choices(voices, shares)[0]
+    correct = rng.random() >= WRONG_SHARE
+    return answer(prompt.fact, voice, rng, correct)
 
 
 def draw_pair(prompt: Prompt, rng: random.Random, degenerate_share: float) -> tuple[str, str]:
@@ -80,7 +94,10 @@ def draw_pair(prompt: Prompt, rng: random.Random, degenerate_share: float) -> tu
         first = candidate(prompt, rng)
         second = candidate(prompt, rng)
         if rng.random() < degenerate_share:
-            second = rng.choice(DEGENERATE)(prompt, second, rng)
+            spoil = rng.choice(DEGENERATE)
+            second = spoil(prompt, second, rng)
+
+        # People skip a pair that they cannot tell apart, so another one is drawn.
         gap = gold_score(prompt.text, first) - gold_score(prompt.text, second)
         if abs(gap) >= NOTICEABLE:
             return (first, second) if gap > 0 else (second, first)
@@ -97,8 +114,9 @@ def draw_pairs(
     rows = []
     for number in range(count):
         prompt = prompts[number % len(prompts)]
-        chosen, rejected = draw_pair(prompt, rng, degenerate_share)
+        pair = draw_pair(prompt, rng, degenerate_share)
         if rng.random() < noise:
-            chosen, rejected = rejected, chosen
+            pair = pair[::-1]
+        chosen, rejected = pair
         rows.append({"prompt": prompt.text, "chosen": chosen, "rejected": rejected})
     return rows

@@ -1,4 +1,4 @@
-"""What the demo showed: summary.json, the chart ppo.png and the closing words.
+"""The demo's results: summary.json, the chart ppo.png and the closing words.
 
 In:  <output_dir> after demo.evaluate. Out: <output_dir>/summary.json, <output_dir>/ppo.png.
 
@@ -40,11 +40,19 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 def summarize(output_dir: Path) -> dict[str, float]:
     """The demo in numbers, under the names of summary.json."""
+    # The gold scores of demo.evaluate, of which the two ends of PPO count here.
     evaluation = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
-    sft, ppo = (evaluation["versions"][name] for name in ("sft", "ppo"))
+    sft = evaluation["versions"]["sft"]
+    ppo = evaluation["versions"]["ppo"]
+
+    # What the stages measured themselves.
     steps = read_metrics(output_dir / "ppo")
-    sft_run, reward_run = (load_run(output_dir / name)["metrics"] for name in ("sft", "reward"))
-    seconds = [line.split() for line in (output_dir / "seconds.txt").read_text(encoding="utf-8").splitlines()]
+    sft_run = load_run(output_dir / "sft")["metrics"]
+    reward_run = load_run(output_dir / "reward")["metrics"]
+    times = (output_dir / "seconds.txt").read_text(encoding="utf-8")
+    seconds = [line.split() for line in times.splitlines()]
+
+    # demo.thresholds holds these names against what is promised.
     return {
         "sft/eval_loss_before": sft_run["eval_loss_before"],
         "sft/eval_loss_after": sft_run["eval_loss_after"],
@@ -70,15 +78,23 @@ def summarize(output_dir: Path) -> dict[str, float]:
 
 def gold_curve(output_dir: Path) -> tuple[list[int], list[float]]:
     """Steps and gold scores of SFT (step 0) and every saved checkpoint."""
-    versions = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))["versions"]
+    evaluation = json.loads((output_dir / "evaluation.json").read_text(encoding="utf-8"))
+    versions = evaluation["versions"]
     points = {0: versions["sft"]["gold"]}
-    points |= {int(name.removeprefix("step_")): v["gold"] for name, v in versions.items() if name.startswith("step_")}
-    return sorted(points), [points[step] for step in sorted(points)]
+    for name, figures in versions.items():
+        # Neither "base" nor "ppo", which is the last step once more.
+        if name.startswith("step_"):
+            step = int(name.removeprefix("step_"))
+            points[step] = figures["gold"]
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
 
 
 def running_gold(scores: list[float], width: int = 3) -> dict[str, float]:
     """Last and best of the running mean over `width` checkpoints of PPO's gold score: did it end where it was best?"""
-    means = [sum(scores[i : i + width]) / width for i in range(len(scores) - width + 1)] or scores
+    means = [sum(scores[i : i + width]) / width for i in range(len(scores) - width + 1)]
+    # A smoke run has fewer checkpoints than one mean takes.
+    means = means or scores
     return {"gold/running_last": means[-1], "gold/running_best": max(means)}
 
 
@@ -86,13 +102,18 @@ def draw(output_dir: Path) -> None:
     """ppo.png: score, KL, length and gold score over the steps, saved checkpoints as dotted lines."""
     rows = read_metrics(output_dir / "ppo")
     steps = [row["step"] for row in rows]
-    (saved, gold) = gold_curve(output_dir)
+    saved, gold = gold_curve(output_dir)
     figure, axes = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, constrained_layout=True)
+
+    # What every step logs; of the four panels the last one stays free.
     for axis, (key, label, colour) in zip(axes, PANELS, strict=False):
         axis.plot(steps, [row[key] for row in rows], color=colour)
         axis.set_ylabel(label)
 
+    # From zero, so that a shorter answer looks as much shorter as it is.
     axes[2].set_ylim(bottom=0)
+
+    # The gold score is known at the saved checkpoints alone.
     axes[3].plot(saved, gold, marker="o", color="tab:red")
     axes[3].set_ylabel("gold score, 0 to 1\n(gold judge, held-out prompts)")
     axes[3].set_xlabel("PPO step (dotted: saved checkpoint; step 0 is the SFT model)")
@@ -109,8 +130,10 @@ def draw(output_dir: Path) -> None:
 
 def closing_words(s: dict[str, float], output_dir: Path) -> str:
     """The summary for someone who sees RLHF for the first time."""
-    minutes = sum(value for name, value in s.items() if name.startswith("seconds/")) / 60
+    seconds = [value for name, value in s.items() if name.startswith("seconds/")]
+    minutes = sum(seconds) / 60
     rows = [
+        ("what", "before", "after"),
         (
             "SFT: loss on held-out formal answers",
             f"{s['sft/eval_loss_before']:.3f}",
@@ -122,7 +145,7 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
         ("PPO: length of an answer in tokens", f"{s['len/sft']:.1f}", f"{s['len/ppo']:.1f}"),
     ]
 
-    table = [f"{what:<46}{before:>9}{after:>9}" for what, before, after in (("what", "before", "after"), *rows)]
+    table = [f"{what:<46}{before:>9}{after:>9}" for what, before, after in rows]
     low = s["gold/win_rate_low"]
     high = s["gold/win_rate_high"]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What became of several PPO runs on one demo: the gold judge over their checkpoints, in a table and a chart.
+"""Several PPO runs on one demo compared: the gold score of their checkpoints, in a table and a chart.
 
 In:  a finished demo, the output directories of some PPO runs on its SFT model, by name.
 Out: <output_dir>/story.json, story.png, and the table on the screen.
@@ -9,12 +9,13 @@ Out: <output_dir>/story.json, story.png, and the table on the screen.
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from demo.evaluate import judge, sample_answers
+from demo.evaluate import gold_figures, sample_answers
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.data.encoding import load_tokenizer
@@ -28,7 +29,7 @@ from rlhf.run.pictures import pyplot
 
 plt = pyplot()
 
-# The gold score is between 0 and 1, the others are some units wide: so it shares their axis.
+# The gold score is between 0 and 1, the other curves are some units wide: times this, it shares their axis.
 GOLD_SCALE = 4
 COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange")
 
@@ -57,124 +58,151 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 
 # ---- figures ----
-class Judge:
-    """Answers of any adapter to the held-out prompts, as the gold judge sees them."""
+class GoldJudge:
+    """Asks any adapter the held-out prompts and holds its answers against what the mini-world likes."""
 
     def __init__(self, args: Arguments):
         demo_dir = Path(args.demo_dir)
         self.args = args
         self.model = load_base(str(demo_dir / "base"), torch.float32)
         self.tokenizer = load_tokenizer(str(demo_dir / "base"))
-        self.prompts = [row["prompt"] for row in read_lines(demo_dir / "data" / "heldout.jsonl")][: args.prompts]
+        rows = read_lines(demo_dir / "data" / "heldout.jsonl")
+        self.prompts = [row["prompt"] for row in rows][: args.prompts]
         self.seen = 0
 
     def look_at(self, adapter: Path) -> dict:
         """Gold score, share of right and of empty answers, and length of one adapter's answers."""
         self.seen += 1
+        # All adapters stay on the one base: a name of its own for each.
         name = f"version_{self.seen}"
         self.model, _ = add_lora(self.model, adapter, name, trainable=False)
         self.model.base_model.set_adapter(name, inference_mode=True)
         self.model.eval()
+
         answers, tokens = sample_answers(self.model.get_base_model(), self.tokenizer, self.prompts, self.args)
-        found = judge(self.prompts, answers)
-        kept = {key: value for key, value in found.items() if isinstance(value, float)}
-        return kept | {"tokens": tokens, "examples": answers[:3]}
+        figures = gold_figures(self.prompts, answers)
+        # Four hundred answers of every checkpoint would fill story.json; the means and three answers stay.
+        means = {key: value for key, value in figures.items() if isinstance(value, float)}
+        return means | {"tokens": tokens, "examples": answers[:3]}
 
 
-def follow(run_dir: Path, hidden: Judge, sft: dict) -> dict:
-    """One run: its steps, the gold judge at every checkpoint, its evaluations, and what one would keep of it."""
+def follow(run_dir: Path, gold_judge: GoldJudge, sft: dict) -> dict:
+    """One run: its steps, the gold score of every checkpoint, its evaluations, and what one would keep of it."""
     saved = sorted(int(folder.name.removeprefix("step_")) for folder in run_dir.glob("step_*"))
     if not saved:
         raise ValueError(f"{run_dir} has no checkpoint step_<n>: run PPO with --save_freq")
-    checkpoints = {0: sft} | {step: hidden.look_at(run_dir / f"step_{step}") for step in saved}
+
+    # The gold judge looks on from outside: the run itself never asks it.
+    checkpoints = {0: sft}
+    for step in saved:
+        checkpoints[step] = gold_judge.look_at(run_dir / f"step_{step}")
+
+    # What the run logged itself: steps, and evaluations by its reward model (proxy) and by its judge.
     rows = read_metrics(run_dir)
+    columns = ("step", "score/mean", "kl/mean", "len/mean", "guard")
+    steps = [{name: row.get(name) for name in columns} for row in rows]
+    evaluations = {}
+    for name, (distance, gain) in overoptimization(rows).items():
+        evaluations[name] = (distance.tolist(), gain.tolist())
+
+    last = saved[-1]
     return {
-        "steps": [{k: row.get(k) for k in ("step", "score/mean", "kl/mean", "len/mean", "guard")} for row in rows],
-        "evaluations": {name: (d.tolist(), gain.tolist()) for name, (d, gain) in overoptimization(rows).items()},
+        "steps": steps,
+        "evaluations": evaluations,
         "checkpoints": checkpoints,
-        "end": checkpoints[saved[-1]],
-        "kept": kept(run_dir, saved[-1], hidden, checkpoints),
+        "end": checkpoints[last],
+        "kept": kept(run_dir, last, gold_judge, checkpoints),
     }
 
 
-def kept(run_dir: Path, last: int, hidden: Judge, checkpoints: dict) -> dict:
-    """The last step of a run without guards; else best/, if its judge found it clearly better than the SFT model."""
+def kept(run_dir: Path, last: int, gold_judge: GoldJudge, checkpoints: dict) -> dict:
+    """The last step of a run without guards; else best/, if its judge calls it clearly better than the SFT model."""
     run = load_run(run_dir / f"step_{last}")
     if run["arguments"]["on_collapse"] == "off":
         return {"what": "the last step", **checkpoints[last]}
-    best = run_dir / "best" / "state.json"
-    if best.is_file():
-        found = json.loads(best.read_text(encoding="utf-8"))["best"]
-        if found["gain"] > CLEAR * found["error"]:
-            return {"what": f"best/ (step {found['step']})", **hidden.look_at(best.parent)}
+
+    state = run_dir / "best" / "state.json"
+    if state.is_file():
+        best = json.loads(state.read_text(encoding="utf-8"))["best"]
+        # The gold score decides nothing here: in a real project there is none.
+        if best["gain"] > CLEAR * best["error"]:
+            return {"what": f"best/ (step {best['step']})", **gold_judge.look_at(state.parent)}
     return {"what": "the SFT model", **checkpoints[0]}
 
 
 # ---- words and picture ----
 def table(story: dict) -> str:
-    """The story in figures."""
+    """The SFT model, and each run at its end and in what one would keep of it, as lines of a table."""
     rows = [("", "score", "tokens", "right", "empty", "gold", "kept", "its gold")]
-    sft = story["sft"]
-    rows.append(("SFT model", "", *_figures(sft), "", ""))
+    rows.append(("SFT model", "", *_cells(story["sft"]), "", ""))
 
     for name, run in story["runs"].items():
         first = run["steps"][0]["score/mean"]
         last = run["steps"][-1]["score/mean"]
-        rows.append(
-            (
-                name,
-                f"{first:+.2f} to {last:+.2f}",
-                *_figures(run["end"]),
-                run["kept"]["what"],
-                f"{run['kept']['gold']:.3f}",
-            )
-        )
+        score = f"{first:+.2f} to {last:+.2f}"
+        keep = run["kept"]
+        rows.append((name, score, *_cells(run["end"]), keep["what"], f"{keep['gold']:.3f}"))
 
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    # Every column is as wide as its longest cell.
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        lines.append("  ".join(cell.ljust(width) for cell, width in cells))
+    return "\n".join(lines)
 
 
-def _figures(found: dict) -> tuple[str, str, str, str]:
-    return f"{found['tokens']:.1f}", f"{found['correct']:.1%}", f"{found['empty_frac']:.1%}", f"{found['gold']:.3f}"
+def _cells(figures: dict) -> tuple[str, str, str, str]:
+    return (
+        f"{figures['tokens']:.1f}",
+        f"{figures['correct']:.1%}",
+        f"{figures['empty_frac']:.1%}",
+        f"{figures['gold']:.3f}",
+    )
 
 
 def events(story: dict) -> list[str]:
     """What the guard said, run by run."""
-    return [
-        f"{name}, step {row['step']}: {row['guard']}"
-        for name, run in story["runs"].items()
-        for row in run["steps"]
-        if row["guard"]
-    ]
+    lines = []
+    for name, run in story["runs"].items():
+        spoken = [row for row in run["steps"] if row["guard"]]
+        lines += [f"{name}, step {row['step']}: {row['guard']}" for row in spoken]
+    return lines
 
 
 def draw(story: dict, title: str, file: Path) -> None:
     """Score, length and gold score over the steps of all runs, and gold score and proxy against sqrt(KL)."""
     figure = plt.figure(figsize=(12, 9), constrained_layout=True)
     grid = figure.add_gridspec(6, 2)
-    axes = [figure.add_subplot(grid[2 * row : 2 * row + 2, 0]) for row in range(3)]
+    _draw_steps(figure, grid, story, title)
 
+    # On the right a panel for each run, one below the other.
+    height = 6 // len(story["runs"])
+    for place, (name, run) in enumerate(story["runs"].items()):
+        axis = figure.add_subplot(grid[place * height : (place + 1) * height, 1])
+        draw_against_kl(axis, against_kl(run, story["sft"]["gold"]))
+        axis.set_title(name, fontsize=9)
+
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
+
+
+def _draw_steps(figure, grid, story: dict, title: str) -> None:
+    """Score, length and gold score over the steps, all runs in each of the three panels on the left."""
+    axes = [figure.add_subplot(grid[2 * row : 2 * row + 2, 0]) for row in range(3)]
     for colour, (name, run) in zip(COLOURS, story["runs"].items(), strict=False):
-        steps = [row["step"] for row in run["steps"]]
-        axes[0].plot(steps, [row["score/mean"] for row in run["steps"]], color=colour, label=name)
-        axes[1].plot(steps, [row["len/mean"] for row in run["steps"]], color=colour)
-        points = sorted((step, found["gold"]) for step, found in run["checkpoints"].items())
-        axes[2].plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour)
-        for row in run["steps"]:
-            if row["guard"]:
-                for axis in axes:
-                    axis.axvline(row["step"], color=colour, linestyle=":", linewidth=1)
+        _draw_run(axes, name, run, colour)
 
     labels = (
         "score of the reward model\n(what PPO maximises)",
         "response length (tokens)",
         "gold score (gold judge)",
     )
-
     for axis, label in zip(axes, labels, strict=True):
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
 
+    # The gold score has the same scale in every story, so that their charts can be compared.
     axes[0].legend(fontsize=8)
     axes[0].set_title(title, fontsize=10)
     axes[1].set_ylim(bottom=0)
@@ -182,40 +210,57 @@ def draw(story: dict, title: str, file: Path) -> None:
     axes[2].axhline(story["sft"]["gold"], color="gray", linestyle="--", linewidth=1)
     axes[2].set_xlabel("PPO step (dashed: the SFT model; dotted: the guard stepped in)")
 
-    for place, name in enumerate(story["runs"]):
-        height = 6 // len(story["runs"])
-        axis = figure.add_subplot(grid[place * height : (place + 1) * height, 1])
-        draw_against_kl(axis, against_kl(story["runs"][name], story["sft"]["gold"]))
-        axis.set_title(name, fontsize=9)
 
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
+def _draw_run(axes: list, name: str, run: dict, colour: str) -> None:
+    rows = run["steps"]
+    steps = [row["step"] for row in rows]
+    axes[0].plot(steps, [row["score/mean"] for row in rows], color=colour, label=name)
+    axes[1].plot(steps, [row["len/mean"] for row in rows], color=colour)
+    points = sorted((step, figures["gold"]) for step, figures in run["checkpoints"].items())
+    axes[2].plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour)
+
+    warned = [row["step"] for row in rows if row["guard"]]
+    for step, axis in product(warned, axes):
+        axis.axvline(step, color=colour, linestyle=":", linewidth=1)
 
 
 def against_kl(run: dict, sft_gold: float) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Gains over the SFT model against sqrt(KL): the run's own evaluations, and the gold score times GOLD_SCALE."""
-    curves = {name: (np.array(d), np.array(gain)) for name, (d, gain) in run["evaluations"].items()}
+    curves = {}
+    for name, (distance, gain) in run["evaluations"].items():
+        curves[name] = (np.array(distance), np.array(gain))
+
+    # The estimate of KL can fall below zero, where it has no root.
     kl = {row["step"]: max(row["kl/mean"], 0.0) for row in run["steps"]}
+    # A checkpoint without a logged step, as step 0, has no place on this axis.
     steps = [step for step in run["checkpoints"] if step in kl]
+    distances = np.sqrt([kl[step] for step in steps])
     gains = [GOLD_SCALE * (run["checkpoints"][step]["gold"] - sft_gold) for step in steps]
-    return curves | {f"gold score x {GOLD_SCALE}": (np.sqrt([kl[step] for step in steps]), np.array(gains))}
+    return curves | {f"gold score x {GOLD_SCALE}": (distances, np.array(gains))}
 
 
 def main(args: Arguments) -> None:
-    """Judge, write, draw, tell."""
-    hidden = Judge(args)
-    sft = hidden.look_at(Path(args.demo_dir) / "sft")
-    runs = dict(run.split("=", 1) for run in args.runs)
-    story = {"sft": sft, "runs": {name: follow(Path(folder), hidden, sft) for name, folder in runs.items()}}
+    """Ask the gold judge, write, draw, print."""
+    gold_judge = GoldJudge(args)
+    sft = gold_judge.look_at(Path(args.demo_dir) / "sft")
+
+    runs = {}
+    for run in args.runs:
+        name, folder = run.split("=", 1)
+        runs[name] = Path(folder)
+    followed = {name: follow(folder, gold_judge, sft) for name, folder in runs.items()}
+    story = {"sft": sft, "runs": followed}
+
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "story.json", story)
     draw(story, args.title, output_dir / "story.png")
+
     print(f"\n{table(story)}\n")
     for line in events(story):
         print(f"guard, {line}")
 
-    print(f"tokens, right, empty and gold: answers to {len(hidden.prompts)} held-out prompts after the last step")
+    print(f"tokens, right, empty and gold: answers to {len(gold_judge.prompts)} held-out prompts after the last step")
     print(f"look at {output_dir}/story.png", flush=True)
 
 

@@ -14,6 +14,12 @@ from pathlib import Path
 from rlhf.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def _minutes(summary: dict) -> float:
+    return sum(value for name, value in summary.items() if name.startswith("seconds/")) / 60
+
+
 # What is promised, as (name, function of the summary, what it must be).
 PROMISES = (
     ("win rate >= 0.75", lambda s: s["gold/win_rate"], lambda x: x >= 0.75),
@@ -32,7 +38,7 @@ PROMISES = (
         lambda x: x >= -0.05,
     ),
     ("held-out prompts >= 200", lambda s: s["heldout_prompts"], lambda x: x >= 200),
-    ("minutes < 10", lambda s: sum(v for k, v in s.items() if k.startswith("seconds/")) / 60, lambda x: x < 10),
+    ("minutes < 10", _minutes, lambda x: x < 10),
 )
 
 
@@ -46,26 +52,34 @@ class Arguments:
 
 def run_demo(seed: int, folder: Path) -> dict:
     """The summary of one run, which is made unless it is there already."""
-    if not (folder / "summary.json").is_file():
-        command = ["bash", str(ROOT / "scripts" / "run_demo.sh"), "--seed", str(seed), "--output_dir", str(folder)]
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        script = str(ROOT / "scripts" / "run_demo.sh")
+        command = ["bash", script, "--seed", str(seed), "--output_dir", str(folder)]
+        # The table alone belongs on stdout, which goes into a log.
         subprocess.run(command, check=True, stdout=sys.stderr)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return json.loads(summary.read_text(encoding="utf-8"))
 
 
 def main(args: Arguments) -> int:
     """Print the table; 1 where a promise is broken."""
-    summaries = [run_demo(seed, Path(args.output_dir).resolve() / f"seed_{seed}") for seed in args.seeds]
+    output_dir = Path(args.output_dir).resolve()
+    summaries = [run_demo(seed, output_dir / f"seed_{seed}") for seed in args.seeds]
+
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"commit {commit.stdout.strip()}, {machine}")
     print(f"{'promise':<40}" + "".join(f"{f'seed {seed}':>12}" for seed in args.seeds))
-    broken = 0
 
+    # A promise has to hold on every seed; a mark stands where it does not.
+    broken = 0
     for name, value, holds in PROMISES:
         values = [value(summary) for summary in summaries]
         broken += sum(not holds(x) for x in values)
-        print(f"{name:<40}" + "".join(f"{x:>11.3f}{' ' if holds(x) else '!'}" for x in values))
+        cells = [f"{x:>11.3f}{' ' if holds(x) else '!'}" for x in values]
+        print(f"{name:<40}" + "".join(cells))
 
+    # Nothing is promised of these; they explain the ones above.
     for name in ("gold/sft", "gold/ppo", "ppo/kl_last", "len/sft", "len/ppo"):
         print(f"{name:<40}" + "".join(f"{summary[name]:>11.3f} " for summary in summaries))
 
