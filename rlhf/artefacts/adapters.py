@@ -1,4 +1,4 @@
-"""Adapters on disk: save at the directory's root, read without running code, refuse what does not fit together."""
+"""Adapters on disk: saved at the directory's root, read without running code, refused where they do not fit."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def save_adapter(
 
     `state_dict` replaces the model's own weights, where this process holds only a piece of them.
 
-    peft puts an adapter that is not called "default" into a subfolder; every artefact here is at its directory's root,
-    so that plain `PeftModel.from_pretrained(base, output_dir)` finds it.
+    With another name than "default" peft puts an adapter into a subfolder. Every artefact here is at its
+    directory's root, so that plain `PeftModel.from_pretrained(base, output_dir)` finds it.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -35,24 +35,36 @@ def save_adapter(
         model.save_pretrained(
             scratch, selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state_dict
         )
-        saved = Path(scratch) if adapter_name == "default" else Path(scratch) / adapter_name
-        config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
-        for key, value in config.items():
-            if isinstance(value, list) and all(isinstance(item, str) for item in value):
-                config[key] = sorted(value)
-        # safetensors files are born readable by their owner alone.
+        saved = Path(scratch)
+        if adapter_name != "default":
+            saved = saved / adapter_name
+
+        # safetensors creates files that only their owner can read.
         (saved / ADAPTER_FILE).chmod(0o644)
+        config = _sorted_lists(json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")))
         os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
         write_json(output_dir / "adapter_config.json", config)
 
 
+def _sorted_lists(config: dict) -> dict:
+    """Sort a config's lists of words: peft keeps them as sets, whose order changes from run to run."""
+    for key, value in config.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            config[key] = sorted(value)
+    return config
+
+
+# ---- reading and checking ----
 def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """Config and weights of an adapter; an old .bin is read with weights_only=True, so no pickle code runs."""
     folder = Path(adapter_dir)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
+
+    # Only for its message: peft's own on a damaged file does not name it.
     read_object(folder / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(folder))
+
     for name in (ADAPTER_FILE, "adapter_model.bin"):
         if (folder / name).is_file():
             return config, load_tensors(folder / name)
@@ -87,15 +99,15 @@ def check_adapter(
         wanted = " or ".join(stages)
         raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
 
-    # What was trained on another base, tokenizer or template would run here, and answer nonsense.
-    pairs = [(f"base {name}", run.get("base", {}).get(name), value) for name, value in base.items()]
+    # An adapter of another base, tokenizer or template would run here without an error, and answer nonsense.
+    their_base = run.get("base", {})
+    compared = [(f"base {name}", their_base.get(name), value) for name, value in base.items()]
     if tokenizer is not None:
-        pairs.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
-
+        compared.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
     if template is not None:
-        pairs.append(("prompt_template", run.get("prompt_template"), template))
+        compared.append(("prompt_template", run.get("prompt_template"), template))
 
-    for name, theirs, ours in pairs:
+    for name, theirs, ours in compared:
         if theirs != ours:
             raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
     return run
@@ -106,9 +118,13 @@ def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag
     run = load_run(model_dir)
     if run is None or run.get("stage") != "merge":
         return
+
     for name, value in base.items():
-        if run["base"].get(name) != value:
-            raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {run['base'].get(name)!r}")
+        theirs = run["base"].get(name)
+        if theirs != value:
+            raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {theirs!r}")
+
+    # By content, not by path: an SFT adapter that has been trained again is another one.
     parent = run["parents"].get("adapter", {})
     if parent.get("adapter") != adapter_hash(sft_dir):
         raise ValueError(
@@ -126,6 +142,7 @@ def check_saved(model: PeftModel, output_dir: str) -> None:
     expected = get_peft_model_state_dict(model)
     if not any(name.endswith("score.weight") for name in saved):
         raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
+
     for name, tensor in expected.items():
         if name not in saved or not torch.equal(saved[name], tensor.detach().cpu()):
             raise ValueError(f"{output_dir}/{ADAPTER_FILE} does not hold {name} as it was trained")

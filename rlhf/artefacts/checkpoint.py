@@ -12,9 +12,11 @@ from pathlib import Path
 
 from rlhf.artefacts.files import readable_when_full, size_of, write_json
 
+# The last file to be written: a folder without it is no checkpoint.
 MANIFEST = "MANIFEST.json"
 
 
+# ---- writing ----
 def publish(
     output_dir: Path, name: str, write: Callable[[Path], None], about: dict | None = None, min_bytes: int = 0
 ) -> Path:
@@ -26,23 +28,28 @@ def publish(
         about: what the manifest says beside the files (step, processes, base). min_bytes: bytes it will take at least.
     Raises: DiskFull in one sentence; what stood under the name before is still there.
     """
-    min_bytes = max(min_bytes, size_of_another(output_dir / name))
+    target = output_dir / name
+    # What a checkpoint of this run took before, this one will take as well.
+    min_bytes = max(min_bytes, size_of_another(target))
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
 
     try:
         with readable_when_full(scratch, name, min_bytes):
             write(scratch)
             write_manifest(scratch, about)
+
+        # mkdtemp lets only its owner in.
         scratch.chmod(0o755)
-        target = output_dir / name
         if target.exists():
-            # A name for the old one that no reader looks at: the new one takes its place in one move.
+            # The old one moves to a name that no reader looks at. After a crash in between, `sweep` moves it back.
             old = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
             os.replace(target, old / name)
             os.replace(scratch, target)
             shutil.rmtree(old)
         else:
             os.replace(scratch, target)
+
+        # A rename is only safe from a power failure once its directory is on the disk.
         _sync(output_dir)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -57,27 +64,33 @@ def complete_or_gone(folder: Path, min_bytes: int = 0):
         min_bytes: bytes that it will take at least, as far as known.
     """
     try:
-        with readable_when_full(folder, folder.name, max(min_bytes, size_of_another(folder))):
+        min_bytes = max(min_bytes, size_of_another(folder))
+        with readable_when_full(folder, folder.name, min_bytes):
             yield
     except BaseException:
+        # Interrupts among them: half a checkpoint must not be left for the next run.
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def size_of_another(folder: Path) -> int:
     """Bytes of the largest checkpoint beside `folder`; 0 without one."""
-    others = [manifest.parent for manifest in folder.parent.glob(f"*/{MANIFEST}") if manifest.parent != folder]
-    return max(map(size_of, others), default=0)
+    complete = [manifest.parent for manifest in folder.parent.glob(f"*/{MANIFEST}")]
+    sizes = [size_of(other) for other in complete if other != folder]
+    return max(sizes, default=0)
 
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:
-    """List the files of a finished checkpoint with size and sha256, all on disk by then."""
-    written = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    """List the files of a finished checkpoint with size and sha256, after all of them have reached the disk."""
+    paths = sorted(folder.rglob("*"))
+    written = [path for path in paths if path.is_file() and path.name != MANIFEST]
     for path in written:
         _sync(path)
+
     files = {str(path.relative_to(folder)): _entry(path) for path in written}
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-    write_json(folder / MANIFEST, {**(about or {}), "versions": versions, "files": files})
+    manifest = {**(about or {}), "versions": versions, "files": files}
+    write_json(folder / MANIFEST, manifest)
     _sync(folder / MANIFEST)
     _sync(folder)
 
@@ -92,39 +105,54 @@ def _sync(path: Path) -> None:
 
 
 def _entry(file: Path) -> dict:
+    """The size and hash of a file, as a manifest lists them."""
     with file.open("rb") as content:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+        digest = hashlib.file_digest(content, "sha256")
+    return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
+# ---- rotation ----
 def rotate(output_dir: str | Path, prefix: str, limit: int | None) -> None:
     """Remove the oldest checkpoints over `limit`, once the newest is known to be complete."""
     folders = numbered(output_dir, prefix)
-    if limit is None or len(folders) <= limit or why_incomplete(folders[-1]) is not None:
+    if limit is None or len(folders) <= limit:
         return
+    # With a damaged newest one, an older one is what the run goes on from.
+    if why_incomplete(folders[-1]) is not None:
+        return
+
     for folder in folders[:-limit]:
-        # Without its manifest first: killed half way through, the rest is no checkpoint any more.
+        # The manifest goes first: if the process is killed half way, what is left is no checkpoint any more.
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
     """Folders called `prefix` and a number, in the order of the numbers."""
-    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix(prefix)))
+
+    def number(path: Path) -> str:
+        return path.name.removeprefix(prefix)
+
+    folders = [path for path in Path(output_dir).glob(f"{prefix}*") if number(path).isdigit()]
+    # As numbers: step_10 comes after step_9.
+    return sorted(folders, key=lambda path: int(number(path)))
 
 
+# ---- reading ----
 def read_manifest(folder: Path) -> dict:
     """Contents of MANIFEST.json: files, step, processes, versions."""
     return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
+    """The reason why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
         listed = dict(read_manifest(folder)["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
+
     for name, entry in listed.items():
+        # A manifest may come from elsewhere: it must not have us read files outside its folder.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return f"{MANIFEST} lists {name!r}, which is not in the folder"
         if not (folder / name).is_file():
@@ -149,8 +177,11 @@ def to_resume(asked: str | None, output_dir: str | Path, prefix: str = "step_") 
 
     Raises: ValueError naming what is wrong with a checkpoint that was asked for by its path.
     """
-    if asked in (None, "True"):
-        return newest_complete(output_dir, prefix) if asked else None
+    if asked is None:
+        return None
+    if asked == "True":
+        return newest_complete(output_dir, prefix)
+
     reason = why_incomplete(Path(asked))
     if reason:
         raise ValueError(f"--resume_from_checkpoint {asked} cannot be used: {reason}")

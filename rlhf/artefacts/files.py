@@ -12,10 +12,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# Free bytes under which a failed write is put down to the disk.
+# With fewer free bytes than this, a failed write is blamed on the full disk.
 NEARLY_NONE = 1 << 16
 
+# The disk is full, or the user's quota is used up.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+# The name that peft gives it.
+ADAPTER_FILE = "adapter_model.safetensors"
 
 GO_ON = (
     "Earlier checkpoints are untouched: make room, or lower --save_total_limit, and give the same command with "
@@ -31,9 +35,11 @@ class DiskFull(OSError):
 def write_json(path: Path | str, content: dict) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
+    text = json.dumps(content, ensure_ascii=False, indent=2, default=str)
+    # In the same folder, for only within one file system is a rename a single step.
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(json.dumps(content, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -52,6 +58,8 @@ def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = 
     except (OSError, RuntimeError, SafetensorError) as error:
         if not is_full(error, folder.parent):
             raise
+
+        # What was begun will be gone: its bytes count as free.
         free = shutil.disk_usage(folder.parent).free + size_of(folder)
         raise DiskFull(
             f"the disk of {folder.parent} is full: {name} needs at least {max(min_bytes, free + 1):,} bytes and "
@@ -60,9 +68,11 @@ def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = 
 
 
 def is_full(error: Exception, folder: Path) -> bool:
-    """Return True if a failed write is to be put down to a full disk, whichever library says so and how."""
-    known = isinstance(error, DiskFull) or getattr(error, "errno", None) in NO_ROOM
-    return known or "No space left" in str(error) or shutil.disk_usage(folder).free < NEARLY_NONE
+    """Return True if a full disk made a write fail, whichever library says so and how."""
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in NO_ROOM:
+        return True
+    # Some libraries only pass on the words, and torch.save not even those.
+    return "No space left" in str(error) or shutil.disk_usage(folder).free < NEARLY_NONE
 
 
 def size_of(folder: Path) -> int:
@@ -79,6 +89,7 @@ def load_tensors(file: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        # Without weights_only, a .bin may run any code it holds.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(damaged(file, error)) from error
@@ -88,11 +99,10 @@ def damaged(file: Path, error: Exception) -> str:
     """One sentence on a file that no tensors can be read from."""
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
         return f"{file} holds more than tensors, and no code of it was run: train or download it as safetensors"
+
+    # Libraries go on for several lines; an error without words is named by its class.
     why = str(error).partition("\n")[0] or type(error).__name__
     return f"{file} is damaged ({why}): train, download or copy it again"
-
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def read_object(file: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Output directories: claimed by one run, swept after a crash, filled aside and then moved into place."""
+"""Output directories: claimed by one run, swept after a crash, or filled under another name and then renamed."""
 
 import fcntl
 import glob
@@ -11,22 +11,24 @@ from pathlib import Path
 
 from rlhf.artefacts.files import ADAPTER_FILE, readable_when_full
 
-# What a run leaves at the top of its directory: all that --overwrite_output_dir removes, whatever else lies there.
+# Files that a run leaves at the top of its directory. --overwrite_output_dir removes these and no other files.
 RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
 
-# Temporary names of our writers; a process that is killed cannot remove its own.
+# Temporary names of our writers. A process that is killed cannot remove its own.
 SCRATCH = re.compile(
     r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)\.\w+"
 )
 
+# Folders of a run. Others, such as those of earlier stages, are left alone.
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
 
-# ---- output directory ----
 LOCK_FILE = ".lock"
 
+# Open lock files: the system frees a lock when its file is closed, or its process ends.
 _locks: dict[Path, object] = {}
 
 
+# ---- output directory ----
 def lock(folder: Path) -> None:
     """Hold an output directory for this process until it ends, however it ends.
 
@@ -35,8 +37,8 @@ def lock(folder: Path) -> None:
     if folder.resolve() in _locks:
         return
 
+    # Opened without being emptied: the number in it may be the holder's.
     handle = (folder / LOCK_FILE).open("a+", encoding="utf-8")
-
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -47,6 +49,7 @@ def lock(folder: Path) -> None:
             f"another run (process {number}) is writing into {folder}: wait for it, or give another --output_dir"
         ) from error
 
+    # The lock is ours, and so is the number from now on.
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
     handle.flush()
@@ -59,15 +62,26 @@ def sweep(folder: Path) -> None:
     A folder that was set aside for a new one under its name, which never came, gets its place back.
     """
     for path in folder.glob(".*"):
-        if SCRATCH.fullmatch(path.name):
-            name = path.name.split(".")[1]
-            if (path / name).is_dir() and not (folder / name).exists():
-                os.replace(path / name, folder / name)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if not SCRATCH.fullmatch(path.name):
+            continue
+
+        # ".step_3.abc" may hold the step_3 that a new one was about to replace.
+        name = path.name.split(".")[1]
+        set_aside = path / name
+        if set_aside.is_dir() and not (folder / name).exists():
+            os.replace(set_aside, folder / name)
+
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _in_use(path: Path) -> bool:
-    return (path.is_file() and path.name != LOCK_FILE) or RUN_FOLDERS.fullmatch(path.name) is not None
+    """Return True for a file other than the lock, or a folder of a run."""
+    if path.is_file() and path.name != LOCK_FILE:
+        return True
+    return RUN_FOLDERS.fullmatch(path.name) is not None
 
 
 def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
@@ -84,7 +98,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
         lock(folder)
         sweep(folder)
     except OSError as error:
-        # The lock's own refusal is a sentence already; the others are what the system says.
+        # The refusal by `lock` is a sentence already. Errors of the system have a number.
         if error.errno is None:
             raise
         raise OSError(f"--output_dir {folder} cannot be written ({error.strerror}): give another") from error
@@ -96,20 +110,28 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
             "--overwrite_output_dir True to start over, or another directory"
         )
 
-    for path in used if overwrite else ():
+    if overwrite:
+        _remove(used)
+    return folder
+
+
+def _remove(used: list[Path]) -> None:
+    """Remove the files and folders of a run; a file that no run writes stays."""
+    for path in used:
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name in RUN_FILES:
             path.unlink()
-
-    return folder
 
 
 # ---- checks before anything loads ----
 def refuse_used(output_dir: str) -> Path:
     """`output_dir` as a path. Raises: FileExistsError where something is there already."""
     target = Path(output_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not target.exists():
+        return target
+    # An empty directory is as good as none.
+    if not target.is_dir() or any(target.iterdir()):
         raise FileExistsError(f"--output_dir {target} is not empty: give a new directory")
     return target
 
@@ -117,12 +139,13 @@ def refuse_used(output_dir: str) -> Path:
 def sweep_killed(target: Path) -> None:
     """Remove what a killed merge into `target` left beside it. Raises: FileExistsError where one is still at work."""
     for scratch in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        # A folder without a lock file is none of ours, or is being made at this moment.
         if (scratch / LOCK_FILE).is_file():
             lock(scratch)
             shutil.rmtree(scratch)
 
 
-# ---- the two jobs ----
+# ---- filling ----
 @contextmanager
 def staged(target: Path):
     """A folder beside `target` to fill, which takes its place once all is done."""
@@ -134,9 +157,12 @@ def staged(target: Path):
         readable_when_full(Path(scratch), target.name, mend="Make room, and give the same command again"),
     ):
         lock(Path(scratch))
+        # One level deeper, so that neither the lock file nor mkdtemp's permissions go into the result.
         folder = Path(scratch) / "result"
         folder.mkdir()
         yield folder
+
+        # An empty directory may stand there; anything else has been refused.
         if target.exists():
             target.rmdir()
         os.replace(folder, target)

@@ -1,4 +1,4 @@
-"""run.json and fingerprints: what an output directory was made of, and how a later stage recognises its inputs."""
+"""run.json and fingerprints: they record what a directory was made of, so that a later stage knows its inputs."""
 
 import dataclasses
 import hashlib
@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from rlhf.artefacts.files import ADAPTER_FILE, damaged, load_tensors, read_object, write_json
 
+# Fields of a model's configuration in which different models are likely to differ.
 SHAPE_FIELDS = (
     "model_type",
     "hidden_size",
@@ -23,6 +24,7 @@ SHAPE_FIELDS = (
 )
 
 
+# ---- fingerprints ----
 def base_fingerprint(model_dir: str) -> dict:
     """Identity of a base model: its shape, and a hash over stored bytes of tensors spread over it."""
     config = AutoConfig.from_pretrained(model_dir).to_dict()
@@ -32,47 +34,73 @@ def base_fingerprint(model_dir: str) -> dict:
 
 def _weights_hash(model_dir: Path, tensors: int = 16, rows: int = 4) -> str:
     """Hash stored bytes, not cast values: the same file gives the same hash on every dtype and device."""
-    where = {}
-
-    for file in sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")]):
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt") as shard:
-                    where |= {name: (file, None) for name in shard.keys()}  # noqa: SIM118 (not a dict)
-            except SafetensorError as error:
-                raise ValueError(damaged(file, error)) from error
-        elif not list(model_dir.glob("*.safetensors")):
-            where |= {name: (file, tensor) for name, tensor in load_tensors(file, mmap=True).items()}
-
+    stored = _stored_tensors(model_dir)
     # Rotary tables are computed, and some checkpoints store them.
-    names = sorted(name for name in where if not name.endswith("inv_freq"))
+    names = sorted(name for name in stored if not name.endswith("inv_freq"))
     if not names:
         raise FileNotFoundError(f"{model_dir} holds no weights (*.safetensors or pytorch_model*.bin)")
 
     digest = hashlib.sha256()
-
     # Tensors spread over the whole model, a few rows of each: seconds, not minutes, at 7B.
-    for name in names[:: max(1, len(names) // tensors)]:
-        file, tensor = where[name]
+    stride = max(1, len(names) // tensors)
+    for name in names[::stride]:
+        file, tensor = stored[name]
         if tensor is None:
             with safe_open(file, "pt") as shard:
                 head = shard.get_slice(name)[:rows]
         else:
             head = tensor[:rows]
-        digest.update(name.encode() + str(head.dtype).encode())
-        digest.update(head.contiguous().view(torch.uint8).numpy().tobytes())
 
+        digest.update(name.encode() + str(head.dtype).encode())
+        # As bytes: numpy has no bfloat16.
+        content = head.contiguous().view(torch.uint8)
+        digest.update(content.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stored_tensors(model_dir: Path) -> dict[str, tuple[Path, torch.Tensor | None]]:
+    """Name -> (file, tensor) of all stored weights; the tensor is None in a .safetensors file, which is read by name.
+
+    Where both formats are there, .bin files are left out, as they are when the model is loaded.
+    """
+    stored = {}
+    shards = sorted(model_dir.glob("*.safetensors"))
+    for file in shards:
+        try:
+            with safe_open(file, "pt") as shard:
+                stored |= {name: (file, None) for name in shard.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(damaged(file, error)) from error
+    if shards:
+        return stored
+
+    for file in sorted(model_dir.glob("pytorch_model*.bin")):
+        # Mapped into memory: only the rows that are hashed are read.
+        stored |= {name: (file, tensor) for name, tensor in load_tensors(file, mmap=True).items()}
+    return stored
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
     """Hash over the vocabulary, the special ids and how a probe text is split."""
+    # Two tokenizers of one vocabulary may still differ in their rules: digits, line ends, full-width marks.
     probe = tokenizer("问：1+1等于几？\n\n答：2。 Hello, world!", add_special_tokens=False)["input_ids"]
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    content = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), specials, probe])
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    content = json.dumps([vocabulary, specials, probe])
+    # Half a surrogate pair may stand in a vocabulary, and UTF-8 would refuse it.
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:16]
 
 
+def adapter_hash(adapter_dir) -> str | None:
+    """The first 16 digits of the sha256 of a stored adapter; None where there is none."""
+    file = Path(adapter_dir) / ADAPTER_FILE
+    if not file.is_file():
+        return None
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+# ---- writing ----
 def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, parents=None, metrics=None) -> dict:
     """Write run.json, which later stages read to refuse what does not fit; returns what was written.
 
@@ -80,21 +108,24 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
         stage: "sft", "reward" or "ppo". args: the script's dataclass (no secrets are among the flags).
         base: of `base_fingerprint`. template: prompt template. data: fingerprint, funnel. parents: role -> directory.
     """
+    special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
+    # The hash tells a parent that was trained again since then from the one that was used.
+    parent_entries = {}
+    for role, path in (parents or {}).items():
+        parent_entries[role] = {"path": str(path), "adapter": adapter_hash(path)}
+
+    packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
     run = {
         "stage": stage,
         "arguments": dataclasses.asdict(args),
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "prompt_template": template,
-        "special_ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
+        "special_ids": special_ids,
         "data": data or {},
-        "parents": {
-            role: {"path": str(path), "adapter": adapter_hash(path)} for role, path in (parents or {}).items()
-        },
+        "parents": parent_entries,
         "metrics": metrics or {},
-        "versions": {
-            name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
-        },
+        "versions": {name: version(name) for name in packages},
         "git_commit": _git_commit(),
     }
 
@@ -102,13 +133,8 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
     return run
 
 
-def adapter_hash(adapter_dir) -> str | None:
-    """The first 16 digits of the sha256 of a stored adapter; None where there is none."""
-    file = Path(adapter_dir) / ADAPTER_FILE
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
-
-
 def _git_commit() -> str | None:
+    """The commit of this code; None where there is no git, or no repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

@@ -1,10 +1,11 @@
-"""From Baichuan to plain Llama, weights and adapters; and the proof that a merged model is base + adapter."""
+"""From Baichuan to plain Llama: the weights of a model, and adapters."""
 
 import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+# Baichuan's one matrix for query, key and value, and Llama's three.
 PACKED = "W_pack"
 SPLIT = ("q_proj", "k_proj", "v_proj")
 
@@ -14,13 +15,15 @@ def llama_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Baichuan's state dict under Llama's names: every W_pack [3 * hidden, hidden] is cut by rows into q, k and v."""
     converted = {}
     for name, tensor in weights.items():
-        if PACKED in name:
-            # Copies: the three would otherwise share storage, which safetensors refuses.
-            parts = [part.clone() for part in tensor.chunk(3)]
-            converted |= {name.replace(PACKED, to): part for to, part in zip(SPLIT, parts, strict=True)}
-        else:
-            converted[name] = tensor
+        converted |= _in_three(name, tensor) if PACKED in name else {name: tensor}
     return converted
+
+
+def _in_three(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The thirds of a tensor's rows, under the names of q, k and v."""
+    parts = tensor.chunk(3)
+    # Copies: the three would otherwise share storage, which safetensors refuses.
+    return {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
 
 
 def to_llama(model):
@@ -29,9 +32,13 @@ def to_llama(model):
     Its rotary tables are left unfilled: save it and load it again to run it.
     """
     dropped = ("model_type", "architectures", "norm_head", "transformers_version")
-    config = LlamaConfig(**{key: value for key, value in model.config.to_dict().items() if key not in dropped})
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
+    model_class = LlamaForSequenceClassification if hasattr(model, "score") else LlamaForCausalLM
+    config = LlamaConfig(**settings)
+    # Without storage of its own: it takes over the tensors below, so that one model is in memory, not two.
     with torch.device("meta"):
-        llama = (LlamaForSequenceClassification if hasattr(model, "score") else LlamaForCausalLM)(config)
+        llama = model_class(config)
+
     if model.can_generate():
         llama.generation_config = model.generation_config
     llama.load_state_dict(llama_weights(model.state_dict()), assign=True)
@@ -46,23 +53,24 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
 
     Raises: ValueError on anything but plain LoRA, or where there is no W_pack.
     """
-    if not isinstance(config.target_modules, set | list) or not any(PACKED in name for name in weights):
+    # A pattern for module names, a string, cannot be renamed with certainty.
+    by_name = isinstance(config.target_modules, set | list)
+    if not by_name or not any(PACKED in name for name in weights):
         raise ValueError(f"this adapter is not on {PACKED} by name: its target_modules are {config.target_modules}")
 
     split = {}
-
     for name, tensor in weights.items():
         if PACKED not in name:
             split[name] = tensor
         elif name.endswith("lora_A.weight"):
+            # All three have the same A.
             split |= {name.replace(PACKED, to): tensor.clone() for to in SPLIT}
         elif name.endswith("lora_B.weight"):
-            parts = tensor.chunk(3)
-            split |= {name.replace(PACKED, to): part.clone() for to, part in zip(SPLIT, parts, strict=True)}
+            split |= _in_three(name, tensor)
         else:
             raise ValueError(f"{name} cannot be cut in three: only plain LoRA adapters (A and B) convert")
 
-    # The settings speak of modules by name, too.
+    # The settings name modules, too.
     settings = config.to_dict()
     settings["target_modules"] = sorted(_renamed(config.target_modules))
     for pattern in ("rank_pattern", "alpha_pattern"):
@@ -70,6 +78,7 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
         for old, value in settings[pattern].items():
             renamed |= dict.fromkeys(_renamed([old]), value)
         settings[pattern] = renamed
+
     return LoraConfig(**settings), split
 
 
@@ -77,5 +86,8 @@ def _renamed(names) -> list[str]:
     """Module names with each W_pack replaced by q, k and v."""
     renamed = []
     for name in names:
-        renamed += [name.replace(PACKED, to) for to in SPLIT] if PACKED in name else [name]
+        if PACKED in name:
+            renamed += [name.replace(PACKED, to) for to in SPLIT]
+        else:
+            renamed.append(name)
     return renamed

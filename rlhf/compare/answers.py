@@ -1,6 +1,6 @@
-"""Answers of several versions of a model from one base in memory; each cell is reproducible by itself."""
+"""Answers of several versions of a model, from one base in memory; each answer can be reproduced by itself."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,13 @@ from rlhf.models.scoring import score
 
 BASE = "base"
 
-# With a space, so that no column can be called the same.
+# With a space, so that no version can have the same name.
 REWARD_MODEL = "reward model"
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """Settings of sampling; the defaults of compare.py's flags of the same names."""
+    """Settings of sampling, with the defaults of compare.py's flags of the same names."""
 
     max_new_tokens: int = 256
     do_sample: bool = True
@@ -49,29 +49,43 @@ class Answer:
 
     def note(self) -> str:
         """Length, and score if any, as one phrase."""
-        parts = [f"{self.tokens} tokens" + ("" if self.ended else ", cut")]
-        return ", ".join(parts + ([] if self.score is None else [f"score {self.score:.3f}"]))
+        parts = [f"{self.tokens} tokens"]
+        if not self.ended:
+            parts.append("cut")
+        if self.score is not None:
+            parts.append(f"score {self.score:.3f}")
+        return ", ".join(parts)
 
 
 class GumbelSampler(LogitsProcessor):
-    """Last processor of a greedy `generate`: adds each row's own Gumbel noise, so that the argmax is a draw (or not).
+    """Last processor of a greedy `generate`: adds each row's own Gumbel noise, so that the argmax is a random draw.
 
+    Without seeds it adds nothing, and the answers are greedy.
     The pad id is forbidden: otherwise a repetition penalty, which looks at padded prompts, would depend on the batch.
     """
 
     def __init__(self, seeds: list[int] | None, pad_token_id: int):
         self.pad_token_id = pad_token_id
-        self.generators = None if seeds is None else [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = None
+        if seeds is not None:
+            self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        # The argmax of NaN would be some token, and the answer would look like one.
         if scores.isnan().any():
             raise FloatingPointError("the logits are not finite: this adapter (or the base) holds broken weights")
         scores[:, self.pad_token_id] = -torch.inf
         if self.generators is None:
             return scores
+
         # Drawn on the CPU: one seed gives one sequence of numbers whatever the device.
-        draws = [torch.empty(scores.shape[1]).exponential_(generator=generator) for generator in self.generators]
-        return scores - torch.stack(draws).clamp_min(1e-30).log().to(scores.device)
+        draws = []
+        for generator in self.generators:
+            draw = torch.empty(scores.shape[1])
+            draws.append(draw.exponential_(generator=generator))
+        # Minus the logarithm of an exponential draw is Gumbel noise; a draw of 0 would make it infinite.
+        noise = torch.stack(draws).clamp_min(1e-30).log()
+        return scores - noise.to(scores.device)
 
 
 class Versions:
@@ -93,16 +107,19 @@ class Versions:
         self.model.eval().requires_grad_(False)
 
     def add(self, name: str, path: str) -> None:
-        """Put an adapter on the base under `name`. Raises: ValueError where it does not fit, or is more than LoRA."""
+        """Put an adapter on the base under `name`. Raises: ValueError where it does not fit or is more than LoRA."""
         if self._add(name, path):
             raise ValueError(f"--adapters {name}: {path} holds more than LoRA weights: merge it, then compare")
 
     def add_reward_model(self, path: str) -> None:
         """Score every answer from now on with this reward adapter. Raises: ValueError where it has no score head."""
-        self.score_head = score_head_of(self._add(REWARD_MODEL, path), path).to(self.model.device)
+        rest = self._add(REWARD_MODEL, path)
+        self.score_head = score_head_of(rest, path).to(self.model.device)
 
     def _add(self, name: str, path: str) -> dict[str, Tensor]:
+        """Add an adapter; returns its weights that are no LoRA weights."""
         self.model, rest = add_lora(self.model, path, self._inner(name), trainable=False)
+        # The new layers, dropout among them, begin in training mode.
         self.model.eval()
         return rest
 
@@ -117,15 +134,19 @@ class Versions:
         if not isinstance(self.model, PeftModel):
             yield self.model
             return
-        bare = name == BASE
-        if not bare:
-            self.model.base_model.set_adapter(self._inner(name), inference_mode=True)
-        with self.model.disable_adapter() if bare else nullcontext():
-            yield self.model.get_base_model()
+
+        if name == BASE:
+            with self.model.disable_adapter():
+                yield self.model.get_base_model()
+            return
+
+        # Without inference_mode the adapter's weights would ask for gradients again.
+        self.model.base_model.set_adapter(self._inner(name), inference_mode=True)
+        yield self.model.get_base_model()
 
     @torch.no_grad()
     def answers(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
-        """One answer of version `name` to each query, in batches of --batch_size; the seeds are of the rows' noise."""
+        """One answer of version `name` to each query, in batches of --batch_size; a seed for the noise of each row."""
         cells = []
         for start in range(0, len(queries), self.writing.batch_size):
             rows = slice(start, start + self.writing.batch_size)
@@ -133,35 +154,42 @@ class Versions:
         return cells
 
     def _batch(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
-        input_ids, attention_mask = self._padded(queries, left=True)
-
-        with self.use(name) as model:
-            written = model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_processor=self._processors(seeds),
-            )[:, input_ids.shape[1] :].tolist()
-
+        """Answers of one batch, scored where there is a reward model."""
         eos = self.tokenizer.eos_token_id
         cells = []
         finished = []
-
-        for query, row in zip(queries, written, strict=True):
+        for query, row in zip(queries, self._generate(name, queries, seeds), strict=True):
             ended = eos in row
             answer = row[: row.index(eos)] if ended else row
-            cells.append(Answer(self.tokenizer.decode(answer).strip(), len(answer) + ended, ended))
+            text = self.tokenizer.decode(answer).strip()
+            cells.append(Answer(text, len(answer) + ended, ended))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
             finished.append(query + answer + [eos])
 
         if self.score_head is not None:
-            with self.use(REWARD_MODEL) as model:
-                scores = score(backbone_of(model), self.score_head, *self._padded(finished, left=False)).tolist()
-            for cell, value in zip(cells, scores, strict=True):
+            for cell, value in zip(cells, self._scores(finished), strict=True):
                 cell.score = value
-
         return cells
 
+    def _generate(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        """New token ids of each row; after the EOS they are padding."""
+        input_ids, attention_mask = self._padded(queries, left=True)
+        with self.use(name) as model:
+            rows = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_processor=self._processors(seeds),
+            )
+        return rows[:, input_ids.shape[1] :].tolist()
+
+    def _scores(self, rows: list[list[int]]) -> list[float]:
+        """Scores of the reward model, which is one more adapter on the same base."""
+        input_ids, attention_mask = self._padded(rows, left=False)
+        with self.use(REWARD_MODEL) as model:
+            return score(backbone_of(model), self.score_head, input_ids, attention_mask).tolist()
+
     def _processors(self, seeds: list[int]) -> LogitsProcessorList:
+        """Processors in the order of transformers' own sampling; the noise comes last."""
         writing = self.writing
         chosen = LogitsProcessorList()
         if writing.repetition_penalty != 1:
@@ -170,21 +198,32 @@ class Versions:
             chosen.append(TemperatureLogitsWarper(writing.temperature))
         if writing.do_sample and writing.top_p < 1:
             chosen.append(TopPLogitsWarper(writing.top_p))
-        chosen.append(GumbelSampler(seeds if writing.do_sample else None, self.tokenizer.pad_token_id))
+
+        noise_seeds = seeds if writing.do_sample else None
+        chosen.append(GumbelSampler(noise_seeds, self.tokenizer.pad_token_id))
         return chosen
 
     def _padded(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-        """input_ids and attention_mask [B, L] of token id lists."""
+        """input_ids and attention_mask [B, L] of token id lists.
+
+        On the left for `generate`, whose new tokens follow the last column; on the right for the reward model.
+        """
         longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        gaps = [longest - len(row) for row in rows]
-        pairs = list(zip(rows, gaps, strict=True))
-        ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in pairs]
-        mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in pairs]
+        ids = []
+        mask = []
+        for row in rows:
+            gap = longest - len(row)
+            padding = [self.tokenizer.pad_token_id] * gap
+            hidden = [0] * gap
+            seen = [1] * len(row)
+            ids.append(padding + row if left else row + padding)
+            mask.append(hidden + seen if left else seen + hidden)
+
         device = self.model.device
         return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def row_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """One noise seed a table row, far apart for neighbouring --seed values."""
-    return [seed * 1_000_003 + first + row for row in range(count)]
+    start = seed * 1_000_003 + first
+    return [start + row for row in range(count)]

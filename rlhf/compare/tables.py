@@ -11,7 +11,7 @@ from statistics import mean
 from rlhf.compare.answers import Answer
 from rlhf.run.terminal import labelled, printable
 
-# Version name -> its answers, one a prompt.
+# Version name -> its answers, one for each prompt.
 Columns = dict[str, list[Answer]]
 
 
@@ -20,32 +20,45 @@ def summarize(columns: Columns) -> list[list[str]]:
     header = ["version", "mean tokens", "empty", "cut"]
     lines = []
     for name, cells in columns.items():
-        counts = [sum(not cell.text for cell in cells), sum(not cell.ended for cell in cells)]
-        lines.append([name, f"{mean(cell.tokens for cell in cells):.1f}", *map(str, counts)])
+        length = mean(cell.tokens for cell in cells)
+        empty = sum(not cell.text for cell in cells)
+        cut = sum(not cell.ended for cell in cells)
+        line = [name, f"{length:.1f}", str(empty), str(cut)]
+
         scores = [cell.score for cell in cells if cell.score is not None]
         if scores:
             header = [*header[:4], "mean score"]
-            lines[-1].append(f"{mean(scores):.3f}")
+            line.append(f"{mean(scores):.3f}")
+        lines.append(line)
     return [header, *lines]
 
 
 def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
-    """The table and its summary in Markdown; whatever would be markup in an answer is escaped."""
+    """Write the table and its summary in Markdown; whatever would be markup in an answer is escaped."""
 
     def plain(text: str) -> str:
-        text = re.sub(r"([\\|`*_\[\]~#])", r"\\\1", html.escape(printable(text), quote=False))
+        text = html.escape(printable(text), quote=False)
+        text = re.sub(r"([\\|`*_\[\]~#])", r"\\\1", text)
+        # A line end would end the row of the table.
         return text.replace("\n", "<br>")
 
-    lines = ["# Comparison", "", _line(["prompt", *map(plain, columns)]), _line(["---"] * (len(columns) + 1))]
+    def answer(cell: Answer) -> str:
+        return f"{plain(cell.text) or '*(empty)*'}<br>*{cell.note()}*"
+
+    titles = ["prompt", *map(plain, columns)]
+    lines = ["# Comparison", "", _line(titles), _line(["---"] * len(titles))]
     for row, prompt in enumerate(prompts):
-        cells = [cells[row] for cells in columns.values()]
-        lines.append(
-            _line([plain(prompt)] + [f"{plain(cell.text) or '*(empty)*'}<br>*{cell.note()}*" for cell in cells])
-        )
-    summary = summarize(columns)
-    lines += ["", _line(summary[0]), _line(["---"] * len(summary[0]))]
-    lines += [_line(list(map(plain, line))) for line in summary[1:]]
-    lines += [""] + [f"- {plain(name)}: {plain(value)}" for name, value in made]
+        cells = [answer(cells[row]) for cells in columns.values()]
+        lines.append(_line([plain(prompt), *cells]))
+
+    # Titles of the summary are ours, so only the lines below them are escaped.
+    header, *versions = summarize(columns)
+    lines += ["", _line(header), _line(["---"] * len(header))]
+    for version in versions:
+        lines.append(_line([plain(cell) for cell in version]))
+
+    lines.append("")
+    lines += [f"- {plain(name)}: {plain(value)}" for name, value in made]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -53,6 +66,7 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+# Style braces are doubled for `format`. No address in it: the page opens without a network.
 PAGE = """<!DOCTYPE html>
 <html><head><meta charset="utf-8"><title>Comparison</title><style>
 body {{ font-family: sans-serif; margin: 2em; }}
@@ -79,48 +93,69 @@ def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tupl
     def plain(text: str) -> str:
         return html.escape(printable(text))
 
-    table = [row("th", ["prompt", *map(plain, columns)])]
+    def answer(cell: Answer) -> str:
+        return f"{plain(cell.text) or '<em>(empty)</em>'}<small>{cell.note()}</small>"
+
+    answers = [row("th", ["prompt", *map(plain, columns)])]
     for number, prompt in enumerate(prompts):
-        cells = [cells[number] for cells in columns.values()]
-        texts = [f"{plain(cell.text) or '<em>(empty)</em>'}<small>{cell.note()}</small>" for cell in cells]
-        table.append(row("td", [plain(prompt), *texts]))
-    summary = summarize(columns)
-    numbers = [row("th", summary[0])] + [row("td", list(map(plain, line))) for line in summary[1:]]
-    tables = "\n".join("<table>\n" + "\n".join(rows) + "\n</table>" for rows in (table, numbers))
-    items = "\n".join(f"<li>{plain(name)}: {plain(value)}</li>" for name, value in made)
-    path.write_text(PAGE.format(tables=tables, made=items), encoding="utf-8")
+        cells = [answer(cells[number]) for cells in columns.values()]
+        answers.append(row("td", [plain(prompt), *cells]))
+
+    header, *versions = summarize(columns)
+    summary = [row("th", header)]
+    for version in versions:
+        summary.append(row("td", [plain(cell) for cell in version]))
+
+    tables = [f"<table>\n{rows}\n</table>" for rows in ("\n".join(answers), "\n".join(summary))]
+    items = [f"<li>{plain(name)}: {plain(value)}</li>" for name, value in made]
+    page = PAGE.format(tables="\n".join(tables), made="\n".join(items))
+    path.write_text(page, encoding="utf-8")
 
 
 def write_csv(path: Path, prompts: list[str], columns: Columns) -> None:
     """Write the table for programs: texts unchanged, then tokens, ended and (if known) score of each version."""
+    # Either every answer has a score or none has.
     extras = ["tokens", "ended"]
-    if next(iter(columns.values()))[0].score is not None:
+    first = next(iter(columns.values()))
+    if first[0].score is not None:
         extras.append("score")
+
+    # The csv module writes its own line ends.
     with path.open("w", encoding="utf-8", newline="") as out:
         writer = csv.writer(out)
         titles = [f"{name}/{extra}" for extra, name in product(extras, columns)]
         writer.writerow(["prompt", *columns, *titles])
         for number, prompt in enumerate(prompts):
             cells = [cells[number] for cells in columns.values()]
+            texts = [cell.text for cell in cells]
             numbers = [getattr(cell, extra) for extra, cell in product(extras, cells)]
-            writer.writerow([prompt, *(cell.text for cell in cells), *numbers])
+            writer.writerow([prompt, *texts, *numbers])
 
 
 def print_table(prompts: list[str], columns: Columns) -> None:
-    """One block a prompt, one row a version: readable at any width of the terminal."""
+    """Print a block for each prompt, with a row for each version: readable at any width of the terminal."""
     for number, prompt in enumerate(prompts):
         print(f"\n[{number + 1}/{len(prompts)}] {printable(prompt)}")
         print_answers({name: cells[number] for name, cells in columns.items()})
     print()
-    width = shutil.get_terminal_size((100, 40)).columns
-    rows = [(name, " ".join(f"{cell:>11}" for cell in numbers)) for name, *numbers in summarize(columns)]
-    print("\n".join(labelled(rows, width)))
+
+    # As wide as the longest title, "mean tokens".
+    rows = []
+    for name, *numbers in summarize(columns):
+        rows.append((name, " ".join(f"{cell:>11}" for cell in numbers)))
+    _print_labelled(rows)
 
 
 def print_answers(cells: dict[str, Answer]) -> None:
-    """Answers of some versions to one prompt."""
-    width = shutil.get_terminal_size((100, 40)).columns
+    """Print the answers of some versions to one prompt."""
     rows = []
     for name, cell in cells.items():
-        rows += [(name, cell.text or "(empty)"), ("", f"({cell.note()})")]
+        rows.append((name, cell.text or "(empty)"))
+        rows.append(("", f"({cell.note()})"))
+    _print_labelled(rows)
+
+
+def _print_labelled(rows: list[tuple[str, str]]) -> None:
+    # The size that is given counts where the output is no terminal.
+    width = shutil.get_terminal_size((100, 40)).columns
     print("\n".join(labelled(rows, width)))

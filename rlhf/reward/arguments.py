@@ -1,4 +1,4 @@
-"""Flags of reward_modeling.py: which pairs it trains on, the loss, and the audit."""
+"""Flags of reward_modeling.py: the pairs to train on, the loss, and the audit."""
 
 from dataclasses import dataclass
 
@@ -40,6 +40,8 @@ class PairFlags(Flags):
     def __post_init__(self):
         if self.split_half not in (None, 0, 1):
             raise ValueError(f"--split_half {self.split_half} must be 0 or 1, or be left out")
+
+        # Only to refuse an unknown kind before any data is read.
         kinds_of(self.degenerate_kinds)
         if self.degenerate_frac < 0:
             raise ValueError(f"--degenerate_frac {self.degenerate_frac} must not be negative")
@@ -58,8 +60,11 @@ class LossFlags(Flags):
     )
 
     def __post_init__(self):
+        # With half of the labels wrong there is nothing to learn; with more, the model would learn the reverse.
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"--label_smoothing {self.label_smoothing} must be in [0, 0.5)")
+
+        # A negative weight would reward scores for drifting away from 0.
         if self.center_rewards_coefficient < 0:
             raise ValueError(f"--center_rewards_coefficient {self.center_rewards_coefficient} must not be negative")
         super().__post_init__()
@@ -83,6 +88,7 @@ class AuditFlags(Flags):
     )
 
     def __post_init__(self):
+        # An adapter to audit would otherwise be ignored without a word, and a new one trained.
         if self.audit_only != bool(self.reward_model_lora_path):
             raise ValueError("--audit_only True and --reward_model_lora_path belong together: give both or neither")
         super().__post_init__()

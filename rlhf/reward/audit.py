@@ -1,11 +1,11 @@
 """The audit of a reward model before PPO trusts it: degenerate answers, accuracy by length, calibration, a verdict.
 
 A reward model that is right about seven pairs in ten may still score silence above any answer, because no pair
-contained silence; PPO finds that within a few steps. The audit asks first, on held-out prompts.
+contained silence; PPO exploits that within a few steps. The audit tries it first, on held-out prompts.
 """
 
 import random
-from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -14,25 +14,24 @@ from torch import nn
 from rlhf.data.batches import pad
 from rlhf.models.forward import forked_rng
 from rlhf.models.scoring import score
-from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate, same_question
-from rlhf.reward.statistics import calibration, length_results, share
+from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate
+from rlhf.reward.statistics import ScoreRows, calibration, length_results, moments, padding_change, points, share
+from rlhf.reward.texts import same_question
 
-ScoreRows = Callable[[list[list[int]]], Sequence[float]]
+# (kind, number of the pair, row of token ids)
+Attack = tuple[str, int, list[int]]
 
-# Share of prompts on which an attack of GATE_KINDS may win, and from which on any other kind is remarked on.
+# An attack of GATE_KINDS may win on this share of prompts at most; any other kind is noted above REMARKABLE.
 GATE = 0.1
 REMARKABLE = 0.5
 
-# Rank correlation of score and length over which a score counts as nothing but length.
+# Above this rank correlation of score and length, a score counts as nothing but length.
 MAX_SPEARMAN = 0.9
 
-# Rows that the change under padding is measured on, and the part of the margins' deviation over which it is noted.
-PADDING_ROWS = 16
+# A change under padding is noted above this part of the margins' deviation.
 MAX_PADDING_SHARE = 0.1
 
-# Points of each side that the chart shows.
-POINTS = 500
-
+# What a policy turns to when PPO follows a reward model that prefers an attack.
 CONSEQUENCES = {
     "empty": "say nothing at all",
     "eos_only": "end every answer before its first word",
@@ -51,31 +50,38 @@ CONSEQUENCES = {
 
 # ---- scoring ----
 def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: int, device) -> ScoreRows:
-    """`score_rows` of a real model: the scores of rows of token ids, in their order, without gradients.
+    """Return `score_rows` of a real model: the scores of rows of token ids, in their order, without gradients.
 
     Rows of like length share a batch. Each module's train or eval mode and torch's random state are left as they were.
     """
     device = torch.device(device)
     modules = [*backbone.modules(), *head.modules()]
 
+    def score_batch(rows: list[list[int]]) -> list[float]:
+        batch = pad(rows, pad_id, side="right")
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        return score(backbone, head, **batch).tolist()
+
     def score_rows(rows: list[list[int]]) -> list[float]:
         # Longest first: if memory is short, that shows in the first batch.
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]), reverse=True)
-        scores = [0.0] * len(rows)
+        sorted_scores = []
         modes = [module.training for module in modules]
-        backbone.eval(), head.eval()
+        backbone.eval()
+        head.eval()
 
         try:
             with forked_rng(), torch.no_grad():
                 for start in range(0, len(order), batch_size):
                     chunk = order[start : start + batch_size]
-                    batch = pad([rows[row] for row in chunk], pad_id, side="right")
-                    batch_scores = score(backbone, head, **{name: tensor.to(device) for name, tensor in batch.items()})
-                    for row, value in zip(chunk, batch_scores.tolist(), strict=True):
-                        scores[row] = value
+                    sorted_scores += score_batch([rows[row] for row in chunk])
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
+
+        scores = [0.0] * len(rows)
+        for row, value in zip(order, sorted_scores, strict=True):
+            scores[row] = value
         return scores
 
     return score_rows
@@ -107,79 +113,84 @@ def audit(
     if not pairs:
         raise ValueError("there is no pair to audit a reward model on")
 
+    # All rows in one call, so that the scorer can sort them by length.
     attacks = make_attacks(pairs, tokenizer, template, seed, max_length, attack_prompts)
     real = [pair["query_ids"] + pair["chosen_ids"] for pair in pairs]
     real += [pair["query_ids"] + pair["rejected_ids"] for pair in pairs]
-    scores = np.array(score_rows(real + [row for _, _, row in attacks]), dtype=float)
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {len(scores)} scores are not finite: PPO cannot use them")
+    attack_rows = [row for _, _, row in attacks]
+    scores = np.array(score_rows(real + attack_rows), dtype=float)
+    broken = (~np.isfinite(scores)).sum()
+    if broken:
+        raise ValueError(f"{broken} of {len(scores)} scores are not finite: PPO cannot use them")
 
     chosen, rejected, attacked = np.split(scores, [len(pairs), 2 * len(pairs)])
     lengths = np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
     margins = chosen - rejected
-    # Spread over all pairs: a caller may have sorted them by length.
-    shown = np.unique(np.linspace(0, len(pairs) - 1, POINTS).astype(int))
+
     results = {
         "pairs": len(pairs),
         "attacks": attack_results(attacks, chosen, attacked),
         "accuracy": share(margins > 0),
         "length": length_results(chosen, rejected, lengths),
         "calibration": calibration(margins),
-        "scores": {
-            name: {"mean": float(x.mean()), "std": float(x.std())}
-            for name, x in (("chosen", chosen), ("rejected", rejected), ("margin", margins))
-        },
+        "scores": {"chosen": moments(chosen), "rejected": moments(rejected), "margin": moments(margins)},
         "score_range": float(np.ptp(scores)),
         "padding_change": padding_change(score_rows, real) if padding else None,
-        "points": {
-            name: [[int(lengths[pair, side]), round(float(column[pair]), 6)] for pair in shown]
-            for side, (name, column) in enumerate((("chosen", chosen), ("rejected", rejected)))
-        },
+        "points": points(lengths, chosen, rejected),
     }
-
     return results | {"verdict": verdict(results)}
 
 
-def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[tuple[str, int, list[int]]]:
+def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[Attack]:
     """(kind, number of the pair, row of token ids) of each attack that can be made, on distinct prompts."""
     order = list(range(len(pairs)))
     random.Random(f"attacks {seed}").shuffle(order)
+    # Of the pairs that share a prompt the first in the shuffled order counts: here it is written last.
     first = {pairs[number]["prompt"]: number for number in reversed(order)}
     numbers = list(first.values())[:prompts]
-    attacks = []
 
+    attacks = []
     for place, number in enumerate(numbers):
         pair = pairs[number]
-        before = (pairs[n] for n in (*reversed(numbers[:place]), *reversed(numbers[place + 1 :])))
-        other = next((row["chosen"] for row in before if not same_question(row, pair)), "")
+        other = _answer_to_another(pairs, numbers, place)
         for kind in KINDS:
+            # Each attack has random numbers of its own, so it does not depend on which others are made.
             rng = random.Random(f"{seed} {kind} {number}")
-            made = degenerate(kind, pair, other, tokenizer, template, rng)
-            row = pair["query_ids"] + (made or [])
+            answer = degenerate(kind, pair, other, tokenizer, template, rng)
+            if answer is None:
+                continue
+            row = pair["query_ids"] + answer
             # A model scores its last token, so a row has to have one.
-            if made is not None and row and len(row) <= max_length:
+            if row and len(row) <= max_length:
                 attacks.append((kind, number, row))
     return attacks
 
 
-def attack_results(attacks, chosen: np.ndarray, scores: np.ndarray) -> dict[str, dict]:
+def _answer_to_another(pairs: list[dict], numbers: list[int], place: int) -> str:
+    """The chosen answer of the nearest pair before `place`, or else the last one after it, that asks something else.
+
+    Returns: "" where all pairs ask the same.
+    """
+    pair = pairs[numbers[place]]
+    before = reversed(numbers[:place])
+    after = reversed(numbers[place + 1 :])
+    for number in chain(before, after):
+        if not same_question(pairs[number], pair):
+            return pairs[number]["chosen"]
+    return ""
+
+
+def attack_results(attacks: list[Attack], chosen: np.ndarray, scores: np.ndarray) -> dict[str, dict]:
     """By kind: how often the chosen answer wins (a tie is lost) and the mean of its margin over the attack."""
     margins = {kind: [] for kind in KINDS}
     for (kind, number, _), value in zip(attacks, scores, strict=True):
         margins[kind].append(chosen[number] - value)
-    return {
-        kind: share(np.array(values) > 0) | {"margin": float(np.mean(values)) if values else None}
-        for kind, values in margins.items()
-    }
 
-
-def padding_change(score_rows: ScoreRows, rows: list[list[int]]) -> float:
-    """The largest difference between the score of a row alone and beside others, the longest row among them."""
-    by_length = sorted(rows, key=len)
-    picked = [by_length[i] for i in np.linspace(0, len(rows) - 1, min(PADDING_ROWS, len(rows))).astype(int)]
-    alone = np.array([score_rows([row])[0] for row in picked])
-    beside = [np.array([score_rows([row, by_length[-1]])[0] for row in picked]), np.array(score_rows(picked))]
-    return float(max(np.abs(alone - scores).max() for scores in beside))
+    results = {}
+    for kind, values in margins.items():
+        mean = float(np.mean(values)) if values else None
+        results[kind] = share(np.array(values) > 0) | {"margin": mean}
+    return results
 
 
 # ---- the verdict ----
@@ -200,21 +211,30 @@ def verdict(results: dict) -> dict:
     winning = winning_attacks(results["attacks"])
     reasons = _general_reasons(results)
     notes = []
+
     # In a constant score every attack wins by a tie: that teaches PPO nothing, not these things.
     if not is_constant(results):
         reasons += [consequence(kind, part) for kind, part in winning.items()]
-        notes += [consequence(kind, lost[kind]) for kind in lost if kind not in GATE_KINDS and lost[kind] > REMARKABLE]
+        others = {kind: part for kind, part in lost.items() if kind not in GATE_KINDS}
+        notes += [consequence(kind, part) for kind, part in others.items() if part > REMARKABLE]
 
+    # A gate that tried nothing proves nothing.
     untried = [kind for kind in GATE_KINDS if kind not in lost]
     if untried:
         words = f"no prompt to try {', '.join(untried)} on: answers too short, or rows over the length limit"
-        (reasons if len(untried) == len(GATE_KINDS) else notes).append(words)
+        if len(untried) == len(GATE_KINDS):
+            reasons.append(words)
+        else:
+            notes.append(words)
 
+    # Rounding alone changes a score by far less than that: such a model takes notice of padding.
     change = results["padding_change"]
     deviation = results["scores"]["margin"]["std"]
     if change is not None and change > MAX_PADDING_SHARE * deviation:
         notes.append(f"a score changes by up to {change:.3g} with the rows beside it (margins: std {deviation:.3g})")
-    return {"verdict": "fail" if reasons else "pass", "winning": winning, "reasons": reasons, "notes": notes}
+
+    outcome = "fail" if reasons else "pass"
+    return {"verdict": outcome, "winning": winning, "reasons": reasons, "notes": notes}
 
 
 def is_constant(results: dict) -> bool:
@@ -232,16 +252,19 @@ def _general_reasons(results: dict) -> list[str]:
     if is_constant(results):
         return ["scores are constant: PPO would have nothing to learn from"]
 
+    # Accuracy counts as near chance where its interval includes one half.
     reasons = []
-    (low, high) = results["accuracy"]["interval"]
+    low, high = results["accuracy"]["interval"]
     right = f"right on {results['accuracy']['share']:.0%} of {results['pairs']} pairs"
     if low <= 0.5 <= high:
         reasons.append(f"scores are near chance, {right}: PPO would learn noise")
     elif high < 0.5:
         reasons.append(f"scores are worse than chance, {right}: PPO would learn what people reject")
 
+    # A correlation is None where all scores or all lengths are equal.
     length = results["length"]
-    strongest = max((length["spearman"] or 0.0, length["spearman_within"] or 0.0), key=abs)
+    correlations = [length["spearman"] or 0.0, length["spearman_within"] or 0.0]
+    strongest = max(correlations, key=abs)
     if abs(strongest) > MAX_SPEARMAN:
         words = "longer" if strongest > 0 else "shorter"
         reasons.append(f"scores length (rank correlation {strongest:+.2f}): PPO would write ever {words} answers")

@@ -6,92 +6,66 @@ word, the same sentence over and over. Each kind here imitates one way in which 
 
 import math
 import random
-import re
 from collections.abc import Callable
 from itertools import cycle
 
 from rlhf.data.encoding import encode_answer
 from rlhf.data.funnel import Funnel
 from rlhf.data.template import render
+from rlhf.reward.texts import alike, language, same_question, sentences
 
-# What a maker gives: text, or token ids with their EOS where a kind is about tokens; None where it cannot be made.
+# A maker's result: text, or token ids with their EOS where a kind is about tokens; None where it cannot be made.
 Made = str | list[int] | None
 
-# Tokens from which on one of them alone is no answer: of "42" or "是的。" a token may well be.
+# From this many tokens on, one of them alone is no answer: one token of "42" or "是的。" may well be.
 ENOUGH_TOKENS = 4
 
+# Said once or twice, a sentence may still be a good answer.
 MIN_REPEATS = 3
 
-# Share of the shorter answer's pairs of letters from which on another answer may be as good, for all one can see.
-ALIKE = 0.6
+# By language: short words that dodge any question.
+SHORT = {
+    "zh": ("嗯。", "哦。", "好的。", "是的。", "不知道。"),
+    "en": ("OK.", "Yes.", "No.", "Hm.", "Sure."),
+}
 
-# By language: short words that dodge any question, and closings that go with any answer.
-SHORT = {"zh": ("嗯。", "哦。", "好的。", "是的。", "不知道。"), "en": ("OK.", "Yes.", "No.", "Hm.", "Sure.")}
-
+# By language: closings that go with any answer.
 CLOSINGS = {
     "zh": ("谢谢！", "谢谢您的提问。", "希望对您有帮助。"),
     "en": ("Thank you!", "Thanks for asking.", "I hope this helps."),
 }
 
 
-# ---- text ----
-def language(text: str) -> str:
-    """ "zh" where a text holds a Chinese character, else "en"."""
-    return "zh" if re.search(r"[\u3400-\u9fff]", text) else "en"
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a Chinese or English text, with their marks; what holds no letter or digit is none."""
-    # A full stop ends a sentence only before white space: "3.14" stays whole.
-    parts = re.split(r"(?<=[。！？!?\n])|(?<=\.)(?=\s)", text)
-    return [part.strip() for part in parts if re.search(r"\w", part)]
-
-
-def letters(text: str) -> str:
-    """A text without its marks and white space, in lower case."""
-    return "".join(re.findall(r"\w", text.lower()))
-
-
-def alike(one: str, other: str) -> bool:
-    """Return True if two texts have the same letters, or most of their pairs of neighbouring letters in common.
-
-    Data is full of such answers: "yes" and "Yes.", one apology after the other.
-    """
-    texts = letters(one), letters(other)
-    pairs = [{text[place : place + 2] for place in range(len(text) - 1)} for text in texts]
-    fewer = min(map(len, pairs))
-    return texts[0] == texts[1] or (fewer > 0 and len(pairs[0] & pairs[1]) >= ALIKE * fewer)
-
-
-def same_question(row: dict, other: dict) -> bool:
-    """Return True if two rows are of one dialogue, or have one prompt but for its marks: one answer may suit both."""
-    return row.get("opening") == other.get("opening", "") or letters(row["prompt"]) == letters(other["prompt"])
-
-
+# ---- kinds ----
 def _join(parts: list[str]) -> str:
     """One text: a space after a part that ends in ASCII, nothing after a Chinese mark."""
-    return "".join(part + " " * part[-1:].isascii() for part in parts).strip()
+    spaced = [f"{part} " if part[-1:].isascii() else part for part in parts]
+    return "".join(spaced).strip()
 
 
-# ---- kinds ----
 def empty(pair: dict, other: str, rng: random.Random) -> Made:
     """No token at all: the row ends with the query."""
     return []
 
 
 def eos_only(pair: dict, other: str, rng: random.Random) -> Made:
+    """The EOS alone."""
     return pair["chosen_ids"][-1:]
 
 
 def one_token(pair: dict, other: str, rng: random.Random) -> Made:
+    """A random token of the good answer, and the EOS."""
     *tokens, eos = pair["chosen_ids"]
-    return [rng.choice(tokens), eos] if len(tokens) >= ENOUGH_TOKENS else None
+    if len(tokens) < ENOUGH_TOKENS:
+        return None
+    return [rng.choice(tokens), eos]
 
 
 def very_short(pair: dict, other: str, rng: random.Random) -> Made:
     """A word that dodges the question, or the first characters; at most half as long as the good answer."""
     good = pair["chosen"].strip()
-    words = [*SHORT[language(good)], good[:1], good[:2], good[:3]]
+    beginnings = [good[:1], good[:2], good[:3]]
+    words = [*SHORT[language(good)], *beginnings]
     fitting = [word for word in words if 2 * len(word) <= len(good)]
     return rng.choice(fitting) if fitting else None
 
@@ -99,7 +73,8 @@ def very_short(pair: dict, other: str, rng: random.Random) -> Made:
 def cut(pair: dict, other: str, rng: random.Random) -> Made:
     """The good answer ended too early, at a random token of its first three quarters."""
     *tokens, eos = pair["chosen_ids"]
-    return tokens[: rng.randint(1, max(1, len(tokens) * 3 // 4))] + [eos]
+    most = max(1, len(tokens) * 3 // 4)
+    return tokens[: rng.randint(1, most)] + [eos]
 
 
 def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
@@ -107,8 +82,11 @@ def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
     originals = sentences(pair["chosen"])
     if not originals:
         return None
+
     sentence = rng.choice(originals)
-    times = max(MIN_REPEATS, math.ceil(len(pair["chosen"]) / len(sentence))) + rng.randint(0, 2)
+    enough = math.ceil(len(pair["chosen"]) / len(sentence))
+    # Up to two more, so that the length does not give it away.
+    times = max(MIN_REPEATS, enough) + rng.randint(0, 2)
     return _join([sentence] * times)
 
 
@@ -117,34 +95,45 @@ def repeated_token(pair: dict, other: str, rng: random.Random) -> Made:
     *tokens, eos = pair["chosen_ids"]
     if not tokens:
         return None
+
+    token = rng.choice(tokens)
     least = max(len(tokens), ENOUGH_TOKENS)
-    return [rng.choice(tokens)] * rng.randint(least, 2 * least) + [eos]
+    times = rng.randint(least, 2 * least)
+    return [token] * times + [eos]
 
 
 def copied_prompt(pair: dict, other: str, rng: random.Random) -> Made:
+    """The question, word for word."""
     return pair["prompt"]
 
 
 def other_answer(pair: dict, other: str, rng: random.Random) -> Made:
-    """None for one so much like the good answer that it may be as good."""
-    return None if alike(other, pair["chosen"]) else other
+    """The good answer to another prompt; None for one so much like this prompt's that it may be as good."""
+    if alike(other, pair["chosen"]):
+        return None
+    return other
 
 
 def random_characters(pair: dict, other: str, rng: random.Random) -> Made:
     """Characters of two answers in random order, as many as the good one has."""
-    letters = list(pair["chosen"] + other)
-    rng.shuffle(letters)
-    return "".join(letters[: len(pair["chosen"])]).strip()
+    characters = list(pair["chosen"] + other)
+    rng.shuffle(characters)
+    kept = characters[: len(pair["chosen"])]
+    return "".join(kept).strip()
 
 
 def doubled(pair: dict, other: str, rng: random.Random) -> Made:
+    """The good answer, and the good answer once more."""
     return _join([pair["chosen"]] * 2)
 
 
 def thanks(pair: dict, other: str, rng: random.Random) -> Made:
+    """The good answer with a polite closing that it does not hold already."""
     good = pair["chosen"].rstrip()
     new = [closing for closing in CLOSINGS[language(good)] if closing not in good]
-    return _join([good, rng.choice(new)]) if good and new else None
+    if not good or not new:
+        return None
+    return _join([good, rng.choice(new)])
 
 
 KINDS: dict[str, Callable[[dict, str, random.Random], Made]] = {
@@ -167,6 +156,7 @@ GATE_KINDS = (
 HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
 
 
+# ---- one answer ----
 def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng: random.Random) -> list[int] | None:
     """Token ids of a degenerate answer to the prompt of `pair`.
 
@@ -184,16 +174,25 @@ def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng:
         if good is None:
             return None
         pair = pair | {"chosen_ids": good[1]}
+
     made = KINDS[kind](pair, other, rng)
     if isinstance(made, str):
         encoded = encode_answer(tokenizer, query, made)
         # Text of which the tokenizer leaves nothing would be eos_only once more.
         made = encoded[1] if encoded and len(encoded[1]) > 1 else None
+
+    # The chosen answer itself is no attack on it.
     return None if made == pair["chosen_ids"] else made
 
 
-# These are not seen by their looks alone: they take more examples than the others.
-MORE_OF = ("other_answer",) * 5 + ("copied_prompt",) * 2 + ("repeated_sentence",) * 4 + ("repeated_token",)
+# ---- hardening ----
+# Further examples of the kinds that a model is slow to see, because each part of them looks like a good answer.
+MORE_OF = (
+    *["other_answer"] * 5,
+    *["copied_prompt"] * 2,
+    *["repeated_sentence"] * 4,
+    "repeated_token",
+)
 
 # Tries for each wanted pair: some kinds cannot be made of some answers.
 TRIES = 20
@@ -204,11 +203,15 @@ def kinds_of(spec: str) -> list[str]:
 
     Raises: ValueError naming an unknown kind.
     """
-    named = HARDENING_KINDS + MORE_OF if spec == "all" else [kind.strip() for kind in spec.split("|") if kind.strip()]
+    if spec == "all":
+        return [*HARDENING_KINDS, *MORE_OF]
+
+    words = [word.strip() for word in spec.split("|")]
+    named = [word for word in words if word]
     unknown = [kind for kind in named if kind not in HARDENING_KINDS]
     if unknown or not named:
         raise ValueError(f"--degenerate_kinds {spec}: {unknown or 'nothing'} is none of {'|'.join(HARDENING_KINDS)}")
-    return list(named)
+    return named
 
 
 def degenerate_pairs(
@@ -230,19 +233,25 @@ def degenerate_pairs(
     """
     rng = random.Random(f"hardening {seed}")
     wanted = round(share * len(rows))
+    order = rng.sample(range(len(rows)), len(rows))
     made = []
-    order = cycle(rng.sample(range(len(rows)), len(rows)))
 
-    for attempt, number in enumerate(order):
+    # Rows are taken round after round: --degenerate_frac may ask for more pairs than there are rows.
+    for attempt, number in enumerate(cycle(order)):
         if len(made) >= wanted or attempt >= TRIES * wanted:
             break
+
         row = rows[number]
         kind = kinds[attempt % len(kinds)]
         other = rng.choice(rows)
         # An answer to the same question may be a good one here, too.
         elsewhere = "" if same_question(row, other) else other["chosen"]
         answer = degenerate(kind, row, elsewhere, tokenizer, template, rng)
-        if answer is not None and len(row["query_ids"]) + len(answer) <= max_length:
-            funnel.made[f"chosen against {kind}"] += 1
-            made.append({name: value for name, value in row.items() if name != "margin"} | {"rejected_ids": answer})
+        if answer is None or len(row["query_ids"]) + len(answer) > max_length:
+            continue
+
+        # The margin of the row was between other answers.
+        new_pair = {name: value for name, value in row.items() if name != "margin"}
+        made.append(new_pair | {"rejected_ids": answer})
+        funnel.made[f"chosen against {kind}"] += 1
     return made

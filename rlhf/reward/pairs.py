@@ -1,4 +1,4 @@
-"""Preference pairs: collators, lengths, and pairs of rows to pairs of scores.
+"""Preference pairs: their lengths, their batches (collators), and the scores of a batch.
 
 With --share_prompt a pair is one sequence, so that its prompt is computed once:
 
@@ -19,6 +19,7 @@ from rlhf.models.forward import accepts, backbone_of
 from rlhf.models.scoring import apply_head, last_states, score_in_parts
 
 
+# ---- two rows a pair ----
 class PairCollator:
     """P rows of `preference_rows` as one batch of 2P sequences: the chosen ones first, then the rejected ones.
 
@@ -40,7 +41,8 @@ def pair_columns(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
     """Columns for the loss beside the tokens of each pair: "margin" and "mask", where any row has them."""
     columns = {}
     if any("margin" in row for row in rows):
-        columns["margin"] = torch.tensor([row.get("margin", 0.0) for row in rows])
+        margins = [row.get("margin", 0.0) for row in rows]
+        columns["margin"] = torch.tensor(margins)
     if any("blank" in row for row in rows):
         columns["mask"] = torch.tensor(["blank" not in row for row in rows])
     return columns
@@ -48,12 +50,14 @@ def pair_columns(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
 
 def blank_pair(token_id: int) -> dict:
     """A row of `preference_rows` that no loss counts."""
-    return {"query_ids": [token_id], "chosen_ids": [token_id], "rejected_ids": [token_id], "blank": True}
+    sides = {"query_ids": [token_id], "chosen_ids": [token_id], "rejected_ids": [token_id]}
+    return sides | {"blank": True}
 
 
 def pair_length(row: dict) -> int:
     """Tokens of the longer side of a pair."""
-    return len(row["query_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    longer = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return len(row["query_ids"]) + longer
 
 
 def shared_length(row: dict) -> int:
@@ -62,28 +66,30 @@ def shared_length(row: dict) -> int:
 
 
 def score_by_mask(model) -> None:
-    """Let the model's `forward` be the score function of PPO, whatever its own would pool by, on right-padded rows.
+    """Replace the model's `forward` by the score function of PPO, on right-padded rows.
 
+    The model's own may look for the last token in another way, by the pad id for example.
     It has to be the `forward`: DistributedDataParallel only reduces the gradients of what goes through it.
     """
 
     def forward(input_ids=None, attention_mask=None, **batch):
+        backbone = backbone_of(model)
         if "segments" in batch:
-            return SequenceClassifierOutput(
-                logits=score_pairs(backbone_of(model), model.score, {"input_ids": input_ids, **batch})
-            )
-        return SequenceClassifierOutput(
-            logits=score_in_parts(backbone_of(model), model.score, input_ids, attention_mask)
-        )
+            scores = score_pairs(backbone, model.score, {"input_ids": input_ids, **batch})
+        else:
+            scores = score_in_parts(backbone, model.score, input_ids, attention_mask)
+        return SequenceClassifierOutput(logits=scores)
 
     model.forward = forward
 
 
+# ---- one sequence a pair ----
+# Values of `segments`; 0 is the padding.
 QUERY = 1
 CHOSEN = 2
 REJECTED = 3
 
-# Relative difference of hidden states above bfloat16's rounding, and below what another attention makes of them.
+# Limit on the relative difference of hidden states: above bfloat16's rounding, below what a wrong attention causes.
 MAX_DIFFERENCE = 0.1
 
 
@@ -98,21 +104,30 @@ class SharedPromptCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
-        parts = [[row[f"{name}_ids"] for name in ("query", "chosen", "rejected")] for row in rows]
-        shape = (len(rows), max(sum(map(len, part)) for part in parts))
-        batch = {"input_ids": torch.full(shape, self.pad_id), "position_ids": torch.zeros(shape, dtype=torch.long)}
-        batch["segments"] = torch.zeros(shape, dtype=torch.long)
+        longest = max(map(shared_length, rows))
+        shape = (len(rows), longest)
+        input_ids = torch.full(shape, self.pad_id)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        segments = torch.zeros(shape, dtype=torch.long)
 
-        for number, (query, chosen, rejected) in enumerate(parts):
-            ids = torch.tensor(query + chosen + rejected)
-            answers = [torch.arange(len(query), len(query) + len(answer)) for answer in (chosen, rejected)]
-            sizes = torch.tensor([len(query), len(chosen), len(rejected)])
-            batch["input_ids"][number, : len(ids)] = ids
-            batch["position_ids"][number, : len(ids)] = torch.cat([torch.arange(len(query)), *answers])
+        for number, row in enumerate(rows):
+            query = row["query_ids"]
+            chosen = row["chosen_ids"]
+            rejected = row["rejected_ids"]
+            sizes = [len(query), len(chosen), len(rejected)]
+            length = sum(sizes)
+
+            # Each answer goes on from the query's end, as if it stood there alone.
+            starts = [0, len(query), len(query)]
+            positions = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
             kinds = torch.tensor([QUERY, CHOSEN, REJECTED])
-            batch["segments"][number, : len(ids)] = kinds.repeat_interleave(sizes)
 
-        batch["attention_mask"] = batch["segments"] > 0
+            input_ids[number, :length] = torch.tensor(query + chosen + rejected)
+            position_ids[number, :length] = torch.cat(positions)
+            segments[number, :length] = kinds.repeat_interleave(torch.tensor(sizes))
+
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments}
+        batch["attention_mask"] = segments > 0
         return batch | pair_columns(rows)
 
 
@@ -123,11 +138,15 @@ def block_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     softmax is empty.
     """
     length = segments.shape[1]
-    earlier = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    square = torch.ones(length, length, dtype=torch.bool, device=segments.device)
+    earlier = square.tril()
     same = segments[:, :, None] == segments[:, None, :]
     query = (segments == QUERY)[:, None, :]
     seen = earlier & (same | query)
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)[:, None]
+
+    # Not -inf: a row of nothing else would make the softmax NaN. All heads share one mask.
+    mask = torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+    return mask[:, None]
 
 
 def score_pairs(backbone: nn.Module, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -138,52 +157,64 @@ def score_pairs(backbone: nn.Module, head: nn.Module, batch: dict[str, Tensor]) 
 def pair_states(backbone: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """[2P, H]: the hidden state of the last token of each answer; an empty one ends with the query's last token."""
     segments = batch["segments"]
+    dtype = next(backbone.parameters()).dtype
     hidden = backbone(
         input_ids=batch["input_ids"],
-        attention_mask=block_mask(segments, next(backbone.parameters()).dtype),
+        attention_mask=block_mask(segments, dtype),
         position_ids=batch["position_ids"],
         use_cache=False,
     ).last_hidden_state
+
+    # The product is the column inside a segment and 0 outside, so it is largest at the segment's last column.
     columns = torch.arange(segments.shape[1], device=segments.device)
     rows = torch.arange(len(segments), device=segments.device)
-    last = []
+    query_end = (columns * (segments == QUERY)).argmax(1)
+
+    states = []
     for kind in (CHOSEN, REJECTED):
-        own, query = (columns * (segments == part) for part in (kind, QUERY))
-        last.append(torch.where((segments == kind).any(1), own.argmax(1), query.argmax(1)))
-    return torch.cat([hidden[rows, column] for column in last])
+        inside = segments == kind
+        own_end = (columns * inside).argmax(1)
+        last = torch.where(inside.any(1), own_end, query_end)
+        states.append(hidden[rows, last])
+    return torch.cat(states)
 
 
 def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
-    """See that a model takes a pair in one sequence for what it is, on its own states of one row (the longest).
+    """Refuse a model that does not take a pair in one sequence for two rows: its states of one row (the longest) tell.
 
     ALiBi counts columns, not positions; a sliding window would have to skip the other answer; flash attention takes no
     mask but a causal one.
 
     Raises: ValueError saying what is in the way.
     """
+    # What the class and its settings already rule out.
     kind = type(backbone).__name__
     attention = backbone.config._attn_implementation
-    if not accepts(type(backbone), "position_ids") or getattr(backbone.config, "alibi", False):
+    takes_positions = accepts(type(backbone), "position_ids")
+    if not takes_positions or getattr(backbone.config, "alibi", False):
         raise ValueError(f"--share_prompt True: {kind} does not let tokens have a position of their own: leave it out")
 
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"--share_prompt True needs eager or sdpa attention, not {attention}")
 
+    # The same row both ways, without dropout.
     device = next(backbone.parameters()).device
     training = backbone.training
-    pair, sides = (
-        {name: tensor.to(device) for name, tensor in collator(pad_id)([row]).items()}
-        for collator in (SharedPromptCollator, PairCollator)
-    )
 
+    def batch_of(collator) -> dict[str, Tensor]:
+        return {name: tensor.to(device) for name, tensor in collator([row]).items()}
+
+    pair = batch_of(SharedPromptCollator(pad_id))
+    sides = batch_of(PairCollator(pad_id))
     with torch.no_grad():
         backbone.eval()
         shared = pair_states(backbone, pair).float()
         apart = last_states(backbone, sides["input_ids"], sides["attention_mask"]).float()
         backbone.train(training)
 
-    difference = ((shared - apart).norm(dim=1) / apart.norm(dim=1)).max().item()
-    # Not the other way round: a difference that is no number is none to train with.
+    relative = (shared - apart).norm(dim=1) / apart.norm(dim=1)
+    difference = relative.max().item()
+    # Written this way round, the comparison refuses NaN, too.
     if not difference <= MAX_DIFFERENCE:
         raise ValueError(
             f"--share_prompt True: the hidden states of {kind} differ by {difference:.0%} from those of separate rows "

@@ -23,13 +23,18 @@ NEEDED = {"load_in_4bit": ("bitsandbytes", "0.50.2"), "deepspeed": ("deepspeed",
 
 
 def require_optional(args) -> None:
-    """Raises: ValueError in one sentence, with the command that helps, where a flag's package is not installed."""
+    """Refuse a flag whose package is not installed, or a DeepSpeed configuration that cannot work.
+
+    Raises: ValueError in one sentence, with the command that installs the package; those of `check_deepspeed`.
+    """
     for flag, (package, version) in NEEDED.items():
-        if getattr(args, flag, None) and find_spec(package) is None:
+        value = getattr(args, flag, None)
+        if value and find_spec(package) is None:
             raise ValueError(
-                f"--{flag} {getattr(args, flag)} needs the package {package}, which is not installed: "
+                f"--{flag} {value} needs the package {package}, which is not installed: "
                 f"pip install {package}=={version}"
             )
+
     if getattr(args, "deepspeed", None):
         check_deepspeed(args.deepspeed)
 
@@ -49,6 +54,7 @@ def check_deepspeed(file: str) -> None:
     except ValueError as error:
         raise ValueError(f"--deepspeed {file} is not JSON: {error}") from error
 
+    # Stage 3 splits the weights over the processes: each would save only its own part.
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) > 2 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
@@ -57,12 +63,16 @@ def check_deepspeed(file: str) -> None:
         )
 
 
+# ---- processes ----
+# What torchrun and its like set for each process they start.
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 
 
 def rank_and_size() -> tuple[int, int]:
     """(rank, number of processes) as the launcher says, before any process group exists."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return rank, size
 
 
 def say(*lines: str) -> None:
@@ -73,9 +83,9 @@ def say(*lines: str) -> None:
 
 def is_launched() -> bool:
     """Return True if torchrun, accelerate or the like has started this process already."""
-    return any(name in os.environ for name in LAUNCHER_VARIABLES) or any(
-        name.startswith("ACCELERATE_") for name in os.environ
-    )
+    if any(name in os.environ for name in LAUNCHER_VARIABLES):
+        return True
+    return any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 def wanted_processes(nproc: int) -> int:
@@ -84,12 +94,13 @@ def wanted_processes(nproc: int) -> int:
 
 
 def silence_libraries() -> None:
-    """Leave out what libraries print about things in order: bars while loading, heads that are new on purpose."""
+    """Silence what libraries print when nothing is wrong: bars while loading, heads that are new on purpose."""
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")
 
 
+# ---- from the command line to the exit code ----
 def run_script(main, parse_args) -> None:
     """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
 
@@ -104,6 +115,7 @@ def run_script(main, parse_args) -> None:
     if processes > 1 and not looks_only:
         sys.exit(_start_workers(processes))
 
+    # Only a run that can be resumed stops in order; any other ends at the signal.
     if hasattr(args, "resume_from_checkpoint"):
         listen()
 
@@ -116,6 +128,7 @@ def run_script(main, parse_args) -> None:
         print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, FloatingPointError, MemoryError, Collapse) as error:
+        # Errors that a user can mend. Any other is a bug, and keeps its traceback.
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
@@ -126,8 +139,11 @@ def sentence(error: Exception, args) -> str:
     """An error in one line; a full disk always in the same words, whichever file met it."""
     if getattr(error, "errno", None) not in NO_ROOM:
         return " ".join(str(error).split("\n"))
+
+    # The directory may not be there yet.
     folder = getattr(args, "output_dir", ".")
-    free = shutil.disk_usage(folder if os.path.isdir(folder) else ".").free
+    existing = folder if os.path.isdir(folder) else "."
+    free = shutil.disk_usage(existing).free
     resume = " with --resume_from_checkpoint True" if hasattr(args, "resume_from_checkpoint") else ""
     return (
         f"the disk of {error.filename or folder} is full: {free:,} bytes are free in --output_dir {folder}. "
@@ -137,14 +153,18 @@ def sentence(error: Exception, args) -> str:
 
 def _say_how_to_go_on(stop: Interrupted) -> None:
     """Say where the run was saved, and the command that goes on from there."""
-    if int(os.environ.get("RANK", "0")):
+    rank, _ = rank_and_size()
+    if rank:
         return
-    command = shlex.join(
-        [os.path.basename(sys.executable), *_without_values(sys.argv), "--resume_from_checkpoint", "True"]
-    )
+
+    python = os.path.basename(sys.executable)
+    words = [python, *_without_values(sys.argv), "--resume_from_checkpoint", "True"]
+    command = shlex.join(words)
+
+    script = os.path.basename(sys.argv[0])
     where = f"saved in {stop.saved}" if stop.saved else "nothing to save yet"
     print(
-        f"{os.path.basename(sys.argv[0])}: {stop}; {where}; no final adapter was written. Go on with:\n  {command}",
+        f"{script}: {stop}; {where}; no final adapter was written. Go on with:\n  {command}",
         file=sys.stderr,
     )
 
@@ -154,23 +174,33 @@ def _without_values(words: list[str]) -> list[str]:
     kept = []
     words = iter(words)
     for word in words:
-        name, equals, _ = word.replace("-", "_").lstrip("_").partition("=")
+        # "--output-dir", "--output_dir" and "--output_dir=x" all name one flag.
+        flag = word.replace("-", "_").lstrip("_")
+        name, equals, _ = flag.partition("=")
         if name not in ("overwrite_output_dir", "resume_from_checkpoint"):
             kept.append(word)
         elif not equals:
+            # Its value is the next word.
             next(words, None)
     return kept
 
 
 def _start_workers(processes: int) -> int:
-    """Run this command line in `processes` workers of torch's launcher; returns the first failure's exit code."""
+    """Run this command line in `processes` workers of torch's launcher.
+
+    Returns: 0, or the exit code of the worker that failed first (128 + the number of the signal that ended it).
+    """
+    # Imported here: a single process needs none of it.
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
     # Each process would otherwise use every core for its own matrix products.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -180,10 +210,13 @@ def _start_workers(processes: int) -> int:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
+
     try:
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
+        _, failure = error.get_first_failure()
+        code = failure.exitcode
+        # torch gives -n for a process that signal n has ended, where a shell says 128 + n.
         return code if code > 0 else 128 - code
     except SignalException as stop:
         # The workers got the same signal and have saved what there was to save.

@@ -7,7 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
-# Answers with text that go to a tracker at a time.
+# Answers with text that go to a tracker at one step, at most: a tracker's page is not for reading all of them.
 TRACKED_SAMPLES = 16
 
 
@@ -27,47 +27,56 @@ class Eta:
 
     def left(self, done: int) -> str:
         """Time left as h:mm:ss after `done` steps."""
-        pace = (time.monotonic() - self.start) / max(1, done - self.first)
+        steps = max(1, done - self.first)
+        pace = (time.monotonic() - self.start) / steps
         return duration(pace * (self.total - done))
 
 
 def plain(value):
     """A JSON-safe value: non-finite numbers become the strings "nan", "inf", "-inf", so every line stays JSON."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return round(value, 8) if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return round(value, 8) if math.isfinite(value) else str(value)
+
+
+def _json_lines(rows: list[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class MetricsLog:
-    """Appends one JSON object a step to metrics.jsonl and hands its numbers to a tracker, if there is one."""
+    """The log of one run: appends a JSON object a step to metrics.jsonl and hands its numbers to a tracker, if any."""
 
     def __init__(self, output_dir: str | Path, tracker: str | None = None, config: dict | None = None, done: int = 0):
         """Cut metrics.jsonl and samples.jsonl back to the first `done` steps (of a resumed run), then append."""
         self.file = Path(output_dir) / "metrics.jsonl"
         self.samples = Path(output_dir) / "samples.jsonl"
-        kept = {
-            file: [row for row in read_lines(file) if row.get("step", 0) <= done] for file in (self.file, self.samples)
-        }
-        for file, rows in ((file, rows) for file, rows in kept.items() if file.is_file()):
-            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        self.last = kept[self.file][-1] if kept[self.file] else {}
-        self._log, self._log_samples, self._close = _open_tracker(tracker, Path(output_dir), config or {})
+        # Steps after the checkpoint that a run goes on from will be written once more.
+        records = _cut_back(self.file, done)
+        _cut_back(self.samples, done)
+        self.last = records[-1] if records else {}
+
+        tracking = _open_tracker(tracker, Path(output_dir), config or {})
+        self._log, self._log_samples, self._close = tracking
 
     def write(self, record: dict) -> None:
         """Append `record` (it names its own "step")."""
+        # Opened anew for each step, so that a crash loses no earlier line.
         with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({key: plain(value) for key, value in record.items()}, ensure_ascii=False) + "\n")
-        self._log({key: value for key, value in record.items() if isinstance(value, int | float)})
+            out.write(_json_lines([{key: plain(value) for key, value in record.items()}]))
+
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        self._log(numbers)
 
     def write_samples(self, rows: list[dict], shown: int = 3) -> None:
         """Append answers with text ({"step", "query", "response", ...}) to samples.jsonl, print and track a few."""
         with self.samples.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            out.write(_json_lines(rows))
+
         for row in rows[:shown]:
-            print(
-                f"  {row['query']!r} -> {row['response']!r} (score {row['score']:+.3f}, {row['length']} tokens)",
-                flush=True,
-            )
+            # `repr`: a line end in an answer must not break the log's lines.
+            answer = f"{row['query']!r} -> {row['response']!r}"
+            print(f"  {answer} (score {row['score']:+.3f}, {row['length']} tokens)", flush=True)
+
         if rows:
             self._log_samples(rows[:TRACKED_SAMPLES])
 
@@ -76,6 +85,15 @@ class MetricsLog:
         self._close()
 
 
+def _cut_back(file: Path, done: int) -> list[dict]:
+    """Keep the records of a file up to step `done`, if there is a file; returns them."""
+    rows = [row for row in read_lines(file) if row.get("step", 0) <= done]
+    if file.is_file():
+        file.write_text(_json_lines(rows), encoding="utf-8")
+    return rows
+
+
+# ---- trackers ----
 def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
     """Functions (log numbers, log samples, close) of a tracker."""
     if tracker == "wandb":
@@ -86,12 +104,14 @@ def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
 
 
 def _open_wandb(output_dir: Path, config: dict):
-    """wandb without a key or a host works offline and says how to sync later."""
+    """Functions of wandb. Without a key or a host it works offline and says how to sync later."""
     import wandb
 
-    # Its own patience with a dead host is 90 seconds.
-    patience = {} if "WANDB_INIT_TIMEOUT" in os.environ else {"settings": wandb.Settings(init_timeout=20)}
-    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name, **patience}
+    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
+    # By default it waits 90 seconds for a host that does not answer.
+    if "WANDB_INIT_TIMEOUT" not in os.environ:
+        settings["settings"] = wandb.Settings(init_timeout=20)
+
     try:
         run = wandb.init(**settings)
     except wandb.Error as error:
@@ -100,15 +120,21 @@ def _open_wandb(output_dir: Path, config: dict):
         warnings.warn(f"wandb is offline ({why}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
         run = wandb.init(mode="offline", **settings)
 
+    def log(record: dict) -> None:
+        run.log(record, step=record.get("step"))
+
     def log_samples(rows: list[dict]) -> None:
+        # As text: a column of a wandb table has one type, and a row may lack a field.
         names = sorted(set().union(*rows))
-        table = wandb.Table(columns=names, data=[[str(row.get(name, "")) for name in names] for row in rows])
+        data = [[str(row.get(name, "")) for name in names] for row in rows]
+        table = wandb.Table(columns=names, data=data)
         run.log({"samples": table}, step=rows[0]["step"])
 
-    return (lambda record: run.log(record, step=record.get("step"))), log_samples, run.finish
+    return log, log_samples, run.finish
 
 
 def _open_tensorboard(output_dir: Path):
+    """Functions of TensorBoard, which writes into tensorboard/ of the run's directory."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(output_dir / "tensorboard"))
@@ -118,19 +144,23 @@ def _open_tensorboard(output_dir: Path):
             writer.add_scalar(key, value, record.get("step"))
 
     def log_samples(rows: list[dict]) -> None:
-        lines = [
-            f"- {row['query']} -> {row['response']}" + (f" ({row['score']:+.3f})" if "score" in row else "")
-            for row in rows
-        ]
+        lines = []
+        for row in rows:
+            score = f" ({row['score']:+.3f})" if "score" in row else ""
+            lines.append(f"- {row['query']} -> {row['response']}{score}")
         writer.add_text("samples", "\n".join(lines), rows[0]["step"])
 
     return log, log_samples, writer.close
 
 
+# ---- reading ----
 def read_lines(file: Path) -> list[dict]:
     """The records of a .jsonl file, in order; none where it does not exist. A line cut by a crash ends it."""
+    if not file.is_file():
+        return []
+
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    for line in file.read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:

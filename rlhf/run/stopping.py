@@ -10,14 +10,9 @@ import torch
 import torch.distributed as dist
 
 
+# ---- reasons to stop ----
 class Collapse(RuntimeError):
     """A run was stopped by the guard; the process ends with exit code 3."""
-
-
-# A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher: that is one wish, not two.
-SAME_WISH_SECONDS = 1.0
-
-_first: dict[str, float] = {}
 
 
 class Interrupted(Exception):
@@ -29,17 +24,27 @@ class Interrupted(Exception):
         self.saved = saved
 
 
+# ---- signals ----
+# A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher: together they count as one.
+SAME_WISH_SECONDS = 1.0
+
+# Number and time of the first signal; empty until it comes.
+_first: dict[str, float] = {}
+
+
 def listen() -> None:
-    """From now on the first SIGTERM or SIGINT is only noted; the next, a second later or more, ends the process."""
+    """Note the first SIGTERM or SIGINT from now on; let the next, a second later or more, end the process."""
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _note)
 
 
 def _note(signum: int, frame) -> None:
+    # Only noted: a step, or a checkpoint, must not be left half done.
     if not _first:
         _first.update(signum=signum, time=time.monotonic())
         print(f"{signal.Signals(signum).name}: stopping at the next safe point; once more stops at once", flush=True)
     elif time.monotonic() - _first["time"] >= SAME_WISH_SECONDS:
+        # Without a clean-up, which could hang on other processes.
         os._exit(128 + signum)
 
 
@@ -54,7 +59,7 @@ def forget() -> None:
 
 
 def agreed(device: torch.device | str = "cpu") -> int:
-    """The number of a signal that any process got, or 0, the same on all: so all must ask at the same point."""
+    """The number of a signal that any process got, or 0; the same number on all, so all must ask at the same point."""
     signum = torch.tensor([received()], device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(signum, dist.ReduceOp.MAX)
@@ -62,19 +67,20 @@ def agreed(device: torch.device | str = "cpu") -> int:
 
 
 def stop_if_agreed(device: torch.device | str = "cpu") -> None:
-    """Raises: Interrupted on all processes, if any of them got a signal."""
+    """Raise Interrupted on all processes, if any of them got a signal."""
     signum = agreed(device)
     if signum:
         raise Interrupted(signum)
 
 
-# What PyTorch says when it is a RuntimeError like any other (CPU) or comes from a library below it (CUDA).
+# ---- out of memory ----
+# Words of PyTorch's error where its class says nothing: on a CPU, or from a library below it (CUDA).
 SIGNS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
 
 @contextmanager
 def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
-    """Turn an allocation that failed within into a MemoryError with the batch's shape and the flags to turn.
+    """Turn a failed allocation into a MemoryError that names the batch's shape and the flags to lower.
 
     Args:
         what: "a training batch", "sampling", ... shape: of the token ids, padding included. flags: those to lower.
@@ -82,8 +88,10 @@ def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in SIGNS):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
+        if not out_of_memory:
             raise
+
         rows, longest = shape
         raise MemoryError(
             f"out of memory in {what} of {rows} rows, the longest of {longest} tokens: lower {flags}, or give "

@@ -1,4 +1,4 @@
-"""Text in a terminal: the width of Chinese characters, wrapping by width, no control characters from a model."""
+"""Text in a terminal: the width of Chinese characters, wrapping by width, control characters made visible."""
 
 import re
 import unicodedata
@@ -11,14 +11,23 @@ def display_width(text: str) -> int:
 
 
 def _columns(character: str) -> int:
+    # Combining marks and format characters take no column of their own.
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
+    # Wide and full-width characters.
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def printable(text: str) -> str:
     """`text` with control characters other than a new line made visible: an answer must not steer the terminal."""
-    return "".join(c if c == "\n" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text.expandtabs(4))
+    # A tab is a control character, too, but only stands for spaces.
+    return "".join(map(_shown, text.expandtabs(4)))
+
+
+def _shown(character: str) -> str:
+    if character == "\n" or unicodedata.category(character) != "Cc":
+        return character
+    return "\ufffd"
 
 
 def wrap(text: str, columns: int) -> list[str]:
@@ -27,7 +36,9 @@ def wrap(text: str, columns: int) -> list[str]:
     for paragraph in text.split("\n"):
         line = ""
         for piece in _pieces(paragraph, columns):
-            if line and display_width(line) + display_width(piece) > columns:
+            width = display_width(line) + display_width(piece)
+            if line and width > columns:
+                # The space between two words is lost where the line breaks there.
                 lines.append(line.rstrip())
                 line = piece.lstrip()
             else:
@@ -37,8 +48,12 @@ def wrap(text: str, columns: int) -> list[str]:
 
 
 def _pieces(paragraph: str, columns: int) -> Iterator[str]:
+    """Parts of a line that stay whole: a Latin word, or one other character; a word too long for a line is cut."""
     for piece in re.findall(r"[!-~]+|[^!-~]", paragraph):
-        yield from [piece] if display_width(piece) <= columns else piece
+        if display_width(piece) <= columns:
+            yield piece
+        else:
+            yield from piece
 
 
 def labelled(rows: list[tuple[str, str]], columns: int) -> list[str]:
@@ -48,9 +63,15 @@ def labelled(rows: list[tuple[str, str]], columns: int) -> list[str]:
         rows: (label, text) pairs; an empty label goes on with the row above. columns: width of the terminal.
     """
     left = max((display_width(label) for label, _ in rows), default=0)
+    # Five columns are taken by the margin and the rule; a very long label must leave some room for the text.
+    right = max(columns - left - 5, 20)
+
     lines = []
     for label, text in rows:
-        for line in wrap(printable(text), max(columns - left - 5, 20)):
-            lines.append(f"  {label}{' ' * (left - display_width(label))} │ {line}".rstrip())
+        for line in wrap(printable(text), right):
+            # `ljust` would count a Chinese character as one column.
+            gap = " " * (left - display_width(label))
+            lines.append(f"  {label}{gap} │ {line}".rstrip())
+            # Only the first line of a text has the label.
             label = ""
     return lines
