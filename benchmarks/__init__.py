@@ -1,1 +1,1 @@
-"""What is measured, against whom, and the logs."""
+"""Benchmarks of all stages, against TRL and against the limits of the machine, with their logs in results/."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine in words, row lengths, trainers timed in turn."""
+"""Parts that several benchmarks use: the machine in words, row lengths, trainers timed in turn."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ TRAINING = {
 
 def machine() -> str:
     """Processor, cores, threads and versions, in one line."""
+    # Linux alone says what a processor is called; elsewhere its architecture has to do.
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    processor = named[0] if named else platform.machine()
     return (
-        f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+        f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
 
@@ -40,11 +43,12 @@ def lora(task_type: str) -> LoraConfig:
 
 def random_ids(rng: random.Random, length: int, vocabulary: int) -> list[int]:
     """That many tokens, none of them special; at least one."""
+    # 0, 1 and 2 are PAD, BOS and EOS.
     return [rng.randrange(3, vocabulary) for _ in range(max(1, length))]
 
 
 class Clock(TrainerCallback):
-    """When training began and each step ended."""
+    """Notes when training began and when each step ended."""
 
     def __init__(self):
         self.ticks = []
@@ -62,6 +66,7 @@ def group_by_length(trainer: Trainer, batch: int, lengths: list[int]) -> None:
     Its flag finds no lengths, because TRL has dropped the column by then, and on few rows it would hardly group.
     """
     order = trainer_pt_utils.get_length_grouped_indices(lengths, batch, mega_batch_mult=50)
+    # The Trainer has no public way in for a sampler.
     trainer._get_train_sampler = lambda *args: order
 
 
@@ -78,13 +83,15 @@ def seconds_a_row(trainer_of: Callable, name: str, rows: list[dict], batch: int)
             trainer = trainer_of(name, part, folder, clock)
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        return (clock.ticks[-1] - clock.begin) / len(rows)
+
+        # Loading and saving lie outside this span.
+        seconds = clock.ticks[-1] - clock.begin
+        return seconds / len(rows)
 
 
 def take_turns(trainer_of: Callable, names: tuple[str, ...], rows: list[dict], batch: int, repeats: int) -> dict:
     """Name -> seconds a row of each run; contenders alternate, so that a busy minute hits them all."""
-    found = {name: [] for name in names}
-    for _ in range(repeats):
-        for name in names:
-            found[name].append(seconds_a_row(trainer_of, name, rows, batch))
-    return found
+    seconds = {name: [] for name in names}
+    for _, name in product(range(repeats), names):
+        seconds[name].append(seconds_a_row(trainer_of, name, rows, batch))
+    return seconds

@@ -34,15 +34,10 @@ from accelerate.state import AcceleratorState
 import reward_modeling
 import rl_training
 from benchmarks.common import machine
-from benchmarks.gpu_limits import Card, ppo_costs
+from benchmarks.gpu_limits import Card, Cost, ppo_costs
 from benchmarks.gpu_measure import HEAD, Arguments, Bench, Meter, Row, Target, cells, line
 from benchmarks.gpu_trainers import reward, supervised
-from benchmarks.gpu_workload import (
-    Numbers,
-    Rows,
-    prompt_rows,
-    write_adapter,
-)
+from benchmarks.gpu_workload import Numbers, Rows, prompt_rows, write_adapter
 from rlhf.arguments import LoraArguments
 from rlhf.cost.flops import flop_counts, this_card
 from rlhf.cost.memory import Precision
@@ -52,6 +47,7 @@ from rlhf.rl.loop import PPOLoop
 from rlhf.rl.state import snapshot
 from rlhf.run.launch import silence_libraries
 
+# PPO epochs of a step, as PPO is usually run.
 EPOCHS = 4
 # GB that one row may leave behind before the next one's peak means something else.
 LEFT_BEHIND_GB = 0.5
@@ -62,35 +58,44 @@ PHASES = {"rollout": (1, 2), "score": (2, 3), "update": (3, 4), "step": (0, 5)}
 
 # ---- PPO ----
 def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> PPOLoop:
-    """What rl_training.make_loop makes of these flags, a random base and adapters with random weights in `folder`."""
-    for name, rank in (("sft", LoraArguments.lora_rank), ("reward", reward_modeling.ScriptArguments.lora_rank)):
-        write_adapter(bench.shape.config(), folder / name, rank, score_head=name == "reward")
+    """A loop of rl_training.make_loop on these flags, a random base, and random adapters in `folder`."""
+    config = bench.shape.config()
+    write_adapter(config, folder / "sft", LoraArguments.lora_rank, score_head=False)
+    write_adapter(config, folder / "reward", reward_modeling.ScriptArguments.lora_rank, score_head=True)
 
+    # An answer may end only at its last token, so that all are equally long.
     settings = {
         "base_model_name": "random", "sft_model_lora_path": folder / "sft",
         "reward_model_lora_path": folder / "reward", "output_dir": folder / "out", "batch_size": rows.count,
         "output_max_length": rows.answer, "min_new_tokens": rows.answer - 1, "ppo_epochs": EPOCHS,
         "steps": bench.all_steps * rows.count, "learning_rate": 1e-5,
     }  # fmt: skip
-    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", str(value)]
     args = rl_training.parse_args([*words, *flags])
+
     # The trainers before may have left their precision behind.
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=bench.args.device == "cpu", mixed_precision="no")
     with bench.base():
-        prompts = prompt_rows(rows, bench.shape.config().vocab_size)
+        prompts = prompt_rows(rows, config.vocab_size)
         return rl_training.make_loop(args, accelerator, Numbers(), (prompts, []), None)
 
 
 def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str) -> list[Row]:
-    """The phases of a PPO step, and the whole of it, for which `target` is meant. flags: of rl_training.py."""
+    """Rows of the phases of a PPO step, and of the whole of it, for which `target` is meant.
+
+    Args:
+        flags: of rl_training.py.
+    """
     meter = Meter(bench.args.device)
     with tempfile.TemporaryDirectory() as folder:
         loop = ppo_loop(bench, rows, Path(folder), *flags)
 
     for step in range(bench.all_steps):
         meter.read()
-        # What a run keeps to fall back on is part of its step.
+        # The snapshot that a run keeps to roll back to is part of its step.
         kept = snapshot(loop)
         rl_training.train_step(loop, step, clock=meter.read)
         meter.read()
@@ -99,6 +104,18 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
     if len(meter.times) != READINGS * bench.all_steps:
         raise ValueError("rl_training.train_step reads its clock more or less than four times: PHASES is wrong")
 
+    costs = _costs(bench, rows, loop)
+    measured = []
+    for phase, (first, last) in PHASES.items():
+        seconds, peak = meter.spans(first, last, READINGS)
+        row = Row(f"{title} {phase}", seconds, rows.count, rows.count * rows.answer, peak, costs[phase])
+        # No phase has an aim of its own.
+        measured.append(replace(row, target=target) if phase == "step" else row)
+    return measured
+
+
+def _costs(bench: Bench, rows: Rows, loop: PPOLoop) -> dict[str, Cost]:
+    """Cost of each phase, and of the whole step."""
     args = loop.args
     model = loop.roles.model
     precision = Precision(bench.dtype.itemsize, args.load_in_4bit)
@@ -106,34 +123,29 @@ def ppo(bench: Bench, rows: Rows, title: str, target: Target | None, *flags: str
     again = recomputes(loop)
     costs = ppo_costs(work, precision, rows, again, EPOCHS, args.gradient_checkpointing)
     costs["step"] = costs["rollout"] + costs["score"] + costs["update"]
-    found = []
-
-    for phase, (first, last) in PHASES.items():
-        seconds, peak = meter.spans(first, last, READINGS)
-        row = Row(f"{title} {phase}", seconds, rows.count, rows.count * rows.answer, peak, costs[phase])
-        found.append(replace(row, target=target) if phase == "step" else row)
-    return found
+    return costs
 
 
 def ppo_speed(bench: Bench) -> list[Row]:
-    """Samples a second."""
+    """The rows that count samples a second."""
     mini_batch = bench.shape.mini_batch
     windows = ("--mini_batch_size", str(mini_batch), "--gradient_accumulation_steps", "1")
     return ppo(bench, bench.shape.ppo, "PPO", bench.target(rate=4), *windows)
 
 
 def ppo_memory(bench: Bench, four_bit: bool) -> list[Row]:
-    """The peak with gradient checkpointing, all rows in one backward."""
+    """The rows that count peak memory: gradient checkpointing, and one backward for the whole batch."""
     rows = bench.shape.memory
-    title = "memory"
     flags = ["--mini_batch_size", str(rows.count), "--gradient_checkpointing", "True"]
-    if four_bit:
-        if find_spec("bitsandbytes") is None:
-            print("memory, 4-bit: not measured, bitsandbytes is not installed", flush=True)
-            return []
-        flags = [*flags, "--load_in_4bit", "True"]
-        title = "memory, 4-bit"
-    return ppo(bench, rows, title, bench.target(memory=24 if four_bit else 40), *flags)
+    if not four_bit:
+        return ppo(bench, rows, "memory", bench.target(memory=40), *flags)
+
+    # An optional package: without it the other rows are worth having all the same.
+    if find_spec("bitsandbytes") is None:
+        print("memory, 4-bit: not measured, bitsandbytes is not installed", flush=True)
+        return []
+    flags += ["--load_in_4bit", "True"]
+    return ppo(bench, rows, "memory, 4-bit", bench.target(memory=24), *flags)
 
 
 # ---- the table ----
@@ -142,11 +154,13 @@ def machine_line(bench: Bench) -> str:
     place = machine()
     dtype = str(bench.dtype).removeprefix("torch.")
     if bench.args.device == "cuda":
+        # One name stands for cards of several sizes.
         size = torch.cuda.get_device_properties(0).total_memory / 1e9
         place = f"{bench.card.name} of {size:.0f} GB, torch {torch.__version__}"
     return f"{place}, transformers {transformers.__version__}, peft {peft.__version__}; {dtype}"
 
 
+# Each case loads a model of its own, so that one that is too large for the card costs no other.
 CASES: dict[str, tuple[Callable[[Bench], list[Row]], ...]] = {
     "sft": (partial(supervised, checkpointing=False), partial(supervised, checkpointing=True)),
     "reward": (partial(reward, share_prompt=False), partial(reward, share_prompt=True)),
@@ -169,26 +183,32 @@ def measure(bench: Bench, part: str, case: Callable[[Bench], list[Row]]) -> list
 
 
 def main(args: Arguments) -> list[Row]:
-    """Each part's rows as they are found; returns them."""
+    """Print the rows of each part as they are measured; returns them all."""
     silence_libraries()
     start = time.perf_counter()
     name = this_card() if args.device == "cuda" else ""
     bench = Bench(args, Card.of(name, args.peak_tflops, args.bandwidth_tb))
     print(f"{machine_line(bench)}\nmedians of {args.steps} steps after one left out\n{line(HEAD)}", flush=True)
-    rows = []
 
+    rows = []
     for part in CASES if args.only == "all" else [args.only]:
         for case in CASES[part]:
-            found = measure(bench, part, case)
-            for row in found:
+            measured = measure(bench, part, case)
+            # At once, because a case takes minutes and the next one may fail.
+            for row in measured:
                 print(line(cells(row, bench.card)), flush=True)
-            left = torch.cuda.memory_allocated() / 1e9 if args.device == "cuda" else 0.0
-            if left > LEFT_BEHIND_GB:
-                print(f"{left:.1f} GB are still held, and count in the rows below: run those with --only", flush=True)
-            rows += found
+            rows += measured
+            warn_of_leftovers(args)
 
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
     return rows
+
+
+def warn_of_leftovers(args: Arguments) -> None:
+    """Say that memory is still held between two cases: the peaks below would mean something else."""
+    held = torch.cuda.memory_allocated() / 1e9 if args.device == "cuda" else 0.0
+    if held > LEFT_BEHIND_GB:
+        print(f"{held:.1f} GB are still held, and count in the rows below: run those with --only", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a card could do at best with a step of benchmarks/gpu_7b.py: operations over its peak, bytes over bandwidth.
+"""The limit of a card for a step of benchmarks/gpu_7b.py: operations over its peak, bytes over its bandwidth.
 
 rlhf/cost/flops.py has the operations and the peaks. Decoding reads the layers, the output layer, and the keys and
-values of all rows once for every token of a row, and does so little with them that memory sets the limit.
+values of all rows once for every token of a row, and computes so little with them that memory sets the limit.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,9 @@ class Card:
     def of(cls, name: str, tflops: float | None, terabytes: float | None) -> "Card":
         """By its name, unless numbers (1e12 a second) are given."""
         tflops = tflops or peak_tflops(name)
-        terabytes = terabytes or next((rate for part, rate in BANDWIDTH_TB.items() if part in name), None)
+        named = [rate for part, rate in BANDWIDTH_TB.items() if part in name]
+        terabytes = terabytes or (named[0] if named else None)
+        # None stays None, and the table has a dash there.
         return cls(name, tflops and tflops * 1e12, terabytes and terabytes * 1e12)
 
 
@@ -60,11 +62,16 @@ class Cost:
         """Seconds that it takes at best."""
         if card.flops is None or (self.read and card.bandwidth is None):
             return None
-        return self.computed / card.flops + (self.read / card.bandwidth if self.read else 0.0)
+        # One after the other: prefill computes before decoding reads.
+        computing = self.computed / card.flops
+        reading = self.read / card.bandwidth if self.read else 0.0
+        return computing + reading
 
     def mfu(self, seconds: float, card: Card) -> float | None:
         """Share of the card's peak."""
-        return None if card.flops is None else self.flops / seconds / card.flops
+        if card.flops is None:
+            return None
+        return self.flops / seconds / card.flops
 
 
 def decoding_bytes(work: FlopCounts, precision: Precision, rows: Rows) -> float:
@@ -72,6 +79,7 @@ def decoding_bytes(work: FlopCounts, precision: Precision, rows: Rows) -> float:
 
     sum over t = 1 .. answer - 1 of  weights + rows * (query + t) * 2 * attention * size
     """
+    # Four bits are for the layers; the output layer stays as it is.
     body = BYTES_4BIT if precision.four_bit else precision.size
     steps = rows.answer - 1
     weights = steps * (body * work.body + precision.size * work.head)
@@ -89,12 +97,13 @@ def ppo_costs(
     """
     lengths = [rows.query + rows.answer] * rows.count
     answers = rows.count * rows.answer
+
+    # All tokens count as work, but of the rollout the arithmetic of the prompts alone takes time.
     prefill = forward_flops(work, [rows.query] * rows.count, rows.count)
     sampled = forward_flops(work, lengths, answers)
-    # The reward model has no output layer.
+    rollout = Cost(sampled, prefill, decoding_bytes(work, precision, rows))
+
+    # The reference always, the policy where it is computed again, and a reward model, which has no output layer.
     scored = (1 + recomputed) * sampled + forward_flops(work, lengths, 0)
-    return {
-        "rollout": Cost(sampled, prefill, decoding_bytes(work, precision, rows)),
-        "score": Cost.of(scored),
-        "update": Cost.of(epochs * training_flops(work, lengths, answers, checkpointing)),
-    }
+    trained = epochs * training_flops(work, lengths, answers, checkpointing)
+    return {"rollout": rollout, "score": Cost.of(scored), "update": Cost.of(trained)}

@@ -1,4 +1,4 @@
-"""How benchmarks/gpu_7b.py measures a step, and the line of its table that comes of it."""
+"""The meter of benchmarks/gpu_7b.py, its flags, and a line of its table."""
 
 import statistics
 import time
@@ -25,11 +25,14 @@ class Meter:
 
     def read(self) -> float:
         """Seconds, as time.perf_counter has them."""
+        # Kernels run on after the call that starts them has returned.
         if self.on_card:
             torch.cuda.synchronize()
-        self.peaks.append(torch.cuda.max_memory_allocated() / 1e9 if self.on_card else peak_gb())
-        if self.on_card:
+            self.peaks.append(torch.cuda.max_memory_allocated() / 1e9)
             torch.cuda.reset_peak_memory_stats()
+        else:
+            self.peaks.append(peak_gb())
+        # The clock last, so that none of this counts as time of the step that ends here.
         self.times.append(time.perf_counter())
         return self.times[-1]
 
@@ -38,14 +41,19 @@ class Meter:
 
         The first step is left out.
         """
-        starts = range(every, len(self.times) - last, every)
-        seconds = [self.times[start + last] - self.times[start + first] for start in starts]
-        peaks = [peak for start in starts for peak in self.peaks[start + first + 1 : start + last + 1]]
+        seconds = []
+        peaks = []
+        for start in range(every, len(self.times) - last, every):
+            seconds.append(self.times[start + last] - self.times[start + first])
+            # A reading holds the peak since the one before it.
+            peaks += self.peaks[start + first + 1 : start + last + 1]
         return statistics.median(seconds), max(peaks)
 
 
 class Ticks(TrainerCallback):
     """Reads a meter when training begins and after every step."""
+
+    # transformers calls these by keyword, with more than is needed here.
 
     def __init__(self, meter: Meter):
         self.meter = meter
@@ -60,7 +68,7 @@ class Ticks(TrainerCallback):
 # ---- the table ----
 @dataclass(frozen=True)
 class Target:
-    """What a row is wanted to reach, in its own unit: at least a rate, or less than so many GB."""
+    """The aim of a row in its own unit: at least a rate, or less than so many GB."""
 
     rate: float | None = None
     memory: float | None = None
@@ -71,7 +79,9 @@ class Target:
 
     def met(self, row: "Row") -> bool:
         """Return True if the row reaches it."""
-        return row.samples / row.seconds >= self.rate if self.rate else row.peak_gb < self.memory
+        if self.rate:
+            return row.samples / row.seconds >= self.rate
+        return row.peak_gb < self.memory
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,7 @@ class Arguments:
     bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where benchmarks/gpu_limits.py does not")
 
     def __post_init__(self):
+        # A model of 7B on a CPU would run for hours before the first row.
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("no GPU is visible; --shape tiny --device cpu tries the code without one")
         if self.device == "cpu" and self.shape != "tiny":
@@ -109,7 +120,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all rows share."""
+    """The flags, and what follows from them for every row."""
 
     args: Arguments
     card: Card
@@ -121,23 +132,24 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights, as the stages choose it."""
+        """Precision of the base's weights, as the stages choose it."""
         return pick_dtype(self.args.device == "cuda")
 
     @property
     def all_steps(self) -> int:
-        """Measured or not."""
+        """Steps of a row, the first of which is not measured."""
         return 1 + self.args.steps
 
     def base(self):
-        """Within this context the stages' bases are random."""
+        """A context in which the stages get random bases."""
         return instead_of_a_checkpoint(self.shape.config(), self.args.device, self.dtype)
 
     def target(self, **wanted) -> Target | None:
-        """One for the real shape alone."""
+        """The aim of a row at the real shape; None at another, whose numbers say nothing."""
         return Target(**wanted) if self.args.shape == "7b" else None
 
 
+# Of a line of the table, and the characters of each column.
 HEAD = ("", "s", "samples/s", "tokens/s", "GB", "MFU", "limit s", "of limit", "target", "met")
 WIDTHS = (36, 9, 10, 10, 7, 7, 9, 9, 16, 5)
 
@@ -145,13 +157,20 @@ WIDTHS = (36, 9, 10, 10, 7, 7, 9, 9, 16, 5)
 def line(cells: tuple[str, ...]) -> str:
     """One line of the table."""
     numbers = zip(cells[1:], WIDTHS[1:], strict=True)
-    return f"{cells[0]:<{WIDTHS[0]}}{''.join(f'{cell:>{width}}' for cell, width in numbers)}".rstrip()
+    padded = [f"{cell:>{width}}" for cell, width in numbers]
+    # Without a target the line ends before its columns.
+    return f"{cells[0]:<{WIDTHS[0]}}{''.join(padded)}".rstrip()
 
 
 def cells(row: Row, card: Card) -> tuple[str, ...]:
     """A row in words; "-" for what is not known of this card, nothing where there is no target."""
     limit = row.cost.limit(card)
     mfu = row.cost.mfu(row.seconds, card)
+    target = met = ""
+    if row.target:
+        target = row.target.words()
+        met = "yes" if row.target.met(row) else "no"
+
     return (
         row.name,
         f"{row.seconds:.3g}",
@@ -161,6 +180,6 @@ def cells(row: Row, card: Card) -> tuple[str, ...]:
         "-" if mfu is None else f"{mfu:.1%}",
         "-" if limit is None else f"{limit:.3g}",
         "-" if limit is None else f"{limit / row.seconds:.1%}",
-        row.target.words() if row.target else "",
-        ("yes" if row.target.met(row) else "no") if row.target else "",
+        target,
+        met,
     )

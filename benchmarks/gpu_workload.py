@@ -30,7 +30,7 @@ if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows (or pairs) a step takes, and tokens of each: of the query, and of the answer (of either)."""
+    """Rows (or pairs) of a step, and the tokens of each: of the query, and of the answer (of either)."""
 
     count: int
     query: int
@@ -52,7 +52,7 @@ class Shape:
     model: dict = field(default_factory=dict)
 
     def config(self) -> BaichuanConfig:
-        """Of the model."""
+        """The model's config."""
         return BaichuanConfig(**self.model)
 
 
@@ -71,21 +71,25 @@ SHAPES = {
 
 # ---- model ----
 def random_model(config: BaichuanConfig, head: str, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    """What `load_base` gives, its weights drawn where they stay: no float32 copy, nothing in the host's memory."""
-    auto, changed = {
-        "causal": (AutoModelForCausalLM, {}), "score": (AutoModelForSequenceClassification, {"num_labels": 1})
-    }[head]  # fmt: skip
+    """A model as `load_base` gives it, its weights drawn where they stay: no float32 copy, none in host memory."""
+    auto = {"causal": AutoModelForCausalLM, "score": AutoModelForSequenceClassification}[head]
+    settings = config.to_diff_dict()
+    if head == "score":
+        settings["num_labels"] = 1
     with torch.device(device):
-        model = auto.from_config(BaichuanConfig(**config.to_diff_dict() | changed), dtype=dtype)
+        model = auto.from_config(BaichuanConfig(**settings), dtype=dtype)
+
+    # As in `load_base`.
     model.config.use_cache = False
     fuse_norms(model)
     return model
 
 
 def to_four_bits(model: PreTrainedModel, device: str) -> None:
-    """The matrices of the layers as `load_base` loads them with four_bit: NF4 with double quantisation."""
+    """Quantise the matrices of the layers as `load_base` does with four_bit: NF4 with double quantisation."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
+    # A list, because the tree of modules changes on the way.
     for parent in list(model.model.layers.modules()):
         for name, layer in parent.named_children():
             if type(layer) is not nn.Linear:
@@ -94,11 +98,12 @@ def to_four_bits(model: PreTrainedModel, device: str) -> None:
                 layer.in_features, layer.out_features, bias=False, compute_dtype=model.dtype, quant_type="nf4",
                 device="meta",
             )  # fmt: skip
+            # The move to the card is what quantises.
             quantised.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
             setattr(parent, name, quantised.to(device))
-            # As in `load_base`.
+            # `load_base` turns this path off, too.
             quantised.support_avx512bf16_for_cpu = False
-    # What peft goes by.
+    # peft looks at this name to choose its 4-bit layers.
     model.is_loaded_in_4bit = True
 
 
@@ -129,15 +134,19 @@ def adapted(model: PreTrainedModel, rank: int, task_type: str = "CAUSAL_LM", dro
 
 
 def write_adapter(config: BaichuanConfig, folder: Path, rank: int, score_head: bool) -> None:
-    """An adapter with small random weights as a stage leaves it; of the base its shape alone is needed."""
-    model = adapted(random_model(config, "causal", "meta", torch.float32), rank)
+    """Write an adapter with small random weights as a stage leaves it."""
+    # On the meta device a base of 7B takes no memory, and its shape is all that is needed.
+    base = random_model(config, "causal", "meta", torch.float32)
+    model = adapted(base, rank)
     model.peft_config["default"].save_pretrained(str(folder))
-    shapes = {
-        name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
     if score_head:
         shapes["base_model.model.score.weight"] = (1, config.hidden_size)
-    save_file({name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()}, folder / ADAPTER_FILE)
+    # Small but not zero, as training leaves them.
+    weights = {name: 1e-3 * torch.randn(shape) for name, shape in shapes.items()}
+    save_file(weights, folder / ADAPTER_FILE)
 
 
 # ---- rows ----
@@ -156,20 +165,25 @@ def sft_rows(rows: Rows, count: int, vocabulary: int) -> list[dict]:
     """Encoded rows of that shape with a loss on the answer."""
     rng = random.Random(0)
     mask = [0] * rows.query + [1] * rows.answer
-    return [
-        {"input_ids": random_ids(rng, rows.query + rows.answer, vocabulary), "completion_mask": mask}
-        for _ in range(count)
-    ]
+    encoded = []
+    for _ in range(count):
+        ids = random_ids(rng, rows.query + rows.answer, vocabulary)
+        encoded.append({"input_ids": ids, "completion_mask": mask})
+    return encoded
 
 
 def pair_rows(rows: Rows, count: int, vocabulary: int) -> list[dict]:
     """Encoded preference pairs of that shape."""
     rng = random.Random(0)
     sizes = {"query_ids": rows.query, "chosen_ids": rows.answer, "rejected_ids": rows.answer}
-    return [{name: random_ids(rng, size, vocabulary) for name, size in sizes.items()} for _ in range(count)]
+    pairs = []
+    for _ in range(count):
+        pairs.append({name: random_ids(rng, size, vocabulary) for name, size in sizes.items()})
+    return pairs
 
 
 def prompt_rows(rows: Rows, vocabulary: int) -> list[dict]:
     """The prompts of a PPO step."""
     rng = random.Random(0)
-    return [{"prompt": "", "query_ids": random_ids(rng, rows.query, vocabulary)} for _ in range(rows.count)]
+    prompts = [random_ids(rng, rows.query, vocabulary) for _ in range(rows.count)]
+    return [{"prompt": "", "query_ids": ids} for ids in prompts]

@@ -24,6 +24,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,7 @@ from benchmarks.ppo_workload import SETTINGS, STEPS, WORKLOADS, write_workload  
 from rlhf.flags import flag, parse  # noqa: E402
 from rlhf.run.launch import silence_libraries  # noqa: E402
 
+# Name of the file in benchmarks/peers/, and the name in the table.
 PEERS = {"trl07": "classic TRL 0.7.11", "trl112": "TRL 1.12.0"}
 PHASES = ("rollout", "score", "update", "total")
 
@@ -61,30 +63,39 @@ class Arguments:
 
 # ---- running ----
 class Contender:
-    """A process of benchmarks/peers/<name>.py, which computes a step whenever it is given the turn, and else waits."""
+    """A process of benchmarks/peers/<name>.py: it computes a step when it is given the turn, and otherwise waits."""
 
     def __init__(self, name: str, folder: Path):
         python = sys.executable if name == "ours" else ROOT / "benchmarks/.peers" / name / "bin/python"
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
+        offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled"}
         self.name = name
         self.steps = []
+        # A file, because a pipe that nobody reads would fill up and stop the process.
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self.process = subprocess.Popen(
-            [python, "-m", f"benchmarks.peers.{name}", str(folder)], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-        )  # fmt: skip
+            [python, "-m", f"benchmarks.peers.{name}", str(folder)],
+            cwd=ROOT,
+            env=os.environ | offline,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+        )
+        # Loading is over when it waits for its first turn.
         self.hear()
 
     def hear(self) -> dict:
-        """What it says next. Raises: RuntimeError with the end of its errors where it has ended instead."""
+        """The next record it prints. Raises: RuntimeError with the end of its errors where it has ended instead."""
         for line in self.process.stdout:
+            # Libraries print as well.
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
+
         self.errors.seek(0)
         raise RuntimeError(f"{self.name} ended with {self.process.wait()}:\n{self.errors.read()[-3000:]}")
 
     def take_turn(self) -> None:
-        """One step more in `steps`; what it says next, whether waiting or its last words, in `last_words`."""
+        """Let it compute one step, kept in `steps`; the record after it (waiting, or its report) in `last_words`."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.steps.append(self.hear())
@@ -98,7 +109,7 @@ class Contender:
 
 
 def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, dict[str, dict], list[float]]:
-    """The workload; of each contender `steps` and its last words; the machine's matrix rate (GFLOP/s) at each step."""
+    """The workload; of each contender `steps` and its report; the machine's matrix rate (GFLOP/s) at each step."""
     steps = args.steps or STEPS[name]
     rates = []
 
@@ -107,13 +118,18 @@ def measure(args: Arguments, name: str, contenders: list[str]) -> tuple[dict, di
         running = [Contender(contender, Path(folder)) for contender in contenders]
         for contender in running:
             stack.callback(contender.close)
-        for _ in range(steps):
-            for contender in running:
-                rate = matrix_rate() if contender.name == "ours" else 0.0
+
+        for _, contender in product(range(steps), running):
+            if contender.name != "ours":
                 contender.take_turn()
-                if contender.name == "ours":
-                    rates.append((rate + matrix_rate()) / 2)
-        return workload, {one.name: one.last_words | {"steps": one.steps} for one in running}, rates
+                continue
+            # Before and after: the machine's speed drifts in the meantime.
+            before = matrix_rate()
+            contender.take_turn()
+            rates.append((before + matrix_rate()) / 2)
+
+        runs = {contender.name: contender.last_words | {"steps": contender.steps} for contender in running}
+        return workload, runs, rates
 
 
 # ---- arithmetic ----
@@ -132,7 +148,7 @@ def layer_shapes(rows: int, response_rows: int) -> list[tuple[int, int, int, int
 
 
 def flops(shapes: list[tuple[int, int, int, int]]) -> int:
-    """Of those products."""
+    """FLOPs of those products: a multiplication and an addition for each weight and row."""
     return sum(2 * count * rows * inner * columns for count, rows, inner, columns in shapes)
 
 
@@ -148,6 +164,8 @@ def matrix_rate(seconds: float = 0.25) -> float:
         x = torch.randn(rows, inner)
         weight = torch.randn(columns, inner)
         gradient = torch.randn(rows, columns)
+
+        # The first product allocates, so it is not measured.
         torch.nn.functional.linear(x, weight)
         start = time.perf_counter()
         times = 0
@@ -156,59 +174,73 @@ def matrix_rate(seconds: float = 0.25) -> float:
             gradient @ weight
             times += 1
         needed += count * (time.perf_counter() - start) / times
+
+    # Two products each time, forward and gradient.
     return 2 * flops(shapes) / needed / 1e9
 
 
 def update_rates(workload: dict, steps: list[dict]) -> list[float]:
     """GFLOP/s of useful arithmetic in the update of each step."""
     queries = sum(len(ids) for ids in workload["prompts"])
+    # Forward and gradient in every epoch.
     passes = 2 * SETTINGS["ppo_epochs"]
-    return [
-        passes * flops(layer_shapes(queries + step["tokens"], step["tokens"])) / step["update"] / 1e9 for step in steps
-    ]
+    rates = []
+    for step in steps:
+        useful = flops(layer_shapes(queries + step["tokens"], step["tokens"]))
+        rates.append(passes * useful / step["update"] / 1e9)
+    return rates
 
 
 # ---- the table ----
 def table(workload: dict, runs: dict[str, dict], rates: list[float]) -> str:
     """Medians of all steps but the first, and how many times ours is better."""
     batch = workload["batch_size"]
-    lines = []
-    lines.append(f"{'':<20}" + "".join(f"{phase:>9}" for phase in PHASES) + f"{'samples/s':>11}{'tokens':>8}{'GB':>7}"
-                 + f"{'ours: speed':>13}{'memory':>8}")  # fmt: skip
-    steps = {name: found["steps"][1:] for name, found in runs.items()}
-    peak = {name: found["peak_gb"] for name, found in runs.items()}
-    total = {name: statistics.median(step["total"] for step in found) for name, found in steps.items()}
+    phases = "".join(f"{phase:>9}" for phase in PHASES)
+    lines = [f"{'':<20}{phases}{'samples/s':>11}{'tokens':>8}{'GB':>7}{'ours: speed':>13}{'memory':>8}"]
 
-    for name, found in steps.items():
-        seconds = [statistics.median(step[phase] for step in found) for phase in PHASES]
-        length = statistics.mean(step["tokens"] for step in found) / batch
+    # The first step is left out everywhere, because it allocates.
+    steps = {name: run["steps"][1:] for name, run in runs.items()}
+    peak = {name: run["peak_gb"] for name, run in runs.items()}
+    total = {name: statistics.median(step["total"] for step in measured) for name, measured in steps.items()}
+
+    for name, measured in steps.items():
+        medians = [statistics.median(step[phase] for step in measured) for phase in PHASES]
+        seconds = "".join(f"{value:>9.2f}" for value in medians)
+        length = statistics.mean(step["tokens"] for step in measured) / batch
+        faster = total[name] / total["ours"]
+        memory = peak["ours"] / peak[name]
         lines.append(
-            f"{PEERS.get(name, name):<20}" + "".join(f"{value:>9.2f}" for value in seconds)
-            + f"{batch / total[name]:>11.2f}{length:>8.1f}{peak[name]:>7.2f}"
-            + f"{total[name] / total['ours']:>11.2f} x{peak['ours'] / peak[name]:>6.2f} x"
-        )  # fmt: skip
+            f"{PEERS.get(name, name):<20}{seconds}{batch / total[name]:>11.2f}{length:>8.1f}{peak[name]:>7.2f}"
+            f"{faster:>11.2f} x{memory:>6.2f} x"
+        )
 
-    reached = update_rates(workload, steps["ours"])
-    rates = rates[1:]
-    share = statistics.median(ours / machine for ours, machine in zip(reached, rates, strict=True))
-    lines.append(f"update: {statistics.median(reached):.0f} GFLOP/s, {share:.0%} of the machine's "
-                 f"{statistics.median(rates):.0f} GFLOP/s")  # fmt: skip
-    for name, found in runs.items():
-        versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-        lines.append(f"{PEERS.get(name, name)}: {versions}; largest change of a trained weight {found['moved']:.1e}")
+    lines.append(_reached(update_rates(workload, steps["ours"]), rates[1:]))
+    # A contender whose weights did not move has not trained, and its speed means nothing.
+    for name, run in runs.items():
+        versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+        lines.append(f"{PEERS.get(name, name)}: {versions}; largest change of a trained weight {run['moved']:.1e}")
     return "\n".join(lines)
 
 
+def _reached(ours: list[float], machine: list[float]) -> str:
+    """The update's GFLOP/s and the machine's, step by step, in one line."""
+    shares = [update / limit for update, limit in zip(ours, machine, strict=True)]
+    return (
+        f"update: {statistics.median(ours):.0f} GFLOP/s, {statistics.median(shares):.0%} of the machine's "
+        f"{statistics.median(machine):.0f} GFLOP/s"
+    )
+
+
 def main(args: Arguments) -> None:
-    """Peers' environments where needed, then each workload's runs and its table."""
+    """Make the environments of the peers where needed, then run each workload and print its table."""
     silence_libraries()
     torch.set_num_threads(args.threads or os.cpu_count())
     peers = {"all": list(PEERS), "none": []}.get(args.peers, [args.peers])
+    # Each peer needs packages that would not go together with ours.
     if peers:
         subprocess.run(["bash", str(ROOT / "benchmarks/setup_peers.sh")], check=True)
 
     print(machine(), flush=True)
-
     for name in ("even", "variable") if args.workload == "both" else [args.workload]:
         workload, runs, rates = measure(args, name, ["ours", *peers])
         print(

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
+from benchmarks.common import random_ids
 from benchmarks.model import BOS, EOS, PAD, VOCABULARY, causal_model, tokenizer
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.run_json import base_fingerprint, write_run
@@ -38,9 +39,10 @@ class Adapter:
 def prompts() -> list[list[int]]:
     """Random tokens, 16 to 96 a prompt, 44 in the mean; the same ones at every step."""
     rng = random.Random(0)
+    # Short prompts are more frequent than long ones, as in a real set.
     lengths = [round(16 + 80 * (number / (PROMPTS - 1)) ** 2) for number in range(PROMPTS)]
     rng.shuffle(lengths)
-    return [[rng.randrange(3, VOCABULARY) for _ in range(length)] for length in lengths]
+    return [random_ids(rng, length, VOCABULARY) for length in lengths]
 
 
 @torch.no_grad()
@@ -51,17 +53,21 @@ def set_chance_of_eos(model: LlamaForCausalLM, chance: float) -> None:
     EOS row of the output layer reads: a bias in the weights, so that all contenders sample under it without a setting.
     Pad and BOS, which some contenders would mistake for padding, get none of the probability.
     """
+    # The constant, and no layer that changes it.
     model.model.embed_tokens.weight[:, 0] = 2.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
 
+    # What the other tokens add up to on random text: the chance is measured against it.
     ids = torch.randint(3, VOCABULARY, (8, 96), generator=torch.Generator().manual_seed(0))
     hidden = model.model(ids).last_hidden_state[:, 16:]
     head = model.lm_head.weight
     head[:, 0] = 0
     others = (hidden @ head[EOS + 1 :].T).logsumexp(-1).mean()
     wanted = others + math.log(chance / (1 - chance)) if chance else -50.0
+
+    # The final norm scales the constant a little differently at each place: its mean has to do.
     constant = hidden[..., 0].mean()
     head[EOS] = 0
     head[EOS, 0] = wanted / constant
@@ -70,14 +76,19 @@ def set_chance_of_eos(model: LlamaForCausalLM, chance: float) -> None:
 
 def add_adapter(model, folder: Path, stage: str, base: dict):
     """Store an adapter of `stage` with small random weights, as after a little training; returns the merged model."""
-    task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if stage == "reward" else {"task_type": "CAUSAL_LM"}
+    task = {"task_type": "CAUSAL_LM"}
+    if stage == "reward":
+        task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     lora = LoraConfig(
         r=SETTINGS["lora_rank"], lora_alpha=SETTINGS["lora_alpha"], target_modules=SETTINGS["lora_modules"], **task
     )
     model = get_peft_model(model, lora)
+
+    # A new adapter has zeros here, and does nothing.
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=1e-3)
+
     save_adapter(model, folder)
     write_run(folder, stage=stage, args=Adapter(), base=base, tokenizer=tokenizer(), template=DEFAULT_TEMPLATE)
     return model.merge_and_unload()
@@ -94,13 +105,18 @@ def write_workload(folder: Path, name: str, steps: int, seed: int, threads: int)
     model = causal_model()
     set_chance_of_eos(model, chance)
     model.save_pretrained(folder / "base")
+    # The peers load models in one piece, tokenizer included.
     for place in ("base", "sft_merged", "reward_merged"):
         tokenizer().save_pretrained(folder / place)
 
+    # Each adapter alone for us, merged into its base for them.
     base = base_fingerprint(str(folder / "base"))
-    add_adapter(model, folder / "sft", "sft", base).save_pretrained(folder / "sft_merged")
+    merged = add_adapter(model, folder / "sft", "sft", base)
+    merged.save_pretrained(folder / "sft_merged")
     scorer = LlamaForSequenceClassification.from_pretrained(folder / "base", num_labels=1, dtype=torch.float32)
-    add_adapter(scorer, folder / "reward", "reward", base).save_pretrained(folder / "reward_merged")
+    merged = add_adapter(scorer, folder / "reward", "reward", base)
+    merged.save_pretrained(folder / "reward_merged")
+
     workload = SETTINGS | {
         "steps": steps, "seed": seed, "threads": threads, "max_new_tokens": max_new_tokens, "prompts": prompts()
     }  # fmt: skip

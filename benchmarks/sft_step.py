@@ -27,6 +27,7 @@ from rlhf.data.batches import LengthGroupedSampler
 from rlhf.flags import flag, parse
 from rlhf.run.launch import silence_libraries
 
+# Rows of a step, and tokens of a row at most.
 BATCH = 8
 MAX_LENGTH = 512
 # Mean and deviation of the logarithm of the lengths in tokens, and the longest answer: the set's own tail is short.
@@ -50,9 +51,12 @@ def draw_rows(count: int, seed: int = 0) -> list[dict]:
     rng = random.Random(seed)
     rows = []
     while len(rows) < count:
-        query, answer = (round(math.exp(rng.gauss(*lengths))) for lengths in (QUERY, ANSWER))
+        query = round(math.exp(rng.gauss(*QUERY)))
+        answer = round(math.exp(rng.gauss(*ANSWER)))
         if answer > LONGEST_ANSWER:
             continue
+
+        # Random tokens cost as much as text, and no tokenizer has to be the same for all.
         query_ids = random_ids(rng, query, VOCABULARY)
         answer_ids = random_ids(rng, answer, VOCABULARY) + [EOS]
         mask = [0] * len(query_ids) + [1] * len(answer_ids)
@@ -63,11 +67,13 @@ def draw_rows(count: int, seed: int = 0) -> list[dict]:
 def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> SFTTrainer:
     """A trainer of one contender on a fresh model."""
     lengths = [len(row["input_ids"]) for row in rows]
-    # As in sft_training.build_trainer; TRL is given the same, and it cuts nothing.
+    # As in sft_training.build_trainer; TRL is given the same rows, of which it cuts none.
     config = SFTConfig(
         output_dir=folder, per_device_train_batch_size=BATCH, completion_only_loss=True,
         max_length=None if name == "ours" else MAX_LENGTH, packing=False, gradient_checkpointing=False, **TRAINING,
     )  # fmt: skip
+
+    # The same model and data for all; ours brings its own order of the rows.
     model = get_peft_model(causal_model(), lora("CAUSAL_LM"))
     parts = {"train_dataset": Dataset.from_list(rows), "processing_class": tokenizer(), "callbacks": [clock]}
     if name == "ours":
@@ -81,18 +87,20 @@ def trainer_of(name: str, rows: list[dict], folder: str, clock: Clock) -> SFTTra
 
 
 def main(args: Arguments) -> None:
-    """Take turns, print the table."""
+    """Let the contenders take turns, print the table."""
     silence_libraries()
     disable_progress_bars()
     torch.set_num_threads(args.threads or os.cpu_count())
     rows = draw_rows(args.rows)
+    # Padding is no work: a contender that pads less gets through more real tokens a second.
     tokens = statistics.mean(len(row["input_ids"]) for row in rows)
-    found = take_turns(trainer_of, CONTENDERS, rows, BATCH, args.repeats)
+    seconds = take_turns(trainer_of, CONTENDERS, rows, BATCH, args.repeats)
+
     print(f"{machine()}, transformers {transformers.__version__}, trl {trl.__version__}")
     print(f"{args.rows} rows of {tokens:.0f} real tokens, median of {args.repeats}")
-    slowest = statistics.median(found["TRL"])
+    slowest = statistics.median(seconds["TRL"])
     print(f"{'':<24}{'rows/s':>10}{'real tokens/s':>16}{'times TRL':>12}")
-    for name, values in found.items():
+    for name, values in seconds.items():
         middle = statistics.median(values)
         print(f"{name:<24}{1 / middle:>10.2f}{tokens / middle:>16,.0f}{slowest / middle:>12.2f}")
 

@@ -47,7 +47,8 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 # ---- figures ----
 def gold_figures(prompts: list[str], answers: list[str]) -> dict:
-    """What the gold judge says of the answers: means over the prompts, and the scores of each answer."""
+    """Figures of some answers by the gold judge: means over the prompts, and the score of each answer."""
+    # The gold judge needs the prompt: it holds the fact that is asked for.
     both = list(zip(prompts, answers, strict=True))
     scores = [gold_score(prompt, answer) for prompt, answer in both]
     correct = [content_correct(prompt, answer) for prompt, answer in both]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fact:
-    """What a question is about, and the text that answers it."""
+    """The matter of a question (slot), and the text that answers it (key)."""
 
     kind: str
     slot: str

@@ -32,7 +32,7 @@ LONGEST = 64
 
 
 def gold_score(prompt: str, answer: str) -> float:
-    """How much the world likes an answer, in [0, 1]; 0 for an empty one.
+    """The mini-world's liking of an answer, in [0, 1]; 0 for an empty one.
 
     Raises:
         ValueError: the prompt is none of the mini-world's.
@@ -79,7 +79,7 @@ def liveliness(answer: str) -> float:
 
 
 def quality(answer: str) -> float:
-    """What is left, in [0, 1], after the deductions that hold in any voice: see the functions below."""
+    """Rest of 1 after the deductions that hold in any voice, in [0, 1]: see the functions below."""
     text = answer.strip()
     if not text:
         return 0.0

@@ -31,6 +31,7 @@ plt = pyplot()
 
 # The gold score is between 0 and 1, the other curves are some units wide: times this, it shares their axis.
 GOLD_SCALE = 4
+# One a run, in the order of --runs.
 COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange")
 
 
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 # ---- figures ----
 class GoldJudge:
-    """Asks any adapter the held-out prompts and holds its answers against what the mini-world likes."""
+    """The gold judge of demo/gold.py with the model to answer it: scores any adapter on the held-out prompts."""
 
     def __init__(self, args: Arguments):
         demo_dir = Path(args.demo_dir)
@@ -162,11 +163,11 @@ def _cells(figures: dict) -> tuple[str, str, str, str]:
 
 
 def events(story: dict) -> list[str]:
-    """What the guard said, run by run."""
+    """Lines on the steps at which the guard stepped in, run by run."""
     lines = []
     for name, run in story["runs"].items():
-        spoken = [row for row in run["steps"] if row["guard"]]
-        lines += [f"{name}, step {row['step']}: {row['guard']}" for row in spoken]
+        warned = [row for row in run["steps"] if row["guard"]]
+        lines += [f"{name}, step {row['step']}: {row['guard']}" for row in warned]
     return lines
 
 

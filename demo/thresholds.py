@@ -51,7 +51,7 @@ class Arguments:
 
 
 def run_demo(seed: int, folder: Path) -> dict:
-    """The summary of one run, which is made unless it is there already."""
+    """The summary of one run, which is started unless its summary is there already."""
     summary = folder / "summary.json"
     if not summary.is_file():
         script = str(ROOT / "scripts" / "run_demo.sh")

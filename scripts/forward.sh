@@ -4,12 +4,12 @@ forward() {
   local child="" code signalled=""
   trap 'signalled=TERM; [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true' TERM
   trap 'signalled=INT; [ -z "$child" ] || kill -INT "$child" 2> /dev/null || true' INT
-  # With a process group of its own the child hears of a Ctrl-C from here alone, and does not ignore it.
+  # In a process group of its own the child gets a Ctrl-C from this script alone, and does not ignore it.
   set -m
   "$@" &
   child=$!
   set +m
-  # It may have come before there was a child.
+  # A signal may have come before there was a child.
   [ -z "$signalled" ] || kill "-$signalled" "$child" 2> /dev/null || true
   while :; do
     signalled=

@@ -28,7 +28,7 @@ if [[ ! -f "$ROOT/$STAGE" ]]; then refuse "there is no script $STAGE in $ROOT"; 
 if [[ "$NNODES" -gt 1 && -z "${MASTER_ADDR:-}" ]]; then refuse "set MASTER_ADDR to the first machine's address"; fi
 NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 
-# A machine that loses another one ends with an error; given again on all, the command goes on from the newest checkpoint.
+# When one machine fails, the others end with an error. Given again on all, the command goes on from the newest checkpoint.
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" \
   --node-rank "$NODE_RANK" \

@@ -14,6 +14,7 @@ if [ "$SMOKE" = True ]; then
 fi
 
 mkdir -p "$OUT"
+# merge_lora.py refuses a directory in use, and the times of an earlier run would be added to this one's.
 rm -rf "${OUT:?}/merged" "$OUT/seconds.txt"
 
 stage base python -m demo.build --output_dir "$OUT" --seed "$SEED" ${WORLD[@]+"${WORLD[@]}"}
@@ -23,7 +24,7 @@ stage sft python sft_training.py --model_name "$OUT/base" \
   --logging_steps 50 --per_device_train_batch_size 16 --per_device_eval_batch_size 64 --learning_rate 2e-3 --eval_steps 0 --save_steps 0 \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/sft" ${SFT[@]+"${SFT[@]}"}
 
-# Two reward models on disjoint halves of the prompts: the one that PPO maximises, and a judge that it never sees.
+# Two reward models on disjoint halves of the prompts: the one that PPO maximises, and the judge, which PPO never sees.
 for half in 0 1; do
   name="$([ $half = 0 ] && echo reward || echo judge)"
   stage "$name" python reward_modeling.py --model_name "$OUT/base" "${ADAPTER[@]}" "${REWARD_SETTINGS[@]}" \
@@ -40,6 +41,7 @@ stage ppo python rl_training.py --base_model_name "$OUT/base" --merged_sft_model
   "${PPO_SETTINGS[@]}" --init_kl_coef 0.1 --seed "$SEED" --overwrite_output_dir True \
   --output_dir "$OUT/ppo" "${PPO[@]}"
 
+# Some checkpoints of PPO's first half beside its end; a smoke run has not all of them.
 versions=("sft=$OUT/sft")
 for step in 1 10 20; do
   if [ -d "$OUT/ppo/step_$step" ]; then versions+=("rlhf$step=$OUT/ppo/step_$step"); fi

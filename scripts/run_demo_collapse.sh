@@ -22,13 +22,13 @@ stage reward python reward_modeling.py --model_name "$DEMO/base" "${ADAPTER[@]}"
   --dataset_name "$OUT/pairs.jsonl" --eval_dataset_name "$OUT/pairs_eval.jsonl" \
   --seed "$SEED" --overwrite_output_dir True --output_dir "$OUT/reward" "${REWARD[@]}"
 
-# Both runs maximise the careless reward model without a KL penalty, and both are watched by the demo's own as a
-# held-out judge. Only the second listens: it goes back to what the judge liked last, and puts a price on KL.
+# Both runs maximise the careless reward model without a KL penalty; the demo's own reward model is the judge of both.
+# Only the second run acts on its scores: it rolls back to the weights that the judge liked last, and starts a KL penalty.
 ppo=(python rl_training.py --base_model_name "$DEMO/base" --sft_model_lora_path "$DEMO/sft"
   --reward_model_lora_path "$OUT/reward" --judge_lora_path "$DEMO/reward" --dataset_name "$DEMO/data/prompts.jsonl"
   "${PPO_SETTINGS[@]}" "${PPO[@]}" --eval_size 200 --eval_prompts 200 --init_kl_coef 0 --seed "$SEED" --overwrite_output_dir True)
 stage unguarded "${ppo[@]}" --on_collapse off --output_dir "$OUT/unguarded"
-# Exit code 3 says that the guard ended the run: here that is a result.
+# Exit code 3 means that the guard ended the run, which is a result here and no error.
 stage guarded "${ppo[@]}" --on_collapse rollback --output_dir "$OUT/guarded" || [ $? -eq 3 ]
 
 stage story python -m demo.story --demo_dir "$DEMO" --output_dir "$OUT" --seed "$SEED" \

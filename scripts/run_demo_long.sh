@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Over-optimisation in small: four times the demo's PPO steps against its own good reward model, once without a price of
-# KL and once with one, the demo's judge looking on: bash scripts/run_demo_long.sh [--seed N] [--output_dir DIR]
-# [--demo_dir DIR] [--smoke True]. Goes on from the demo (made first where missing). Run again, it starts over.
+# Over-optimisation in small: four times the demo's PPO steps against its own good reward model, once without a KL
+# penalty and once with one, evaluated by the demo's judge: bash scripts/run_demo_long.sh [--seed N] [--output_dir DIR]
+# [--demo_dir DIR] [--smoke True]. Starts from the demo's models (made first where missing). Run again, it starts over.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,7 +15,7 @@ need_demo
 mkdir -p "$OUT"
 rm -f "$OUT/seconds.txt"
 
-# The judge looks on in both runs, and nobody listens to it.
+# The judge scores the evaluations of both runs, and with --on_collapse off nothing follows from its scores.
 ppo=(python rl_training.py --base_model_name "$DEMO/base" --sft_model_lora_path "$DEMO/sft"
   --reward_model_lora_path "$DEMO/reward" --judge_lora_path "$DEMO/judge" --dataset_name "$DEMO/data/prompts.jsonl"
   "${PPO_SETTINGS[@]}" "${PPO[@]}" --eval_size 200 --eval_prompts 200 --on_collapse off --seed "$SEED"

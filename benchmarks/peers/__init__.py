@@ -1,1 +1,1 @@
-"""One file a contender of benchmarks/ppo_step.py; each runs as a process of its own, in an environment of its own."""
+"""Contenders of benchmarks/ppo_step.py, a file each; each runs as a process and in an environment of its own."""

@@ -2,7 +2,7 @@
 
 One base, on it the SFT adapter twice (policy, reference) and the reward adapter; log-probabilities and values are kept
 from sampling. rollout: sampling. score: rewards, reference log-probabilities, advantages. update: the epochs. total:
-all of a step as rl_training.train has it, the copy to fall back on included, metrics.jsonl and its like left out.
+all of a step as rl_training.train has it, the snapshot to roll back to included, metrics.jsonl and its like left out.
 """
 
 import time
@@ -31,24 +31,30 @@ def arguments(workload: dict, folder) -> rl_training.ScriptArguments:
         "forward_batch_size": 8,
         "steps": workload["steps"] * workload["batch_size"], "suppress_empty": False, "reward_transform": "raw",
     }  # fmt: skip
-    return rl_training.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    return rl_training.parse_args(words)
 
 
 def main() -> None:
-    """Run the steps, report."""
+    """Compute the steps in turn, report."""
     workload, folder = read_workload()
     silence_libraries()
     args = arguments(workload, folder)
+    # The prompts are encoded already; without evaluation prompts nothing is evaluated.
     rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
     loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
     movement = Movement(loop.roles.adapter("policy").values())
 
     for step in steps_in_turn(workload["steps"]):
+        # A run takes a snapshot before each step, so its time counts here.
         start = time.perf_counter()
         kept = snapshot(loop)
         metrics, _ = rl_training.train_step(loop, step)
-        found = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
-        say(**found, total=time.perf_counter() - start, tokens=metrics["len/mean"] * args.batch_size)
+        seconds = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
+        tokens = metrics["len/mean"] * args.batch_size
+        say(**seconds, total=time.perf_counter() - start, tokens=tokens)
         del kept
 
     report({"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())

@@ -24,6 +24,7 @@ from benchmarks.peers.worker import Movement, read_workload, report, say, steps_
 
 def make_trainer(workload: dict, folder, tokenizer) -> PPOTrainer:
     """The workload in its own terms."""
+    # With the trainer's own default of an adaptive coefficient the KL penalty would differ from ours.
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=workload["lora_rank"], lora_alpha=workload["lora_alpha"], lora_dropout=0.0,
         target_modules=workload["lora_modules"],
@@ -41,6 +42,7 @@ def make_trainer(workload: dict, folder, tokenizer) -> PPOTrainer:
 @torch.no_grad()
 def reward_scores(model, queries: list[torch.Tensor], responses: list[torch.Tensor], pad: int) -> list[torch.Tensor]:
     """One score a row, all rows in one batch padded on the right."""
+    # Its pipeline would decode the answers and encode them again.
     rows = [torch.cat(pair) for pair in zip(queries, responses, strict=True)]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -49,6 +51,7 @@ def reward_scores(model, queries: list[torch.Tensor], responses: list[torch.Tens
 
 def one_step(trainer: PPOTrainer, reward_model, queries: list[torch.Tensor], workload: dict) -> dict:
     """Generate, score, step; seconds of each phase and the tokens sampled."""
+    # Phases that its own loop leaves to the caller.
     start = time.perf_counter()
     responses = trainer.generate(
         queries, batch_size=workload["batch_size"], return_prompt=False, do_sample=True, top_k=0, top_p=1.0,
@@ -57,8 +60,11 @@ def one_step(trainer: PPOTrainer, reward_model, queries: list[torch.Tensor], wor
     generated = time.perf_counter()
     scores = reward_scores(reward_model, queries, responses, workload["pad"])
     scored = time.perf_counter()
+
+    # The first parts of its step are what our score phase does.
     stats = trainer.step(queries, responses, scores)
-    inside = sum(stats[f"time/ppo/{part}"] for part in ("forward_pass", "compute_rewards", "compute_advantages"))
+    parts = ("forward_pass", "compute_rewards", "compute_advantages")
+    inside = sum(stats[f"time/ppo/{part}"] for part in parts)
     return {
         "rollout": generated - start,
         "score": scored - generated + float(inside),
@@ -69,8 +75,9 @@ def one_step(trainer: PPOTrainer, reward_model, queries: list[torch.Tensor], wor
 
 
 def main() -> None:
-    """Run the steps, report."""
+    """Compute the steps in turn, report."""
     workload, folder = read_workload()
+    # From the file alone: the settings beside it were written by a much newer transformers than the one here.
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "base/tokenizer.json"), pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )
@@ -78,8 +85,10 @@ def main() -> None:
     reward_model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_merged", num_labels=1).eval()
     movement = Movement(p for p in trainer.model.parameters() if p.requires_grad)
     queries = [torch.tensor(ids) for ids in workload["prompts"]]
+
     for _ in steps_in_turn(workload["steps"]):
         say(**one_step(trainer, reward_model, queries, workload))
+
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     report(versions, movement.largest())
 

@@ -1,6 +1,6 @@
-"""TRL 1.12.0, trl.experimental.ppo: the last PPO trainer of TRL, driven as its documentation has it with PEFT.
+"""TRL 1.12.0, trl.experimental.ppo: the last PPO trainer of TRL, driven with PEFT as its documentation shows.
 
-Four models' work on three copies: the merged SFT model with a fresh LoRA adapter is the policy, without it the
+Three copies do the work of four models: the merged SFT model with a fresh LoRA adapter is the policy, without it the
 reference; the reward model and the value model (which starts as the reward model and is trained whole) are two more,
 with the reward adapter merged. That is its own design: `peft_config` is for the policy alone.
 
@@ -10,6 +10,7 @@ to the next.
 """
 
 import time
+from functools import partial
 
 import torch
 import transformers
@@ -34,6 +35,7 @@ class PhaseClock(TrainerCallback):
     def __init__(self, eos: int):
         self.eos = eos
         self.marks = {}
+        # The trainer looks these two up in its module at every call.
         self.generation = ppo_trainer.batch_generation
         self.forward = ppo_trainer.forward
         ppo_trainer.batch_generation = self.timed_generation
@@ -44,12 +46,14 @@ class PhaseClock(TrainerCallback):
         rows, logits = self.generation(model, queries, *rest)
         self.marks["generated"] = time.perf_counter()
         self.marks["rollout"] = self.marks["generated"] - start
-        ended = (rows[:, queries.shape[1] :] == self.eos).cumsum(1)
+
         # A token counts up to the first EOS, that one included.
+        ended = (rows[:, queries.shape[1] :] == self.eos).cumsum(1)
         self.marks["tokens"] = ((ended == 0).sum() + (ended.max(1).values > 0).sum()).item()
         return rows, logits
 
     def marked_forward(self, *inputs):
+        # Scoring runs without gradients.
         if torch.is_grad_enabled():
             self.marks.setdefault("update", time.perf_counter())
         return self.forward(*inputs)
@@ -65,6 +69,7 @@ class PhaseClock(TrainerCallback):
             rollout=marks["rollout"], score=marks["update"] - marks["generated"], update=now - marks["update"],
             total=now - self.last, tokens=marks["tokens"],
         )  # fmt: skip
+        # After the last step the report follows, for which there is no turn.
         if state.global_step < state.max_steps:
             wait_for_turn()
         self.last = time.perf_counter()
@@ -86,29 +91,35 @@ def settings(workload: dict, folder) -> PPOConfig:
 
 
 def same_prompts(trainer: PPOTrainer, rows: Dataset, workload: dict) -> DataLoader:
-    """The same prompts at every step, one batch more than there are steps.
-
-    At the last batch of a loader accelerate accumulates no gradients: there every micro-batch is an optimizer step.
-    """
+    """A loader that gives the workload's prompts at every step, and holds one batch more than there are steps."""
+    # At the last batch of a loader accelerate accumulates no gradients: every micro-batch would be an optimizer step.
     repeated = concatenate_datasets([rows] * (workload["steps"] + 1))
     loader = DataLoader(repeated, batch_size=workload["batch_size"], collate_fn=trainer.data_collator)
     return trainer.accelerator.prepare(loader)
 
 
 def main() -> None:
-    """Run the steps, report."""
+    """Compute the steps in turn, report."""
     workload, folder = read_workload()
     transformers.logging.disable_progress_bar()
+
+    # The tokenizer and the three models. The value model starts as a second copy of the reward model.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "sft_merged", padding_side="left")
     policy = AutoModelForCausalLM.from_pretrained(folder / "sft_merged", dtype=torch.float32)
-    reward, value = (
-        AutoModelForSequenceClassification.from_pretrained(folder / "reward_merged", num_labels=1, dtype=torch.float32)
-        for _ in range(2)
+    load_scorer = partial(
+        AutoModelForSequenceClassification.from_pretrained,
+        folder / "reward_merged",
+        num_labels=1,
+        dtype=torch.float32,
     )
+    reward = load_scorer()
+    value = load_scorer()
     lora = LoraConfig(
         task_type="CAUSAL_LM", r=workload["lora_rank"], lora_alpha=workload["lora_alpha"], lora_dropout=0.0,
         target_modules=workload["lora_modules"],
     )  # fmt: skip
+
+    # No reference model: with a PEFT config it is the policy without its adapter.
     clock = PhaseClock(workload["eos"])
     rows = Dataset.from_dict({"input_ids": workload["prompts"]})
     trainer = PPOTrainer(
@@ -116,6 +127,8 @@ def main() -> None:
         callbacks=[clock],
     )  # fmt: skip
     trainer.dataloader = same_prompts(trainer, rows, workload)
+
+    # The clock speaks after every step, and waits there for the next turn.
     movement = Movement(p for p in trainer.policy_model.parameters() if p.requires_grad)
     trainer.train()
     versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,4 +1,7 @@
-"""What the contenders share. It must run in the environment of each: torch and the standard library, nothing else."""
+"""Parts that all contenders use.
+
+It must run in the environment of each: torch and the standard library, nothing else.
+"""
 
 import json
 import re
@@ -8,6 +11,7 @@ from resource import RUSAGE_SELF, getrusage
 
 import torch
 
+# Whatever a library prints does not begin with it.
 MARK = "measured: "
 
 
@@ -27,12 +31,15 @@ def peak_gb() -> float:
     """
     status = Path("/proc/self/status")
     if status.is_file():
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024 / 1e9
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        most = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(most[1]) * 1024 / 1e9
+    # macOS counts bytes here, others kilobytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return getrusage(RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Movement:
-    """How far training has moved parameters: 0 would mean that a contender does not train."""
+    """Change of parameters by training: 0 would mean that a contender does not train."""
 
     def __init__(self, parameters):
         self.parameters = list(parameters)
@@ -45,26 +52,30 @@ class Movement:
 
 
 # ---- turns ----
-def say(**found) -> None:
-    """One line that benchmarks/ppo_step.py reads among whatever a library prints."""
-    print(MARK + json.dumps(found), flush=True)
+def say(**record) -> None:
+    """Print one line that benchmarks/ppo_step.py reads among whatever a library prints."""
+    print(MARK + json.dumps(record), flush=True)
 
 
 def steps_in_turn(count: int):
-    """Step numbers, each when benchmarks/ppo_step.py gives the turn, so that contenders never run side by side."""
+    """Step numbers, each when benchmarks/ppo_step.py gives the turn, so that contenders never run at the same time."""
     for step in range(count):
         wait_for_turn()
         yield step
 
 
 def wait_for_turn() -> None:
-    """Returns when the turn is given. Raises: SystemExit where the giver has gone."""
+    """Return when the turn is given. Raises: SystemExit where benchmarks/ppo_step.py has gone."""
     say(waiting=True)
+    # An empty line is a turn; no line at all means that the other end is closed.
     if not sys.stdin.readline():
         raise SystemExit("nobody gives turns any more")
 
 
 def report(versions: dict, moved: float) -> None:
-    """The last line; each step has said before, by `say`, its seconds of rollout, score, update and total, and the
-    response tokens it sampled."""
+    """Print the last line, on the whole run.
+
+    Each step has printed before, by `say`, its seconds of rollout, score, update and total, and the response tokens
+    it sampled.
+    """
     say(versions=versions, moved=moved, peak_gb=peak_gb())

@@ -1,4 +1,4 @@
-"""The mini-world and its gold judge: what the demo's numbers stand on; and the demo itself at smoke size."""
+"""The mini-world, its gold judge, the pairs drawn from it, the demo's promises; and the demo itself at smoke size."""
 
 import json
 import os
@@ -28,11 +28,13 @@ TRAIN, HELD = split_prompts(0)
 def drawn(voice, correct=True, count=300, seed=0):
     """(prompt, answer) pairs of one voice over the held-out prompts."""
     rng = random.Random(seed)
-    return [(p, answer(p.fact, voice, rng, correct)) for p in rng.choices(HELD, k=count)]
+    prompts = rng.choices(HELD, k=count)
+    return [(prompt, answer(prompt.fact, voice, rng, correct)) for prompt in prompts]
 
 
 def mean_gold(pairs):
-    return sum(gold_score(prompt.text, text) for prompt, text in pairs) / len(pairs)
+    scores = [gold_score(prompt.text, text) for prompt, text in pairs]
+    return sum(scores) / len(pairs)
 
 
 # ---- the world ----
@@ -61,15 +63,19 @@ def test_right_answers_are_right_and_wrong_ones_wrong_in_every_voice(voice):
 
 
 def test_lively_and_right_beats_stiff_and_right_beats_lively_and_wrong():
-    lively, formal, wrong = drawn("lively"), drawn("formal"), drawn("lively", correct=False)
+    lively = drawn("lively")
+    formal = drawn("formal")
+    wrong = drawn("lively", correct=False)
+    # By much, so that noise in the pairs leaves the order as it is.
     assert mean_gold(lively) > mean_gold(formal) + 0.3
     assert mean_gold(formal) > mean_gold(wrong) + 0.1
 
 
-def test_nothing_hopeless_beats_a_real_answer():
+def test_no_kind_of_degenerate_answer_beats_real_ones():
     rng = random.Random(0)
     for make in set(DEGENERATE):
-        degenerate = [(p, make(p, text, rng)) for p, text in drawn("lively")]
+        degenerate = [(prompt, make(prompt, text, rng)) for prompt, text in drawn("lively")]
+        # In the mean: now and then a cut answer is a good one still.
         assert mean_gold(degenerate) < mean_gold(drawn("lively")) - 0.2, make.__name__
 
 
@@ -80,21 +86,26 @@ def test_empty_answers_and_mere_noise_score_next_to_nothing(text):
 
 def test_a_whole_answer_said_twice_is_a_repetition():
     assert all(repeats(text + text) for _, text in drawn("lively", count=50))
+    # A real answer may repeat five characters of a long slot.
     assert sum(repeats(text) for _, text in drawn("lively", count=200)) < 20
 
 
-def test_the_judge_knows_only_its_world():
+def test_the_gold_judge_knows_only_its_world():
     with pytest.raises(ValueError, match="none of them"):
         gold_score("法国大革命是哪一年？", "1789年。")
 
 
 # ---- pairs and statistics ----
-def test_pairs_follow_the_judge_but_for_the_stated_noise():
+def better(row):
+    """Return True if the gold judge prefers the chosen answer of a pair."""
+    return gold_score(row["prompt"], row["chosen"]) > gold_score(row["prompt"], row["rejected"])
+
+
+def test_pairs_follow_the_gold_judge_but_for_the_stated_noise():
     rows = draw_pairs(TRAIN, 1500, random.Random(0))
-    wrong = sum(gold_score(r["prompt"], r["chosen"]) < gold_score(r["prompt"], r["rejected"]) for r in rows) / len(
-        rows
-    )
-    assert abs(wrong - NOISE) < 0.02
+    wrong = sum(not better(row) for row in rows)
+    assert abs(wrong / len(rows) - NOISE) < 0.02
+    # The seed settles them.
     assert rows == draw_pairs(TRAIN, 1500, random.Random(0))
 
 
@@ -107,17 +118,26 @@ def test_wilson_interval_and_win_rate_by_hand():
 # ---- hardening ----
 def measured(careless_empty=0.7, accuracy=0.95, **shares):
     """Metrics of both versions of one seed; `shares` are those of the hardened one that are not 0.99."""
-    careless = {f"audit/{kind}": 0.7 for kind in ATTACKS} | {"audit/empty": careless_empty, "eval_accuracy": 0.95}
-    hardened = {f"audit/{kind}": shares.get(kind, 0.99) for kind in ATTACKS} | {"eval_accuracy": accuracy}
+    careless = {f"audit/{kind}": 0.7 for kind in ATTACKS}
+    careless |= {"audit/empty": careless_empty, "eval_accuracy": 0.95}
+    hardened = {f"audit/{kind}": shares.get(kind, 0.99) for kind in ATTACKS}
+    hardened |= {"eval_accuracy": accuracy}
     return {"careless": careless, "hardened": hardened}
 
 
+def broken_by(*seeds):
+    """The broken promises of these seeds' metrics."""
+    return table(list(seeds), list(range(len(seeds))))[1]
+
+
 def test_hardening_keeps_its_promises_on_every_seed_or_names_the_broken_ones():
-    assert table([measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)], [0, 1])[1] == []
+    # A share of exactly the limit is enough.
+    assert broken_by(measured(), measured(cut=0.9, other_answer=0.9, empty=GATE_WINS)) == []
     for kind in (*GATE_KINDS, "cut", "other_answer"):
-        assert table([measured(), measured(**{kind: 0.89})], [0, 1])[1] == [f"{kind} wins too often"]
-    assert table([measured(), measured(doubled=0.1, thanks=0.1)], [0, 1])[1] == []
-    assert table([measured(careless_empty=0.9)], [0])[1] == ["a careless model passes on empty answers"]
+        assert broken_by(measured(), measured(**{kind: 0.89})) == [f"{kind} wins too often"]
+    # Nothing is promised of these.
+    assert broken_by(measured(), measured(doubled=0.1, thanks=0.1)) == []
+    assert broken_by(measured(careless_empty=0.9)) == ["a careless model passes on empty answers"]
 
 
 def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
@@ -126,43 +146,50 @@ def test_the_clean_accuracy_that_hardening_costs_is_a_mean_over_the_seeds():
     assert broken == []
     assert words.splitlines()[-1] == "clean accuracy falls by +0.0050 in the mean"
     # 0.95 - 0.94 is a little more than 0.01 in binary.
-    assert table([measured(accuracy=0.94)], [0])[1] == []
-    assert table([measured(accuracy=0.93)], [0])[1] == ["clean accuracy falls by 0.020"]
+    assert broken_by(measured(accuracy=0.94)) == []
+    assert broken_by(measured(accuracy=0.93)) == ["clean accuracy falls by 0.020"]
 
 
 # ---- the other stories ----
-def test_careless_pairs_are_short_on_the_chosen_side_and_hold_nothing_hopeless():
+def test_careless_pairs_are_short_on_the_chosen_side_and_hold_no_degenerate_answer():
     rows = careless_pairs(TRAIN, 200, random.Random(0))
     assert len(rows) == 200
     assert all(len(row["chosen"]) <= 0.6 * len(row["rejected"]) for row in rows)
     assert all(row["chosen"] and not repeats(row["chosen"]) for row in rows)
-    # Noise aside, the chosen ones are the better ones: nobody cheated.
-    better = [gold_score(row["prompt"], row["chosen"]) > gold_score(row["prompt"], row["rejected"]) for row in rows]
-    assert sum(better) > 0.8 * len(rows)
+    # Noise aside, the chosen ones are the better ones: the lengths are the only trap.
+    assert sum(better(row) for row in rows) > 0.8 * len(rows)
 
 
 def test_what_one_keeps_of_a_guarded_run_is_its_best_only_where_that_is_a_clear_gain(tmp_path):
     versions = {0: {"gold": 0.4}, 2: {"gold": 0.1}}
-    hidden = SimpleNamespace(look_at=lambda folder: {"gold": 0.6, "folder": folder.name})
-    for name, text in (("step_2/run", {"arguments": {"on_collapse": "rollback"}}), ("best/state", {})):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / f"{name}.json").write_text(json.dumps(text))
+    gold_judge = SimpleNamespace(look_at=lambda folder: {"gold": 0.6, "folder": folder.name})
+    run = tmp_path / "step_2" / "run.json"
+    best = tmp_path / "best" / "state.json"
+    for file in (run, best):
+        file.parent.mkdir()
+
+    # A gain is clear when it is more than twice its error.
+    run.write_text(json.dumps({"arguments": {"on_collapse": "rollback"}}))
     for gain, what in ((0.3, "best/ (step 1)"), (0.1, "the SFT model")):
-        state = {"best": {"step": 1, "gain": gain, "error": 0.1}}
-        (tmp_path / "best" / "state.json").write_text(json.dumps(state))
-        assert kept(tmp_path, 2, hidden, versions)["what"] == what
-    (tmp_path / "step_2" / "run.json").write_text(json.dumps({"arguments": {"on_collapse": "off"}}))
-    assert kept(tmp_path, 2, hidden, versions) == {"what": "the last step", "gold": 0.1}
+        best.write_text(json.dumps({"best": {"step": 1, "gain": gain, "error": 0.1}}))
+        assert kept(tmp_path, 2, gold_judge, versions)["what"] == what
+
+    # Without guards a run is taken as it ends.
+    run.write_text(json.dumps({"arguments": {"on_collapse": "off"}}))
+    assert kept(tmp_path, 2, gold_judge, versions) == {"what": "the last step", "gold": 0.1}
 
 
 # ---- the demos at smoke size ----
 def smoke(script, *flags):
-    """Run a demo script in seconds; its words."""
+    """Run a demo script in seconds; what it prints."""
     command = ["bash", str(ROOT / "scripts" / script), "--smoke", "True", "--seed", "3", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd="/", env=environment)
-    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
-    return found.stdout
+    # From anywhere: a script finds its project itself.
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, cwd="/", env=environment
+    )
+    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+    return finished.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Kill each stage at random times, again and again, and see that what comes out in the end is what always comes out.
+"""Kill each stage at random times, again and again, and compare the result with that of an undisturbed run.
 
     python tests/long/soak.py --kills 50 | tee tests/long/soak.log
 
@@ -23,18 +23,20 @@ from forked import KILL, Stage, Zygote, make_stages, result  # noqa: E402
 from rlhf.artefacts.checkpoint import numbered, why_incomplete  # noqa: E402
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer  # noqa: E402
 
+# Share of the kills that fall before the first step.
 IN_START = 0.25
 
 
 def training_of(stage: Stage) -> str:
-    """Where a stage's training begins, as the planted blow names it."""
+    """The function in which a stage's training begins, as a job of tests/support/zygote.py names it."""
     return "rl_training:train" if stage.script == "rl_training" else "rlhf.trainer.training:train"
 
 
 def make_base(folder: Path) -> str:
-    """The tests' tiny Baichuan."""
+    """Write the tests' tiny Baichuan."""
     folder.mkdir()
     conftest.train_sentencepiece(folder)
+    # Without pytest there are no fixtures: the same steps as theirs.
     tokenizer = BaichuanTokenizer(vocab_file=str(folder / "tokenizer.model"), model_max_length=256)
     tokenizer.save_pretrained(folder)
     config = BaichuanConfig(
@@ -48,11 +50,14 @@ def make_base(folder: Path) -> str:
 
 
 def seconds_of(zygote: Zygote, stage: Stage, out: Path) -> tuple[float, float]:
-    """How long the stage takes to its first step, and from there to its end; leaves the result in `out`."""
+    """Seconds that the stage takes to its first step, and from there to its end; leaves the result in `out`."""
     begin = time.monotonic()
     code = zygote.run(stage, out, signum=KILL, target=training_of(stage), when="before")
     assert code == 128 + KILL, zygote.said()
-    start, begin = time.monotonic() - begin, time.monotonic()
+    start = time.monotonic() - begin
+
+    # The whole run, start included.
+    begin = time.monotonic()
     assert zygote.run(stage, out) == 0, zygote.said()
     return start, time.monotonic() - begin - start
 
@@ -64,33 +69,42 @@ def half_written(out: Path, prefix: str) -> bool:
 
 
 def endure(zygote: Zygote, stage: Stage, folder: Path, kills: int, rng: random.Random) -> tuple[str, bool]:
-    """Kill a stage `kills` times. Returns: what happened, in words; whether all that ended had the same bytes."""
+    """Kill a stage `kills` times. Returns: what happened, in words; True if every finished run had the same bytes."""
     start, training = seconds_of(zygote, stage, folder / "whole")
-    whole, out, seen = result(folder / "whole"), folder / "out", Counter()
+    whole = result(folder / "whole")
+    out = folder / "out"
+    seen = Counter()
+
+    # A run that outlives its blow begins again from nothing; the last one, without a blow, ends the loop.
     while True:
         early = rng.random() < IN_START
         blow = {"delay": rng.uniform(0, start)}
         if not early:
             blow = {"delay": rng.uniform(0, training), "target": training_of(stage), "when": "later"}
-        code = zygote.run(stage, out, signum=KILL, **blow) if seen["kills"] < kills else zygote.run(stage, out)
+        last = seen["kills"] == kills
+        code = zygote.run(stage, out) if last else zygote.run(stage, out, signum=KILL, **blow)
+
         seen["runs"] += 1
         if code == 128 + KILL:
             seen.update(["kills", "in the start" if early else "after it"])
             seen["while a checkpoint was written"] += half_written(out, stage.prefix)
-        elif code == 0:
-            seen["finished"] += 1
-            seen["other bytes"] += result(out) != whole
-            shutil.rmtree(out)
-        else:
+            continue
+        if code != 0:
             raise AssertionError(zygote.said()[-3000:])
-        if code == 0 and seen["kills"] == kills:
-            break
-    words = ", ".join(
-        f"{seen[name]} {name}" for name in ("in the start", "after it", "while a checkpoint was written")
-    )
+
+        seen["finished"] += 1
+        seen["other bytes"] += result(out) != whole
+        shutil.rmtree(out)
+        if last:
+            return in_words(seen, kills), not seen["other bytes"]
+
+
+def in_words(seen: Counter, kills: int) -> str:
+    """Kills, where they fell, and what the finished runs left."""
+    places = ("in the start", "after it", "while a checkpoint was written")
+    fell = ", ".join(f"{seen[place]} {place}" for place in places)
     end = f"{seen['other bytes']} with OTHER BYTES" if seen["other bytes"] else "always the same bytes"
-    said = f"{kills} kills ({words}) in {seen['runs']} runs, {seen['finished']} times finished, {end}"
-    return said, not seen["other bytes"]
+    return f"{kills} kills ({fell}) in {seen['runs']} runs, {seen['finished']} times finished, {end}"
 
 
 def main() -> int:
@@ -99,14 +113,22 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="kills a stage")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    folder, broken = Path(tempfile.mkdtemp(prefix="soak.")), False
-    zygote, stages = Zygote(), make_stages(make_base(folder / "base"), folder, rows=160, responses=160)
+
+    # Longer runs than the tests', so that a kill has more places to fall.
+    folder = Path(tempfile.mkdtemp(prefix="soak."))
+    zygote = Zygote()
+    stages = make_stages(make_base(folder / "base"), folder, rows=160, responses=160)
+
+    broken = False
     for name, stage in stages.items():
-        begin, runs = time.monotonic(), folder / f"{name}_runs"
+        begin = time.monotonic()
+        runs = folder / f"{name}_runs"
         runs.mkdir()
         words, same = endure(zygote, stage, runs, args.kills, random.Random(f"{args.seed} {name}"))
         broken |= not same
         print(f"{name}: {words}; {time.monotonic() - begin:.0f} s", flush=True)
+
+    # Where an assertion fails, the folder stays to be looked at.
     zygote.close()
     shutil.rmtree(folder)
     return int(broken)

@@ -1,4 +1,4 @@
-"""Adapters with random weights, in directories as the stages write them: what later stages need, without training."""
+"""Adapters with random weights, in directories as the stages write them: later stages need no training before."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +23,25 @@ class NoArguments:
 def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int = 0, scale: float = 0.05) -> str:
     """Write an adapter of `stage` ("sft" or "reward", which has a score head) with random weights."""
     folder = Path(folder)
+    scored = stage == "reward"
+    head = "score" if scored else "causal"
+    task = {"task_type": "CAUSAL_LM"}
+    if scored:
+        task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+
+    # A test's own random draws must not depend on the adapters that it needs.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = load_base(base, torch.float32, head="score" if stage == "reward" else "causal")
-        task = {"task_type": "CAUSAL_LM"}
-        if stage == "reward":
-            task = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        model = load_base(base, torch.float32, head=head)
         config = LoraConfig(r=4, lora_alpha=8, target_modules=lora_targets(model, None), **task)
         model = get_peft_model(model, config)
         for parameter in model.parameters():
             if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=1.0 if stage == "reward" and parameter.shape[0] == 1 else scale)
+                # Scores have to differ by more than rounding, so the score head gets large weights.
+                is_head = scored and parameter.shape[0] == 1
+                torch.nn.init.normal_(parameter, std=1.0 if is_head else scale)
+
+    # What the stage itself would leave, run.json included: later stages check it.
     save_adapter(model, folder)
     write_run(
         folder,

@@ -10,8 +10,12 @@ from rlhf.run import launch
 
 
 def run_here(script: str, *words: str) -> tuple[int, str, str]:
-    """Exit code of `python <script>.py <words>`, what it printed, what it said of errors; handlers of signals stay."""
-    module, code, out, err = importlib.import_module(script), 0, io.StringIO(), io.StringIO()
+    """Exit code of `python <script>.py <words>`, and what it wrote to stdout and to stderr."""
+    module = importlib.import_module(script)
+    code = 0
+    out = io.StringIO()
+    err = io.StringIO()
+    # A script's own signal handlers would stay in this process and swallow a Ctrl-C of the test run.
     with (
         mock.patch.object(launch, "listen", lambda: None),
         mock.patch.object(sys, "argv", [f"{script}.py", *words]),

@@ -6,13 +6,14 @@ import os
 from rl_training import main, parse_args
 from rlhf.rl import experience
 
+# A worker is started by its file, as a stage is.
 __all__ = ["main", "parse_args"]
 
 _generate = experience.generate
 
 
 def generate(model, values_of, query_ids, query_mask, sampling, generator=None):
-    """The loop's own sampling, cut after the first token where this is the first process."""
+    """Sample as the loop does, on the first process one token only."""
     if os.environ["RANK"] == "0":
         sampling = dataclasses.replace(sampling, max_new_tokens=1)
     return _generate(model, values_of, query_ids, query_mask, sampling, generator)

@@ -12,7 +12,7 @@ from rlhf.rl import update
 
 
 def random_mini_batches(rollout, size, accumulation, generator):
-    """Rows in any order, long beside short: no sorting within a window."""
+    """Mini-batches of rows in random order, long beside short: nothing is sorted within a window."""
     return list(torch.randperm(len(rollout.mask), generator=generator).split(size))
 
 
@@ -26,15 +26,22 @@ def main(files: SimpleNamespace) -> None:
     stored = torch.load(files.inputs, weights_only=True)
     args = rl_training.parse_args(stored["flags"])
     accelerator = Accelerator(cpu=True)
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    rollout = Rollout(**{name: tensor[share] for name, tensor in stored["rollout"].items()})
+    rank = accelerator.process_index
+
+    # Every process takes its share of the rows, so that together they are the stored batch.
+    share = slice(rank, None, accelerator.num_processes)
+    rows = {name: tensor[share] for name, tensor in stored["rollout"].items()}
+    rollout = Rollout(**rows)
     if stored["order"] == "random":
         update.mini_batches = random_mini_batches
+
+    # The update alone, without the loop around it.
     roles = rl_training.make_roles(args, torch.device("cpu"), None)
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
     sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
-    generator = torch.Generator().manual_seed(accelerator.process_index)
+    generator = torch.Generator().manual_seed(rank)
     metrics = update.update(roles, optimizer, rollout, sampling, args, accelerator, generator)
+
     if accelerator.is_main_process:
         parameters = {name: p.detach() for name, p in roles.trainable().items()}
         torch.save({"parameters": parameters, "metrics": metrics}, files.output)

@@ -1,11 +1,20 @@
 """A process that has imported everything and forks a child for each run: a second a case in place of ten.
 
-Jobs come as JSON lines on stdin: {"script", "argv", "log"} and, for a planted blow, "signum" with "target"
-("module:name"), "when" ("before", "after", "twice" with a pause, "later" by "delay" seconds, or "full" for a disk
-without room), "call" (which call of it) and "caller" (only when called from this function); a "delay" without a target
-counts from the child's start. "environment" sets variables; "ranks" starts that many processes of one gloo group, the
-blow falling on "rank" (0) alone. Each answer is the exit status as a shell gives it (128 + signal), of the first
-process that failed; a process that stops itself (SIGSTOP) is answered likewise, and left as it is.
+Jobs come as JSON lines on stdin: {"script", "argv", "log"}. More keys of a job:
+
+    signum       the signal that the child sends to itself
+    target       "module:name" of the function at which it does so
+    when         "before" or "after" the call, "twice" with a pause, "later" by "delay" seconds; "full": the call
+                 raises the error of a disk without room instead
+    call         which call of the target (1)
+    caller       only calls from the function of this name count
+    delay        without a target: seconds from the child's start
+    environment  variables of the child
+    ranks, port  that many processes of one gloo group
+    rank         the process that gets the signal (0)
+
+Each answer is the exit status as a shell gives it (128 + signal), of the first process that failed. A process that
+stops itself (SIGSTOP) gives 128 + SIGSTOP and is left as it is.
 """
 
 import errno
@@ -36,43 +45,60 @@ def plant(job: dict) -> None:
         return blow_later(job)
     module, name = job["target"].split(":")
     owner = importlib.import_module(module)
+    # A method: its class first.
     *path, name = name.split(".")
     for part in path:
         owner = getattr(owner, part)
-    real, seen = getattr(owner, name), SimpleNamespace(calls=0)
+    real = getattr(owner, name)
+    seen = SimpleNamespace(calls=0)
 
     def struck(*args, **kwargs):
         here = "caller" not in job or sys._getframe(1).f_code.co_name == job["caller"]
         seen.calls += here
-        due = here and seen.calls == job.get("call", 1)
-        if due and job["when"] == "before":
+        if not here or seen.calls != job.get("call", 1):
+            return real(*args, **kwargs)
+
+        # The call that was meant.
+        strike_before(job)
+        output = real(*args, **kwargs)
+        if job["when"] == "after":
             os.kill(os.getpid(), job["signum"])
-        if due and job["when"] == "twice":
-            os.kill(os.getpid(), job["signum"])
-            time.sleep(1.2)
-            os.kill(os.getpid(), job["signum"])
-            time.sleep(60)
-        if due and job["when"] == "later":
-            blow_later(job)
-        if due and job["when"] == "full":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        found = real(*args, **kwargs)
-        if due and job["when"] == "after":
-            os.kill(os.getpid(), job["signum"])
-        return found
+        return output
 
     setattr(owner, name, struck)
+
+
+def strike_before(job: dict) -> None:
+    """Whatever a job wants to happen before its call."""
+    me = os.getpid()
+    if job["when"] == "before":
+        os.kill(me, job["signum"])
+    if job["when"] == "twice":
+        # A second signal within a second would be taken for the first one, sent to the group as well.
+        os.kill(me, job["signum"])
+        time.sleep(1.2)
+        os.kill(me, job["signum"])
+        time.sleep(60)
+    if job["when"] == "later":
+        blow_later(job)
+    if job["when"] == "full":
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def child(job: dict, rank: int) -> None:
     """Run a stage script as from its command line; does not return."""
     os.environ.update(job.get("environment", {}))
+    # What a launcher would set.
     if "ranks" in job:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": job["port"]}
-        os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+        variables = {name: str(value) for name, value in place.items()}
+        os.environ.update(variables, MASTER_ADDR="127.0.0.1")
+
+    # Stdout is where the zygote answers: the stage must not write there.
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+
     script = importlib.import_module(job["script"])
     sys.argv = [f"{job['script']}.py", *job["argv"]]
     code = 0
@@ -87,6 +113,8 @@ def child(job: dict, rank: int) -> None:
 
         traceback.print_exc()
         code = 99
+
+    # Without the handlers of the process that this one is a copy of.
     sys.stdout.flush()
     os._exit(code)
 
@@ -99,15 +127,17 @@ def first_failure(job: dict) -> int:
         if pid == 0:
             child(job, rank)
         running.add(pid)
+
+    # Only a job that stops its own process waits for that: a debugger or a batch system may stop one as well.
+    options = os.WUNTRACED if job.get("signum") == signal.SIGSTOP else 0
     first = 0
     while running:
-        # Whoever else stops a process for a while is none of our business.
-        pid, status = os.waitpid(-1, os.WUNTRACED if job.get("signum") == signal.SIGSTOP else 0)
-        code = os.WSTOPSIG(status) + 128 if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-        code = code if code >= 0 else 128 - code
+        pid, status = os.waitpid(-1, options)
+        # A process of an earlier job that was left stopped may end now.
         if pid not in running:
             continue
         running.remove(pid)
+        code = shell_status(status)
         if code and not first:
             first = code
             for other in running:
@@ -115,8 +145,17 @@ def first_failure(job: dict) -> int:
     return first
 
 
+def shell_status(status: int) -> int:
+    """Exit status as a shell gives it: 128 + signal for a process that was killed or stopped by one."""
+    if os.WIFSTOPPED(status):
+        return os.WSTOPSIG(status) + 128
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
 def main() -> None:
     """Import once, then fork as asked."""
+    # Set before the libraries read them.
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     import torch
 
@@ -124,11 +163,13 @@ def main() -> None:
     for name in ("sft_training", "reward_modeling", "rl_training", "rlhf.run.launch"):
         importlib.import_module(name)
     print("ready", flush=True)
+
     for line in sys.stdin:
         job = json.loads(line)
         print(first_failure(job), flush=True)
 
 
 if __name__ == "__main__":
+    # A Ctrl-C at the terminal reaches the whole group; the tests end this process themselves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main()
