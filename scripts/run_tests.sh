@@ -8,4 +8,5 @@ ruff check .
 ruff format --check .
 # One thread each: the models of the tests are too small to share out.
 # A worker for each core; a file stays with one worker, because its tests share what they set up.
-OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile "$@"
+# The order is tests/conftest.py's own: the longest files first.
+OMP_NUM_THREADS=1 python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"
