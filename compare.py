@@ -24,7 +24,10 @@ from transformers import AutoConfig
 from rlhf.artefacts import adapters, run_json
 from rlhf.compare import answers, tables
 from rlhf.data import dialogues, encoding, files, formats
-from rlhf.data.template import DEFAULT_TEMPLATE, check_template, render
+from rlhf.data.arguments import FormatFlags
+from rlhf.data.choose_format import choose_format, stored_format
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.template import AUTO, turns_of
 from rlhf.flags import REQUIRED, flag, parse
 from rlhf.models import loading
 from rlhf.run import launch
@@ -42,7 +45,7 @@ DEFAULT_PROMPTS = [
 
 
 @dataclass(kw_only=True)
-class ScriptArguments:
+class ScriptArguments(FormatFlags):
     """Flags of compare.py."""
 
     # ---- artefacts ----
@@ -56,6 +59,9 @@ class ScriptArguments:
         [], help="the columns, as NAME=DIR ..., e.g. sft=runs/sft rlhf10=runs/ppo/step_10", group="artefacts"
     )
     include_base: bool = flag(True, help="show the bare base as the first column, named base", group="artefacts")
+    tokenizer_name: str | None = flag(
+        None, help="tokenizer directory or hub id, if not the adapters' own", group="artefacts"
+    )
     reward_model_lora_path: str | None = flag(
         None, help="reward adapter of the same base: each cell gets its raw score (no sigmoid)", group="artefacts"
     )
@@ -67,7 +73,9 @@ class ScriptArguments:
         group="prompts",
     )
     prompt_template: str | None = flag(
-        None, help="text around a prompt, \\n is a new line; by default the adapters' own", group="prompts"
+        None,
+        help="chat, or a text around {prompt}, \\n is a new line; by default the adapters' own format, else auto",
+        group="prompts",
     )
     interactive: bool = flag(False, help="talk to the versions in the terminal instead", group="prompts")
     # ---- sampling ----
@@ -85,8 +93,6 @@ class ScriptArguments:
 
     def __post_init__(self):
         self.versions = named_adapters(self.adapters, self.include_base)
-        if self.prompt_template is not None:
-            self.prompt_template = check_template(self.prompt_template.replace("\\n", "\n"))
         for name in ("temperature", "repetition_penalty"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be over 0 (greedy decoding is --do_sample False)")
@@ -95,6 +101,7 @@ class ScriptArguments:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        super().__post_init__()
 
 
 def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None]:
@@ -122,45 +129,73 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 
 # ---- before the model loads ----
-def choose_template(args: ScriptArguments, base_dir: str, tokenizer) -> str:
-    """The prompt template all adapters agree on.
-
-    Raises: ValueError or FileNotFoundError for an adapter that is missing, of another base, stage or template.
-    """
+def adapters_of(args: ScriptArguments) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(flag, directory, stages it may be of) of every adapter that the flags name."""
     wanted = [(f"--adapters {name}:", path, ("sft", "ppo")) for name, path in args.versions.items() if path]
     if args.reward_model_lora_path:
         wanted.append(("--reward_model_lora_path", args.reward_model_lora_path, ("reward",)))
+    return wanted
 
-    runs = [run_json.load_run(path) for _, path, _ in wanted]
-    trained_with = [run["prompt_template"] for run in runs if run]
-    template = args.prompt_template or next(iter(trained_with), DEFAULT_TEMPLATE)
+
+def tokenizer_of(args: ScriptArguments, base_dir: str):
+    """The tokenizer that the adapters were trained with (--tokenizer_name), else the base's own."""
+    if args.tokenizer_name:
+        return encoding.load_tokenizer(args.tokenizer_name)
+    for _, path, _ in adapters_of(args):
+        run = run_json.load_run(path)
+        if run and run["arguments"].get("tokenizer_name"):
+            # A trained adapter has its tokenizer beside it.
+            return encoding.load_tokenizer(path)
+    return encoding.load_tokenizer(base_dir)
+
+
+def format_of(args: ScriptArguments, base_dir: str, tokenizer) -> PromptFormat:
+    """The prompt format that all adapters agree on.
+
+    Raises: ValueError or FileNotFoundError for an adapter that is missing, of another base, stage or format.
+    """
+    runs = [run_json.load_run(path) for _, path, _ in adapters_of(args)]
+    trained = next((run for run in runs if run), None)
+    if args.prompt_template is None and trained:
+        prompt_format = stored_format(trained, tokenizer, base_dir)
+    else:
+        args.prompt_template = args.prompt_template or AUTO
+        prompt_format = choose_format(args, tokenizer, base_dir)
 
     base = run_json.base_fingerprint(base_dir)
-    for name, path, stages in wanted:
-        adapters.check_adapter(path, stage=stages, base=base, tokenizer=tokenizer, template=template, flag=name)
-    return template
+    record = prompt_format.record()
+    for flag_name, path, stages in adapters_of(args):
+        adapters.check_adapter(
+            path, stage=stages, base=base, tokenizer=tokenizer, prompt_format=record, flag=flag_name
+        )
+    return prompt_format
 
 
-def read_prompts(values: list[str], template: str) -> list[str]:
-    """The prompts: each value is one, or a file of them. Raises: ValueError where a file is empty or malformed."""
-    prompts = []
+def read_prompts(values: list[str], template: str) -> list[dict]:
+    """The prompts as rows {"prompt"}, of a dialogue with its "turns"; each value is one, or a file of them.
+
+    Raises: ValueError where a file is empty or malformed.
+    """
+    rows = []
     for value in values:
         path = Path(value)
         # A value with a space or another suffix is a prompt, not a file's name.
         if path.suffix not in PROMPT_FILES or re.search(r"\s", value):
-            prompts.append(value.strip())
+            rows.append({"prompt": value.strip()})
             continue
         if not path.is_file():
             raise FileNotFoundError(f"--prompts {value} does not exist: give a file, or the prompts themselves")
-        lines = _lines(path) if path.suffix == ".txt" else _rows(path, template)
-        lines = [line.strip() for line in lines if line.strip()]
-        if not lines:
+        if path.suffix == ".txt":
+            made = [{"prompt": line.strip()} for line in _lines(path) if line.strip()]
+        else:
+            made = _rows(path, template)
+        if not made:
             raise ValueError(f"--prompts {value} is empty: put one prompt on a line")
-        prompts += lines
+        rows += made
 
-    if not prompts or not all(prompts):
+    if not rows or not all(row["prompt"] for row in rows):
         raise ValueError("--prompts holds an empty prompt: leave the flag out for the built-in ones")
-    return prompts
+    return rows
 
 
 def _lines(path: Path) -> list[str]:
@@ -170,27 +205,34 @@ def _lines(path: Path) -> list[str]:
         raise ValueError(f"--prompts {path} is not UTF-8 text: convert it with iconv -t UTF-8") from None
 
 
-def _rows(path: Path, template: str) -> list[str]:
+def _rows(path: Path, template: str) -> list[dict]:
     """Prompts of a .json or .jsonl file: plain texts, or rows in any format that the stages read."""
     prompts = []
 
     for where, row in files.read_file(path):
+        # An empty text among the texts of a file is an empty line, as in a .txt file.
         if isinstance(row, str):
+            if not row.strip():
+                continue
             row = {"prompt": row}
         try:
             if isinstance(row, dialogues.BadRow):
                 raise row
             columns = set(row) if isinstance(row, dict) else set()
             row_format = formats.find_format(columns, "prompt", {})
-            prompts += [example["prompt"] for example in formats.examples(row, row_format, template)]
+            prompts += formats.examples(row, row_format, template)
         except (dialogues.BadRow, dialogues.Unusable) as error:
             raise ValueError(f"{where}: {error}") from None
     return prompts
 
 
-def encode_prompt(tokenizer, prompt: str, template: str, room: int) -> list[int]:
+def encode_prompt(prompt_format: PromptFormat, row: dict, room: int) -> list[int]:
     """Query ids of a prompt. Raises: ValueError where it is longer than `room` tokens, so that no answer would fit."""
-    query = encoding.encode(tokenizer, render(template, prompt))
+    prompt = row["prompt"]
+    try:
+        query = prompt_format.query_ids(turns_of(row))
+    except dialogues.Unusable as error:
+        raise ValueError(f"the prompt that begins with {prompt[:20]!r}: {error}") from None
     if len(query) > room:
         raise ValueError(
             f"the prompt that begins with {prompt[:20]!r} has {len(query)} tokens, but this base has room for {room} "
@@ -206,13 +248,13 @@ def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
 
 
 # ---- the table ----
-def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> answers.Versions:
+def load_versions(args: ScriptArguments, base_dir: str, prompt_format: PromptFormat) -> answers.Versions:
     """The base once, with every adapter on it."""
     # Each setting is a flag of the same name.
     names = answers.AnswerSettings.__dataclass_fields__
     settings = answers.AnswerSettings(**{name: getattr(args, name) for name in names})
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = answers.Versions(base_dir, tokenizer, settings, loading.pick_dtype(args.bf16), device)
+    versions = answers.Versions(base_dir, prompt_format, settings, loading.pick_dtype(args.bf16), device)
     for name, path in args.versions.items():
         if path is not None:
             versions.add(name, path)
@@ -221,7 +263,7 @@ def load_versions(args: ScriptArguments, base_dir: str, tokenizer) -> answers.Ve
     return versions
 
 
-def origin(args: ScriptArguments, template: str) -> list[tuple[str, str]]:
+def origin(args: ScriptArguments, prompt_format: PromptFormat) -> list[tuple[str, str]]:
     """Settings that the table was made with, so that it can be made again."""
     how = "temperature {0.temperature}, top_p {0.top_p}, seed {0.seed}" if args.do_sample else "greedy"
     how += ", repetition_penalty {0.repetition_penalty}, max_new_tokens {0.max_new_tokens}"
@@ -230,14 +272,14 @@ def origin(args: ScriptArguments, template: str) -> list[tuple[str, str]]:
     rows += [(name, path) for name, path in args.versions.items() if path]
     if args.reward_model_lora_path:
         rows.append(("reward model (raw scores)", args.reward_model_lora_path))
-    return rows + [("sampling", how.format(args)), ("prompt template", repr(template))]
+    return rows + [("sampling", how.format(args)), ("prompt template", repr(prompt_format.template))]
 
 
 # ---- talking ----
 HELP = "/use NAME: talk to one version, /all: to all of them, /quit: leave. Every line is a conversation of its own."
 
 
-def talk(versions: answers.Versions, args: ScriptArguments, template: str, room: int) -> None:
+def talk(versions: answers.Versions, args: ScriptArguments, prompt_format: PromptFormat, room: int) -> None:
     """Answer lines from the terminal until /quit or the end of the input; the versions never see earlier lines."""
     names = list(args.versions)
     turn = 0
@@ -251,7 +293,7 @@ def talk(versions: answers.Versions, args: ScriptArguments, template: str, room:
             # The seed moves on, so that asking again gives another answer.
             turn += 1
             try:
-                query = encode_prompt(versions.tokenizer, line, template, room)
+                query = encode_prompt(prompt_format, {"prompt": line}, room)
             except ValueError as error:
                 print(error)
                 continue
@@ -284,20 +326,22 @@ def main(args: ScriptArguments) -> None:
     """Check everything that can be checked without the model, then answer every prompt with every version."""
     # 1. Base, tokenizer and adapters have to belong together.
     base_dir = loading.resolve_model(args.base_model_name, "--base_model_name")
-    tokenizer = encoding.load_tokenizer(base_dir)
-    template = choose_template(args, base_dir, tokenizer)
+    tokenizer = tokenizer_of(args, base_dir)
+    prompt_format = format_of(args, base_dir, tokenizer)
+    print(prompt_format.describe(), flush=True)
     room = room_for_prompt(base_dir, args.max_new_tokens)
     if args.interactive:
-        return talk(load_versions(args, base_dir, tokenizer), args, template, room)
+        return talk(load_versions(args, base_dir, prompt_format), args, prompt_format, room)
 
     # 2. Prompts, and a place for the table.
-    prompts = read_prompts(args.prompts, template)
-    queries = [encode_prompt(tokenizer, prompt, template, room) for prompt in prompts]
+    rows = read_prompts(args.prompts, prompt_format.template)
+    queries = [encode_prompt(prompt_format, row, room) for row in rows]
+    prompts = [row["prompt"] for row in rows]
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
     # 3. A column for each version, with the same random draws.
-    versions = load_versions(args, base_dir, tokenizer)
+    versions = load_versions(args, base_dir, prompt_format)
     seeds = answers.row_seeds(args.seed, len(prompts))
     columns = {}
     for name in args.versions:
@@ -305,7 +349,7 @@ def main(args: ScriptArguments) -> None:
         columns[name] = versions.answers(name, queries, seeds)
 
     # 4. The table in all its forms.
-    made = origin(args, template)
+    made = origin(args, prompt_format)
     tables.write_markdown(output_dir / "comparison.md", prompts, columns, made)
     tables.write_html(output_dir / "comparison.html", prompts, columns, made)
     tables.write_csv(output_dir / "comparison.csv", prompts, columns)

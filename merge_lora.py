@@ -9,25 +9,29 @@ Out: <output_dir>: safetensors, config, tokenizer, run.json. Nothing is written 
     python merge_lora.py --adapter_only True --lora_path runs/sft --output_dir merged/sft_qkv   # LoRA for q, k, v
 """
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
-from rlhf.artefacts import adapters, files, output_dir, run_json
+from rlhf.artefacts import adapters, files, foreign, output_dir, run_json
 from rlhf.baichuan import to_fast_tokenizer, to_llama
 from rlhf.data import encoding
+from rlhf.data.choose_format import stored_format
+from rlhf.data.served_template import served_template
 from rlhf.flags import flag, parse
-from rlhf.models import loading
+from rlhf.models import loading, lora
 from rlhf.run import launch
 
-# Largest distance of the saved model from base + adapter. In float32: the difference of any one logit. In half
-# precision, where merging rounds every weight once more: root mean square of the difference over that of the logits
-# (0.008 to 0.023 in bfloat16 and 0.001 to 0.003 in float16 on random models of 2 to 32 layers).
-BOUNDS = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+# Largest distance of the saved model from base + adapter: root mean square of the difference over that of the logits
+# (1e-7 to 1e-6 in float32; 0.008 to 0.023 in bfloat16 and 0.001 to 0.003 in float16, where merging rounds every weight
+# once more; random models of 2 to 32 layers, and a real one of 135 M parameters).
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 @dataclass(kw_only=True)
@@ -43,6 +47,9 @@ class ScriptArguments:
         None, help="llama: plain Llama without custom code; by default the base's own", choices=["baichuan", "llama"]
     )
     dtype: str = flag("bfloat16", help="dtype of the merged weights", choices=list(BOUNDS))
+    tokenizer_name: str | None = flag(
+        None, help="tokenizer directory or hub id, if not the one that the adapter was trained with"
+    )
     adapter_only: bool = flag(False, help="write the W_pack adapter as a q_proj/k_proj/v_proj one; merge nothing")
 
     def __post_init__(self):
@@ -61,6 +68,14 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     return parse(ScriptArguments, argv, __doc__)
 
 
+def tokenizer_dir(args: ScriptArguments, base_dir: str, run: dict | None) -> str:
+    """Where the tokenizer of the training is: beside the adapter, where --tokenizer_name chose it."""
+    if args.tokenizer_name:
+        return args.tokenizer_name
+    other = run is not None and run["arguments"].get("tokenizer_name")
+    return args.lora_path if other else base_dir
+
+
 def check_format(base_dir: str, wanted: str | None) -> bool:
     """Return True if the weights must be turned into Llama's. Raises: ValueError where the base has no such format."""
     kind = AutoConfig.from_pretrained(base_dir).model_type
@@ -69,27 +84,50 @@ def check_format(base_dir: str, wanted: str | None) -> bool:
     return kind == "baichuan" and wanted == "llama"
 
 
-# ---- merging ----
-def merge(base_dir: str, lora_path: str | None, dtype: str, device: str):
-    """The base with the adapter in its weights.
+def is_baichuan(base_dir: str) -> bool:
+    """Return True for the native Baichuan format."""
+    return AutoConfig.from_pretrained(base_dir).model_type == "baichuan"
 
-    Returns: the model on `device`, and what base + adapter, not merged, give on the probe (float32).
+
+# ---- merging ----
+def load_pair(base_dir: str, lora_path: str | None, dtype: str, device: str):
+    """Base and adapter as plain peft puts them together, which is what the merged model has to equal.
+
+    Returns: the model on `device`, a PeftModel where there is an adapter.
     """
-    reward = lora_path is not None and adapters.read_adapter(lora_path)[0].task_type == "SEQ_CLS"
-    head = "score" if reward else "causal"
+    config = weights = None
+    if lora_path is not None:
+        config, weights = adapters.read_adapter(lora_path)
+    head = "score" if config is not None and config.task_type == "SEQ_CLS" else "causal"
     model = loading.load_base(base_dir, getattr(torch, dtype), head=head, device=device).eval()
     model.config.use_cache = True
     # A new score head is random, but it is replaced by the adapter's below.
     loading.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
-    if lora_path is None:
-        return model, probe(model)
+    if config is None:
+        return model
 
-    wrapped, rest = loading.add_lora(model, lora_path, "default", trainable=False)
-    for name, tensor in rest.items():
-        with torch.no_grad():
-            model.get_parameter(name.removeprefix("base_model.model.")).copy_(tensor)
-    expected = probe(wrapped.eval())
-    return wrapped.merge_and_unload(safe_merge=True), expected
+    foreign.refuse_unmergeable(config, weights, model, f"--lora_path {lora_path}")
+    if foreign.changes_embeddings(config) and model.config.tie_word_embeddings:
+        untie(model)
+    with warnings.catch_warnings():
+        # peft looks for a name in the base's config, and warns of tied embeddings, which are untied here.
+        warnings.simplefilter("ignore")
+        try:
+            wrapped = PeftModel.from_pretrained(model, lora_path).eval()
+        # Of tensors with other shapes; layers that the base does not have are left out without a word.
+        except RuntimeError as error:
+            raise ValueError(f"adapter {lora_path} does not fit this base: {error}"[:400]) from None
+    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    lora.refuse_misfit(lora.lora_weights(weights), lora.lora_weights(loaded), f"adapter {lora_path}")
+    return wrapped
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output layer a weight of its own: an adapter that changes one of two tied matrices changes one."""
+    output = model.get_output_embeddings()
+    if output is not None:
+        output.weight = torch.nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
 
 
 def convert_adapter(args: ScriptArguments, target: Path) -> None:
@@ -112,35 +150,79 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     llama = check_format(base_dir, args.format)
     fingerprint = run_json.base_fingerprint(base_dir)
     run = None
-    tokenizer = encoding.read_tokenizer(base_dir)
     if args.lora_path is not None:
         loading.refuse_nonfinite(adapters.read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
         stages = ("sft", "reward", "ppo")
         run = adapters.check_adapter(args.lora_path, stage=stages, base=fingerprint, flag="--lora_path")
+    tokenizer = encoding.load_tokenizer(tokenizer_dir(args, base_dir, run))
+    record = run and stored_format(run, tokenizer, base_dir).record()
 
-    # 2. Merge in memory.
+    # 2. Merge in memory; what base and adapter give before is what the result is measured by.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, expected = merge(base_dir, args.lora_path, args.dtype, device)
+    model = load_pair(base_dir, args.lora_path, args.dtype, device)
+    expected = probe(model)
+    if args.lora_path is not None:
+        model = model.merge_and_unload(safe_merge=True)
 
     # 3. Save, and load what was saved: only that proves the files right.
     with output_dir.staged(target) as folder:
         merged = to_llama.to_llama(model) if llama else model
-        merged.save_pretrained(folder)
         head = "score" if hasattr(model, "score") else "causal"
+        if head == "causal":
+            set_stop_tokens(merged, record)
+        merged.save_pretrained(folder)
         # Only one model at a time has to fit.
         del model, merged
-        if llama:
-            to_fast_tokenizer.save_tokenizer(tokenizer, folder)
-        else:
-            tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder, llama, record)
         saved = loading.load_base(str(folder), getattr(torch, args.dtype), head=head, device=device).eval()
         distance = check_parity(expected, probe(saved), args.dtype)
         run_json.write_run(
-            folder, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer,
-            template=run and run["prompt_template"], metrics={"distance": distance, "bound": BOUNDS[args.dtype]},
+            folder, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer, prompt_format=record,
+            metrics={"distance": distance, "bound": BOUNDS[args.dtype]},
             parents={"adapter": args.lora_path} if args.lora_path else {},
         )  # fmt: skip
     print(f"{target}: {distance:.2g} from base + adapter (bound {BOUNDS[args.dtype]} in {args.dtype})", flush=True)
+    print(how_to_serve(target, head, record, native=is_baichuan(base_dir) and not llama), flush=True)
+
+
+# ---- what a server needs ----
+def set_stop_tokens(model: PreTrainedModel, record: dict | None) -> None:
+    """Let generation_config stop at every token that ended an answer in training, the trained one first."""
+    if record is not None:
+        stops = record["stop_ids"]
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    # A base may sample with settings that transformers refuses to save beside greedy decoding.
+    if not model.generation_config.do_sample:
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            setattr(model.generation_config, name, None)
+
+
+def save_tokenizer(tokenizer, folder: Path, llama: bool, record: dict | None) -> None:
+    """Write the tokenizer with the chat template that renders the format of the training."""
+    if llama:
+        to_fast_tokenizer.save_tokenizer(tokenizer, folder)
+    else:
+        tokenizer.save_pretrained(folder)
+
+    # A server encodes the rendered template, whose control tokens have to be tokens.
+    file = folder / "tokenizer_config.json"
+    settings = files.read_object(file)
+    settings.pop("split_special_tokens", None)
+    settings.pop("chat_template", None)
+    files.write_json(file, settings)
+    if record is not None:
+        template = served_template(record, tokenizer.eos_token, tokenizer.bos_token)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def how_to_serve(target: Path, head: str, record: dict | None, native: bool) -> str:
+    """One line: the command that serves the model, and what its chat endpoint asks with."""
+    if head == "score":
+        return f"load it with AutoModelForSequenceClassification.from_pretrained({str(target)!r})"
+    if native:
+        return "to serve it with tools that do not know this project's Baichuan, merge with --format llama"
+    asks = "its own chat template" if record is None else "the prompt format it was trained with"
+    return f"serve it: vllm serve {target} (the chat endpoint asks in {asks}, and stops where training did)"
 
 
 # ---- proof ----
@@ -152,18 +234,21 @@ def probe(model) -> Tensor:
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
 
 
-def check_parity(expected: Tensor, found: Tensor, dtype: str) -> float:
-    """Distance of the saved model from base + adapter, in the unit of BOUNDS. Raises: ValueError past the bound."""
-    difference = found - expected
-    if dtype == "float32":
-        distance = difference.abs().max().item()
-    else:
-        distance = (difference.pow(2).mean() / expected.pow(2).mean()).sqrt().item()
+def check_parity(expected: Tensor, merged: Tensor, dtype: str) -> float:
+    """Distance of the saved model from base + adapter: root mean square of the difference over that of the output.
+
+    Scores have a common offset that says nothing, so they count by their spread.
+
+    Raises: ValueError past the bound of BOUNDS.
+    """
+    centred = expected - expected.mean() if expected.shape[-1] == 1 else expected
+    distance = ((merged - expected).pow(2).mean() / centred.pow(2).mean()).sqrt().item()
     # Written so that NaN, which compares false with everything, is refused too.
     if not distance <= BOUNDS[dtype]:
+        advice = "" if dtype == "float32" else ": try --dtype float32"
         raise ValueError(
             f"the merged model is {distance:.2g} away from base + adapter (bound {BOUNDS[dtype]} in {dtype}): nothing "
-            "was written; try --dtype float32"
+            f"was written{advice}"
         )
     return distance
 

@@ -14,18 +14,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from rlhf.arguments import CommonArguments, DataArguments, LoraArguments, TrainerFlags
+from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.artefacts import adapters, run_json
 from rlhf.cost import plan
 from rlhf.data import encoding, reading
+from rlhf.data.arguments import DataArguments
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import one_half, subset
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
-from rlhf.models import forward, loading
+from rlhf.models import forward, loading, lora
 from rlhf.reward import audit_report, degenerate, pairs
 from rlhf.reward.arguments import AuditFlags, LossFlags, PairFlags
 from rlhf.run import launch
@@ -80,8 +83,8 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict], dict]:
-    """Encoded training and evaluation pairs, both answers ending with EOS, and what run.json says of the data."""
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[dict], list[dict], dict]:
+    """Encoded training and evaluation pairs, answers with their stop token, and what run.json says of the data."""
     texts, eval_texts, funnel = reading.load_splits(args, "preference", args.seed, training.bad_rows_file(args))
 
     # 1. Draw rows, before any is encoded.
@@ -91,20 +94,20 @@ def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict],
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
 
     # 2. Encode; hardening needs the ids of the real answers.
-    rows = encoding.preference_rows(tokenizer, texts, args.prompt_template, args.max_length, funnel)
-    eval_rows = encoding.preference_rows(tokenizer, eval_texts, args.prompt_template, args.max_length, funnel)
+    rows = encoding.preference_rows(prompt_format, texts, args.max_length, funnel)
+    eval_rows = encoding.preference_rows(prompt_format, eval_texts, args.max_length, funnel)
     kinds = degenerate.kinds_of(args.degenerate_kinds)
     rows += degenerate.degenerate_pairs(
-        rows, args.degenerate_frac, kinds, tokenizer, args.prompt_template, args.max_length, args.seed, funnel
+        rows, args.degenerate_frac, kinds, prompt_format, args.max_length, args.seed, funnel
     )
     # The order of evaluation pairs changes no result, and pairs of like length share a batch.
     eval_rows.sort(key=pairs.pair_length)
 
     # 3. Say what became of the rows.
     if args.inspect_data:
-        encoding.inspect_rows(tokenizer, rows, funnel)
+        encoding.inspect_rows(prompt_format, rows, funnel)
     else:
-        launch.say(funnel.table())
+        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no pair to train on: {funnel.summary()}")
     about = {"fingerprint": reading.data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
@@ -124,15 +127,8 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     if not args.share_prompt:
         forward.enable_packing(forward.backbone_of(model))
 
-    config = LoraConfig(
-        # peft puts the score head among `modules_to_save` for this task type.
-        task_type="SEQ_CLS",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=loading.lora_targets(model, args.lora_target_models),
-    )
-    return get_peft_model(model, config)
+    # peft puts the score head among `modules_to_save` for this task type.
+    return get_peft_model(model, lora.lora_config(args, model, "SEQ_CLS", args.lora_dropout))
 
 
 # ---- loss and metrics ----
@@ -235,19 +231,19 @@ class EvaluateFirstStep(TrainerCallback):
 def build_trainer(
     args: ScriptArguments,
     model: PeftModel,
+    prompt_format: PromptFormat,
     about: dict,
     rows: list[dict],
     eval_rows: list[dict],
     order: LengthGroupedSampler,
 ) -> RewardTrainer:
     """RewardTrainer on encoded pairs in their `order`; `about` is what run.json says of the run."""
-    tokenizer = about["tokenizer"]
     collator = pairs.SharedPromptCollator if args.share_prompt else pairs.PairCollator
 
     # The sampler fills the last batch of several processes with blank pairs, which no loss counts.
     train_rows = list(rows)
     if order.blanks:
-        train_rows.append(pairs.blank_pair(tokenizer.eos_token_id))
+        train_rows.append(pairs.blank_pair(prompt_format.stop_ids[0]))
 
     trainer = RewardTrainer(
         model,
@@ -257,8 +253,8 @@ def build_trainer(
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
         train_dataset=train_rows,
         eval_dataset=eval_rows or None,
-        data_collator=collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
+        data_collator=collator(prompt_format.pad_id),
+        processing_class=prompt_format.tokenizer,
         compute_metrics=pair_metrics,
     )
     trainer.remove_callback(PrinterCallback)
@@ -274,9 +270,11 @@ def last_metrics(args: ScriptArguments) -> dict[str, float]:
     return {name: value for name, value in last.items() if name != "step"}
 
 
-def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list[dict]) -> None:
+def finish(
+    args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: list[dict]
+) -> None:
     """Write tokenizer, adapter and audit, and last of all run.json, which says that the stage is done."""
-    about["tokenizer"].save_pretrained(args.output_dir)
+    prompt_format.tokenizer.save_pretrained(args.output_dir)
     adapters.save_adapter(model, args.output_dir)
     adapters.check_saved(model, args.output_dir)
 
@@ -289,9 +287,7 @@ def finish(args: ScriptArguments, model: PeftModel, about: dict, eval_rows: list
     elif args.audit and eval_rows:
         inner = model.get_base_model()
         backbone = forward.backbone_of(inner)
-        metrics |= audit_report.audit_model(
-            args, backbone, inner.score, about["tokenizer"], eval_rows, args.output_dir
-        )
+        metrics |= audit_report.audit_model(args, backbone, inner.score, prompt_format, eval_rows, args.output_dir)
 
     run_json.write_run(args.output_dir, **about, metrics=metrics)
     launch.say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
@@ -304,24 +300,26 @@ def main(args: ScriptArguments) -> None:
         print(plan.plan_trainer(args, "reward_modeling.py", sides=2))
         return
     launch.require_optional(args)
-    if training.already_finished(args, "reward"):
-        return
 
     # 2. Base and tokenizer; the audit of a stored adapter needs no more.
     model_dir = loading.resolve_model(args.model_name)
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or model_dir)
+    prompt_format = choose_format(args, tokenizer, model_dir)
+    if training.already_finished(args, "reward"):
+        return
+    loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = run_json.base_fingerprint(model_dir)
     if args.audit_only:
-        audit_report.audit_adapter(args, model_dir, tokenizer, base, load_data(args, tokenizer)[1])
+        audit_report.audit_adapter(args, model_dir, prompt_format, base, load_data(args, prompt_format)[1])
         return
 
     # 3. Data; from here on the output directory is ours.
     training.claim(args)
-    rows, eval_rows, about_data = load_data(args, tokenizer)
+    rows, eval_rows, about_data = load_data(args, prompt_format)
     if args.inspect_data:
         return
     announce_batches(args, len(rows), "pairs")
-    identity = {"base": base, "tokenizer": tokenizer, "template": args.prompt_template}
+    identity = {"base": base, "tokenizer": tokenizer, "prompt_format": prompt_format.record()}
     about = {"stage": "reward", "args": args, **identity, "data": about_data}
 
     # 4. Model, log and trainer, from the start or from a checkpoint.
@@ -330,11 +328,11 @@ def main(args: ScriptArguments) -> None:
     file = open_log(args, resume_from)
     length = pairs.shared_length if args.share_prompt else pairs.pair_length
     order = training.row_order(args, [length(row) for row in rows])
-    trainer = build_trainer(args, model, about, rows, eval_rows, order)
+    trainer = build_trainer(args, model, prompt_format, about, rows, eval_rows, order)
     log = StageLog(file, args, trainer, sequences=2)
     if args.share_prompt:
         pairs.check_shareable(
-            forward.backbone_of(model.get_base_model()), max(rows, key=pairs.shared_length), tokenizer.pad_token_id
+            forward.backbone_of(model.get_base_model()), max(rows, key=pairs.shared_length), prompt_format.pad_id
         )
 
     # 5. Train and evaluate.
@@ -345,7 +343,7 @@ def main(args: ScriptArguments) -> None:
     # 6. Adapter, audit, and last of all run.json.
     with stage_trainer.gathered(model):
         if file is not None:
-            finish(args, model, about, eval_rows)
+            finish(args, model, prompt_format, about, eval_rows)
             file.close()
     training.end(trainer)
 

@@ -17,14 +17,17 @@ import torch
 from accelerate import Accelerator
 
 from rlhf import ppo
-from rlhf.arguments import CommonArguments, DataArguments
+from rlhf.arguments import CommonArguments, LoraArguments
 from rlhf.artefacts import adapters, checkpoint, output_dir, resume, run_json
 from rlhf.cost import flops, plan
 from rlhf.data import encoding, reading
+from rlhf.data.arguments import DataArguments
+from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import Funnel, subset
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
 from rlhf.models import generation, loading
-from rlhf.rl import charts, check, evaluation, experience, gate, guard, metrics, roles, state, update
+from rlhf.rl import charts, evaluation, experience, gate, guard, metrics, roles, starting, state, update
 from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.run import launch, stopping
@@ -32,14 +35,21 @@ from rlhf.run.log import Eta, MetricsLog
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(CommonArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags):
+class ScriptArguments(
+    CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags
+):
     """Flags of rl_training.py; every flag the tutorial had still parses."""
 
     # ---- artefacts ----
     base_model_name: str = flag(
         help="base: directory or hub id", group="artefacts", aliases=["--model_name"], resume="path"
     )
-    sft_model_lora_path: str = flag(help="SFT adapter that the policy starts from", group="artefacts", resume="path")
+    sft_model_lora_path: str | None = flag(
+        None,
+        help="SFT adapter that the policy starts from; without it a fresh adapter on the base, for a chat model",
+        group="artefacts",
+        resume="path",
+    )
     reward_model_lora_path: str = flag(help="reward adapter with its score head", group="artefacts", resume="path")
     merged_sft_model_path: str | None = flag(
         None,
@@ -55,6 +65,11 @@ class ScriptArguments(CommonArguments, DataArguments, SamplingFlags, RewardFlags
         super().__post_init__()
         if self.save_freq is not None and self.save_freq < 1:
             raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
+        if self.merged_sft_model_path and not self.sft_model_lora_path:
+            raise ValueError(
+                "--merged_sft_model_path is the reference of a policy that starts from an SFT adapter: give "
+                "--sft_model_lora_path too, or give the merged model as --base_model_name"
+            )
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
@@ -64,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 # ---- data ----
 def load_prompts(
-    args: ScriptArguments, tokenizer, bad_rows_file: Path | None
+    args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None
 ) -> tuple[list[dict], list[dict], Funnel]:
     """Training prompts, held-out prompts (only where --eval_freq asks for them) and the funnel."""
     held_out = []
@@ -76,8 +91,8 @@ def load_prompts(
         )
     held_out = subset(held_out, args.eval_prompts, args.seed, funnel)
 
-    prompts = encoding.prompt_rows(tokenizer, rows, args.prompt_template, args.max_prompt_length, funnel)
-    eval_prompts = encoding.prompt_rows(tokenizer, held_out, args.prompt_template, args.max_prompt_length, funnel)
+    prompts = encoding.prompt_rows(prompt_format, rows, args.max_prompt_length, funnel)
+    eval_prompts = encoding.prompt_rows(prompt_format, held_out, args.max_prompt_length, funnel)
     if not prompts:
         raise ValueError(f"no prompt of {args.dataset_name} fits into --max_prompt_length {args.max_prompt_length}")
     return prompts, eval_prompts, funnel
@@ -121,7 +136,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
     # 5. What the log says
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
-    samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.stop_ids)
     record = {"step": step + 1, **metrics.describe(accelerator, rollout, samples), **moved}
     lr = loop.optimizer.param_groups[0]["lr"]
     record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out, "lr": lr}
@@ -136,40 +151,24 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
 
 # ---- start ----
-def measure_start(loop: PPOLoop, fresh: bool) -> None:
-    """Measure the SFT model's scores and evaluate it (once), and refuse to start on a silent defect."""
-    args = loop.args
-    if args.reward_transform == "standardize" and not loop.reward_stats:
-        if not fresh:
-            raise ValueError("the checkpoint was made without --reward_transform standardize: go on as it began")
-        loop.reward_stats = evaluation.measure_sft_scores(loop)
-
-    if args.eval_freq and fresh:
-        loop.baseline = evaluation.evaluate(loop)[0]
-    if args.check:
-        check.check_start(loop, fresh)
-    if fresh and gate.stored_audit(args.reward_model_lora_path) is None:
-        gate.quick_gate(loop)
-
-
-def check_inputs(args: ScriptArguments, tokenizer) -> dict:
+def check_inputs(args: ScriptArguments, prompt_format: PromptFormat) -> dict:
     """Refuse what does not belong together, before any model is loaded; return what run.json says of the inputs."""
     base = run_json.base_fingerprint(args.base_model_name)
-    wanted = {"base": base, "tokenizer": tokenizer, "template": args.prompt_template}
-
+    wanted = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
     sft = args.sft_model_lora_path
     reward = args.reward_model_lora_path
-    adapters.check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
+    if sft:
+        adapters.check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
     adapters.check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
     if args.merged_sft_model_path:
         adapters.check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
     gate.read_gate(reward, args.reward_gate)
 
-    parents = {"sft": sft, "reward": reward}
+    parents = {"sft": sft, "reward": reward} if sft else {"reward": reward}
     if args.judge_lora_path:
         adapters.check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
         parents["judge"] = args.judge_lora_path
-    return {"base": base, "template": args.prompt_template, "parents": parents}
+    return {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
 
 
 def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) -> roles.Roles:
@@ -184,6 +183,7 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
         args.reward_model_lora_path,
         dtype=loading.pick_dtype(args.bf16),
         device=device,
+        new_adapter=args,
         merged_sft_dir=args.merged_sft_model_path,
         policy_dir=start,
         judge_dir=args.judge_lora_path,
@@ -196,7 +196,7 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
 
 
 def make_loop(
-    args: ScriptArguments, accelerator: Accelerator, tokenizer, prompts: tuple, start: Path | None
+    args: ScriptArguments, accelerator: Accelerator, prompt_format: PromptFormat, prompts: tuple, start: Path | None
 ) -> PPOLoop:
     """Everything the steps share: roles, what trains them, how they sample, what is watched."""
     loaded = make_roles(args, accelerator.device, start)
@@ -205,8 +205,8 @@ def make_loop(
         kl_controller = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
     same_name = ("temperature", "min_new_tokens", "suppress_empty", "top_k", "top_p", "cuda_graphs")
     sampling = generation.Sampling(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        stop_ids=prompt_format.stop_ids,
+        pad_token_id=prompt_format.pad_id,
         max_new_tokens=args.output_max_length,
         **{name: getattr(args, name) for name in same_name},
     )
@@ -214,7 +214,7 @@ def make_loop(
     return PPOLoop(
         args=args,
         accelerator=accelerator,
-        tokenizer=tokenizer,
+        prompt_format=prompt_format,
         roles=loaded,
         prompts=prompts[0],
         eval_prompts=prompts[1],
@@ -308,15 +308,18 @@ def main(args: ScriptArguments) -> None:
         print(plan.plan_ppo(args, "rl_training.py"))
         return
     launch.require_optional(args)
-    if not args.inspect_data and resume.finished_run(args, "ppo"):
-        return print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
 
     # 2. Base, tokenizer and adapters have to belong together.
     args.base_model_name = loading.resolve_model(args.base_model_name, "--base_model_name")
     if args.merged_sft_model_path:
         args.merged_sft_model_path = loading.resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or args.base_model_name)
-    run = check_inputs(args, tokenizer)
+    prompt_format = choose_format(args, tokenizer, args.base_model_name)
+    if not args.inspect_data and resume.finished_run(args, "ppo"):
+        return print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
+    longest = args.max_prompt_length + args.output_max_length
+    loading.refuse_small_base(args.base_model_name, tokenizer, longest, "--max_prompt_length, --output_max_length")
+    run = check_inputs(args, prompt_format)
 
     # 3. Data; from here on the output directory is ours.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -325,9 +328,9 @@ def main(args: ScriptArguments) -> None:
         output_dir.claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
     accelerator.wait_for_everyone()
     bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
-    prompts, eval_prompts, funnel = load_prompts(args, tokenizer, bad_rows if writes else None)
+    prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows if writes else None)
     if args.inspect_data:
-        encoding.inspect_rows(tokenizer, prompts, funnel)
+        encoding.inspect_rows(prompt_format, prompts, funnel)
         return
     if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
@@ -337,12 +340,13 @@ def main(args: ScriptArguments) -> None:
     start = checkpoint.to_resume(args.resume_from_checkpoint, args.output_dir)
     if start:
         resume.refuse_changes(start, args, run, accelerator.num_processes)
-    loop = make_loop(args, accelerator, tokenizer, (prompts, eval_prompts), start)
-    launch.say(f"{funnel.table()}\n{metrics.batch_sizes(loop)}")
+    loop = make_loop(args, accelerator, prompt_format, (prompts, eval_prompts), start)
+    launch.say(f"{prompt_format.describe()}\n{funnel.table()}\n{metrics.batch_sizes(loop)}")
 
     # 5. Train, then save the policy.
+    starting.say_start(loop)
     done = state.resume(loop, start) if start else 0
-    measure_start(loop, fresh=start is None)
+    starting.measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:
         state.save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary, "best": loop.best})

@@ -13,20 +13,25 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from rlhf.arguments import SFT_DATASET, CommonArguments, DataArguments, LoraArguments, TrainerFlags
+from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.artefacts import adapters, run_json
 from rlhf.cost import plan
-from rlhf.data import batches, encoding, reading, template
+from rlhf.data import encoding, reading
+from rlhf.data.arguments import SFT_DATASET, DataArguments
+from rlhf.data.batches import LengthGroupedSampler, blank_answer
+from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import subset
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
-from rlhf.models import generation, loading
+from rlhf.models import loading, lora, untrained
 from rlhf.run import launch
 from rlhf.run.log import MetricsLog, read_metrics
-from rlhf.trainer import stage_trainer, training
+from rlhf.trainer import samples, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 SAMPLES = 3
@@ -75,25 +80,25 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, tokenizer) -> tuple[list[dict], list[dict], list[str], dict]:
-    """Encoded training and evaluation rows, a few evaluation prompts, and what run.json says of the data."""
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[dict], list[dict], list[dict], dict]:
+    """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
     texts, eval_texts, funnel = reading.load_splits(args, "sft", args.seed, training.bad_rows_file(args))
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
-    rows = encoding.sft_rows(tokenizer, texts, args.prompt_template, args.max_length, funnel)
-    eval_rows = encoding.sft_rows(tokenizer, eval_texts, args.prompt_template, args.max_length, funnel)
+    rows = encoding.sft_rows(prompt_format, texts, args.max_length, funnel)
+    eval_rows = encoding.sft_rows(prompt_format, eval_texts, args.max_length, funnel)
     # Their order changes no result, and rows of like length share a batch.
     eval_rows.sort(key=lambda row: len(row["input_ids"]))
     if args.inspect_data:
-        encoding.inspect_rows(tokenizer, rows, funnel)
+        encoding.inspect_rows(prompt_format, rows, funnel)
     else:
-        launch.say(funnel.table())
+        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
 
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no row to train on: {funnel.summary()}")
 
     about = {"fingerprint": reading.data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
-    return rows, eval_rows, [row["prompt"] for row in eval_texts[:SAMPLES]], about | {"funnel": funnel.as_dict()}
+    return rows, eval_rows, eval_texts[:SAMPLES], about | {"funnel": funnel.as_dict()}
 
 
 # ---- model ----
@@ -102,15 +107,8 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     set_seed(args.seed)
     model = loading.load_base(model_dir, loading.pick_dtype(args.bf16), four_bit=args.load_in_4bit)
     if args.previous_lora_weights:
-        return loading.continue_adapter(model, args.previous_lora_weights)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=loading.lora_targets(model, args.lora_target_models),
-    )
-    return get_peft_model(model, config)
+        return lora.continue_adapter(model, args.previous_lora_weights)
+    return get_peft_model(model, lora.lora_config(args, model, "CAUSAL_LM", args.lora_dropout))
 
 
 # ---- training ----
@@ -140,7 +138,13 @@ def token_mean(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def build_trainer(
-    args: ScriptArguments, model: PeftModel, about: dict, rows: list[dict], eval_rows: list[dict], order, fresh: bool
+    args: ScriptArguments,
+    model: PeftModel,
+    prompt_format: PromptFormat,
+    about: dict,
+    data: tuple[list[dict], list[dict]],
+    order: LengthGroupedSampler,
+    fresh: bool,
 ) -> SupervisedTrainer:
     """SFTTrainer on rows that are encoded already.
 
@@ -148,20 +152,23 @@ def build_trainer(
     loss on the query as well. No row is too long by now, so TRL cuts nothing (`max_length=None`).
 
     Args:
-        about: what run.json says of the run. order: of the training rows. fresh: this run is not resumed.
+        about: what run.json says of the run. data: training and evaluation rows. order: of the training rows. fresh:
+            this run is not resumed.
     """
     disable_progress_bars()
+    rows, eval_rows = data
     # The loss before training is measured within training: an evaluation ahead of it would silently leave the model
     # out of DDP.
     starts_with_evaluation = bool(eval_rows) and fresh
-    settings = {"completion_only_loss": True, "max_length": None, "packing": False}
+    # No load-balancing loss for mixtures: its router outputs do not fit rows that TRL computes in pieces.
+    settings = {"completion_only_loss": True, "max_length": None, "packing": False, "router_aux_loss_coef": 0.0}
     config = stage_trainer.training_arguments(
         args, SFTConfig, bool(eval_rows), eval_on_start=starts_with_evaluation, **settings
     )
 
     train_rows = list(rows)
     if order.blanks:
-        train_rows.append(batches.blank_answer(about["tokenizer"].eos_token_id))
+        train_rows.append(blank_answer(prompt_format.stop_ids[0]))
     trainer = SupervisedTrainer(
         model,
         config,
@@ -169,32 +176,13 @@ def build_trainer(
         about=about,
         train_dataset=Dataset.from_list(train_rows),
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
-        processing_class=about["tokenizer"],
+        # TRL's own, made here: for a tokenizer without a pad token TRL would name one, and change the tokenizer by it.
+        data_collator=DataCollatorForLanguageModeling(prompt_format.pad_id),
+        processing_class=prompt_format.tokenizer,
         compute_metrics=token_mean,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def show_samples(args: ScriptArguments, trainer, prompts: list[str], log: MetricsLog | None) -> None:
-    """Print a few answers and keep them in samples.jsonl; " ..." ends one that did not stop by itself."""
-    if log is None or not prompts or not args.sample_max_new_tokens:
-        return
-    if stage_trainer.is_zero3():
-        launch.say("no sample answers: under ZeRO-3 one process alone cannot write them")
-        return
-
-    step = trainer.state.global_step
-    tokenizer = trainer.processing_class
-    queries = [encoding.encode(tokenizer, template.render(args.prompt_template, prompt)) for prompt in prompts]
-    trainer.model.eval()
-    base = trainer.model.get_base_model()
-    answers = generation.greedy_answers(base, tokenizer, queries, args.sample_max_new_tokens)
-    records = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        print(f"  step {step} | {prompt!r} -> {answer!r}", flush=True)
-        records.append({"step": step, "query": prompt, "response": answer})
-    log.write_samples(records, shown=0)
 
 
 def before_and_after(args: ScriptArguments) -> dict[str, float]:
@@ -219,20 +207,23 @@ def main(args: ScriptArguments) -> None:
         print(plan.plan_trainer(args, "sft_training.py", sides=1))
         return
     launch.require_optional(args)
-    if training.already_finished(args, "sft"):
-        return
 
     # 2. Base, tokenizer and a previous adapter have to belong together.
     model_dir = loading.resolve_model(args.model_name)
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or model_dir)
-    identity = {"base": run_json.base_fingerprint(model_dir), "tokenizer": tokenizer, "template": args.prompt_template}
+    prompt_format = choose_format(args, tokenizer, model_dir)
+    if training.already_finished(args, "sft"):
+        return
+    loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
+    base = run_json.base_fingerprint(model_dir)
+    identity = {"base": base, "tokenizer": tokenizer, "prompt_format": prompt_format.record()}
     previous = args.previous_lora_weights
     if previous:
         adapters.check_adapter(previous, stage=("sft", "ppo"), flag="--previous_lora_weights", **identity)
 
     # 3. Data; from here on the output directory is ours.
     training.claim(args)
-    rows, eval_rows, prompts, about_data = load_data(args, tokenizer)
+    rows, eval_rows, shown, about_data = load_data(args, prompt_format)
     if args.inspect_data:
         return
     announce_batches(args, len(rows), "rows")
@@ -242,18 +233,19 @@ def main(args: ScriptArguments) -> None:
     # 4. Model, log and trainer, from the start or from a checkpoint.
     resume_from = training.resume_point(args, about)
     model = build_model(args, model_dir)
+    untrained.warn_of_untrained(model.get_base_model(), prompt_format)
     file = open_log(args, resume_from)
     order = training.row_order(args, [len(row["input_ids"]) for row in rows])
-    trainer = build_trainer(args, model, about, rows, eval_rows, order, fresh=resume_from is None)
+    trainer = build_trainer(args, model, prompt_format, about, (rows, eval_rows), order, fresh=resume_from is None)
     log = StageLog(file, args, trainer, extra=("mean_token_accuracy", "entropy"))
 
     # 5. Train, with answers to the same prompts before and after.
     if resume_from is None:
-        show_samples(args, trainer, prompts, file)
+        samples.show(args, trainer, prompt_format, shown, file)
     training.train(trainer, resume_from, log)
     if eval_rows:
         training.final_evaluation(trainer)
-    show_samples(args, trainer, prompts, file)
+    samples.show(args, trainer, prompt_format, shown, file)
 
     # 6. The adapter, and last of all run.json.
     with stage_trainer.gathered(model):

@@ -14,7 +14,7 @@ from benchmarks.gpu_limits import Cost
 from benchmarks.gpu_measure import Bench, Meter, Row, Ticks
 from benchmarks.gpu_workload import Rows, adapted, pair_rows, random_model, sft_rows
 from benchmarks.model import PAD, tokenizer
-from rlhf.arguments import LoraArguments
+from rlhf.arguments import LoraArguments, TrainerFlags
 from rlhf.cost.flops import flop_counts, training_flops
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.models.forward import forward
@@ -49,7 +49,7 @@ def supervised(bench: Bench, checkpointing: bool) -> list[Row]:
     rows = bench.shape.sft
     torch.manual_seed(0)
     base = random_model(bench.shape.config(), "causal", bench.args.device, bench.dtype)
-    model = adapted(base, LoraArguments.lora_rank, dropout=LoraArguments.lora_dropout)
+    model = adapted(base, LoraArguments.lora_rank, dropout=TrainerFlags.lora_dropout)
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
 

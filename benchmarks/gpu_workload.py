@@ -20,7 +20,7 @@ from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
 from rlhf.models import loading
 from rlhf.models.kernels import fuse_norms
-from rlhf.models.loading import lora_targets
+from rlhf.models.lora import lora_targets
 from rlhf.rl import roles
 
 if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
@@ -151,10 +151,15 @@ def write_adapter(config: BaichuanConfig, folder: Path, rank: int, score_head: b
 
 # ---- rows ----
 class Numbers:
-    """Stands for a tokenizer: random ids are written as numbers."""
+    """Stands for a prompt format and its tokenizer: random ids are written as numbers."""
 
-    pad_token_id = PAD
-    eos_token_id = EOS
+    pad_id = PAD
+    stop_ids = (EOS,)
+
+    @property
+    def tokenizer(self) -> "Numbers":
+        """What decodes."""
+        return self
 
     def batch_decode(self, rows: list[list[int]], **kwargs) -> list[str]:
         """Each row's ids in words."""

@@ -14,7 +14,7 @@ from benchmarks.common import random_ids
 from benchmarks.model import BOS, EOS, PAD, VOCABULARY, causal_model, tokenizer
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.run_json import base_fingerprint, write_run
-from rlhf.data.template import DEFAULT_TEMPLATE
+from rlhf.data.choose_format import text_format
 
 PROMPTS = 16
 # Longest answer, and the chance of EOS at each token: 0 makes every answer that long, the others a quarter of it in
@@ -90,7 +90,8 @@ def add_adapter(model, folder: Path, stage: str, base: dict):
             torch.nn.init.normal_(parameter, std=1e-3)
 
     save_adapter(model, folder)
-    write_run(folder, stage=stage, args=Adapter(), base=base, tokenizer=tokenizer(), template=DEFAULT_TEMPLATE)
+    record = text_format(tokenizer()).record()
+    write_run(folder, stage=stage, args=Adapter(), base=base, tokenizer=tokenizer(), prompt_format=record)
     return model.merge_and_unload()
 
 

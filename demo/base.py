@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from demo.world import Prompt, answer
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from rlhf.data.encoding import encode
+from rlhf.data.control_tokens import encode
 from rlhf.data.template import DEFAULT_TEMPLATE, render
 from rlhf.run.log import Eta
 

@@ -16,11 +16,12 @@ import torch
 
 from demo.gold import content_correct, gold_score, liveliness
 from rlhf.data.batches import collate_prompts
-from rlhf.data.encoding import encode, load_tokenizer
-from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.data.choose_format import text_format
+from rlhf.data.encoding import load_tokenizer
 from rlhf.flags import flag, parse
 from rlhf.models.generation import Sampling, generate
-from rlhf.models.loading import add_lora, load_base
+from rlhf.models.loading import load_base
+from rlhf.models.lora import add_lora
 from rlhf.reward.statistics import wilson
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_lines
@@ -87,13 +88,14 @@ def find_versions(output_dir: Path) -> dict[str, Path]:
 
 def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tuple[list[str], float]:
     """One answer of `model` to each prompt, and their mean length in tokens; the same noise for every version."""
-    queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt in prompts]
-    batch = collate_prompts(queries, tokenizer.pad_token_id)
+    prompt_format = text_format(tokenizer)
+    queries = [prompt_format.query_ids([("user", prompt)]) for prompt in prompts]
+    batch = collate_prompts(queries, prompt_format.pad_id)
 
     # An empty answer has to show in the figures, so it is not suppressed as in training.
     sampling = Sampling(
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
+        prompt_format.stop_ids,
+        prompt_format.pad_id,
         args.max_new_tokens,
         temperature=args.temperature,
         suppress_empty=False,

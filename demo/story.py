@@ -20,7 +20,8 @@ from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.data.encoding import load_tokenizer
 from rlhf.flags import flag, parse
-from rlhf.models.loading import add_lora, load_base
+from rlhf.models.loading import load_base
+from rlhf.models.lora import add_lora
 from rlhf.rl.charts import draw_against_kl, overoptimization
 from rlhf.rl.evaluation import CLEAR
 from rlhf.run.launch import run_script

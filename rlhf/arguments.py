@@ -1,12 +1,10 @@
-"""Flags that several stages share: run, data, adapter, and the settings of transformers' Trainer."""
+"""Flags that several stages share: run, adapter, and the settings of transformers' Trainer."""
 
-import math
 from dataclasses import dataclass
 
 from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from rlhf.data.template import DEFAULT_TEMPLATE, check_template
 from rlhf.flags import Flags, flag
 
 
@@ -102,98 +100,33 @@ class CommonArguments(Flags):
 
 @dataclass(kw_only=True)
 class LoraArguments(Flags):
-    """Shape of a new adapter. The defaults are those of the SFT stage; others override them."""
+    """Shape of a new adapter. The defaults are those of the SFT stage; the reward stage overrides them."""
 
     lora_rank: int = flag(8, help="rank r of the adapter", group="adapter", aliases=["--lora_r"])
     lora_alpha: float = flag(32, help="alpha: the update is scaled by alpha / r", group="adapter")
-    lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter", expert=True)
     lora_target_models: str | None = flag(
         None,
-        help="modules that get an adapter, as 'a|b' (W_pack on Baichuan); by default the attention projections",
+        help="modules that get an adapter, as 'a|b', a regular expression, or all-linear for all linear layers of the "
+        "decoder blocks; by default W_pack on Baichuan and all-linear elsewhere",
         group="adapter",
         aliases=["--lora_target_modules"],
+    )
+    use_rslora: bool = flag(
+        False, help="scale the update by alpha / sqrt(r), which keeps high ranks stable", group="adapter", expert=True
     )
 
     def __post_init__(self):
         if self.lora_rank < 1:
             raise ValueError(f"--lora_rank {self.lora_rank} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
         super().__post_init__()
-
-
-SFT_DATASET = "Hello-SimpleAI/HC3-Chinese"
-
-PREFERENCE_DATASET = "beyond/rlhf-reward-single-round-trans_chinese"
-
-
-@dataclass(kw_only=True)
-class DataArguments(Flags):
-    """Flags that say which rows a stage reads."""
-
-    dataset_name: str = flag(
-        PREFERENCE_DATASET,
-        help="hub id, save_to_disk directory, directory of data files, or one .json/.jsonl/.csv/.parquet file",
-        group="data",
-        resume="path",
-    )
-    dataset_config_name: str | None = flag(None, help="configuration of a hub data set", group="data", expert=True)
-    train_split: str = flag("train", help="split to train on", group="data", expert=True)
-    eval_split: str | None = flag(
-        None, help="split to evaluate on; by default test or validation, else one is made", group="data", expert=True
-    )
-    eval_dataset_name: str | None = flag(
-        None, help="source of the evaluation rows, instead of a split", group="data", resume="path"
-    )
-    eval_size: float = flag(
-        0.05,
-        help="rows of an evaluation split made here: a share below 1, or their number; 0 for none",
-        group="data",
-        expert=True,
-    )
-    prompt_field: str | None = flag(
-        None, help="column of the prompt, if not found by its name", group="data", expert=True
-    )
-    answer_field: str | None = flag(
-        None, help="column of the answer, if not found by its name", group="data", expert=True
-    )
-    chosen_field: str | None = flag(
-        None, help="column of the preferred answer, if not found by its name", group="data", expert=True
-    )
-    rejected_field: str | None = flag(
-        None, help="column of the other answer, if not found by its name", group="data", expert=True
-    )
-    prompt_template: str = flag(
-        DEFAULT_TEMPLATE, help="text around a prompt, the same in all stages; \\n is a new line", group="data"
-    )
-    bad_rows: str = flag(
-        "stop",
-        help="malformed rows: stop and name them, or skip them into bad_rows.jsonl",
-        group="data",
-        choices=["stop", "skip"],
-        expert=True,
-    )
-
-    def __post_init__(self):
-        # A shell passes backslash and n where a new line is meant.
-        self.prompt_template = check_template(self.prompt_template.replace("\\n", "\n"))
-        if not 0 <= self.eval_size < math.inf:
-            raise ValueError(f"--eval_size {self.eval_size} is no size: give a share below 1 or a number of rows")
-        if self.eval_split == self.train_split and not self.eval_dataset_name:
-            raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
-        super().__post_init__()
-
-    def named_columns(self) -> dict[str, str | None]:
-        """The columns the user named, as `find_format` takes them."""
-        roles = ("prompt", "answer", "chosen", "rejected", "margin")
-        # Only preferences have a margin: the flag is the reward stage's.
-        return {role: getattr(self, f"{role}_field", None) for role in roles}
 
 
 @dataclass(kw_only=True)
 class TrainerFlags(Flags):
     """Flags of both Trainer stages, under the names TrainingArguments has for them; defaults are the SFT stage's."""
 
+    # ---- adapter ----
+    lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter", expert=True)
     # ---- training ----
     num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training", resume="longer")
     max_steps: int = flag(
@@ -258,6 +191,9 @@ class TrainerFlags(Flags):
         for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
 
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")

@@ -1,5 +1,6 @@
 """Tiny models every test can afford: a native Baichuan and a stock Llama, built once a session from made-up text."""
 
+import gc
 import json
 import os
 from itertools import product
@@ -12,9 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import sentencepiece
 import torch
+from chat_tokenizers import make
 from forked import stages, whole, zygote  # noqa: F401 (fixtures for all)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 
@@ -23,6 +25,12 @@ torch.set_num_threads(1)
 
 # Files that take a worker longest go first: begun last, one of them would leave every other worker idle.
 LONGEST_FIRST = ("test_demo_smoke.py", "test_scripts.py", "test_launchers.py", "test_faults.py", "test_damage.py")
+
+
+def pytest_collection_finish(session):
+    """Leave all that was imported out of every later garbage collection: stages collect often, and it took a third."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -117,6 +125,22 @@ def tiny_llama(tmp_path_factory) -> str:
         **TINY,
     )
     save_random_model(LlamaForCausalLM, config, directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory) -> str:
+    """A saved stock Llama that is a chat model: BOS, turns that end with another token than EOS, two stop tokens."""
+    directory = tmp_path_factory.mktemp("tiny_chat")
+    tokenizer = make("llama3", directory)
+    tokenizer.save_pretrained(directory)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=INITIALIZER_RANGE,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **TINY,
+    )  # fmt: skip
+    save_random_model(LlamaForCausalLM, config, directory)
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    GenerationConfig(eos_token_id=stops).save_pretrained(directory)
     return str(directory)
 
 

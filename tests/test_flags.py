@@ -21,6 +21,7 @@ FREE = {
 PATHS = {
     "model_name", "base_model_name", "tokenizer_name", "dataset_name", "eval_dataset_name", "sft_model_lora_path",
     "reward_model_lora_path", "judge_lora_path", "merged_sft_model_path", "deepspeed",
+    "chat_template",
 }  # fmt: skip
 LONGER = {"steps", "max_steps", "num_train_epochs"}
 
@@ -60,8 +61,8 @@ def test_help_shows_the_flags_that_people_change_and_help_all_shows_every_one(sc
 
 def test_required_flags_come_first_and_a_value_is_named_once(capsys):
     text = help_of("rl_training", "--help", capsys=capsys)
-    first = re.findall(r"^  --(\w+)", text, re.MULTILINE)[1:4]
-    assert first == ["base_model_name", "sft_model_lora_path", "reward_model_lora_path"]
+    first = re.findall(r"^  --(\w+)", text, re.MULTILINE)[1:3]
+    assert first == ["base_model_name", "reward_model_lora_path"]
     assert "--base_model_name, --model_name TEXT\n" in text
     assert "BASE_MODEL_NAME" not in text
     assert "--batch_size N" in text and "--learning_rate X" in text and "--plan [True|False]" in text

@@ -115,7 +115,7 @@ def updated(base: str, folder: Path, device: str, dtype: torch.dtype = torch.flo
     flags = {"base_model_name": base, "sft_model_lora_path": sft, "reward_model_lora_path": reward}
     args = rl_training.parse_args(words(flags | {"batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2}))
     optimizer = torch.optim.SGD(roles.trainable().values(), lr=0.1)
-    sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8)
+    sampling = Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8)
     found = update(
         roles, optimizer, rollout, sampling, args, Accelerator(cpu=device == "cpu"), torch.Generator().manual_seed(0)
     )
@@ -210,7 +210,7 @@ def test_deepspeed_trains_on_a_gpu(tiny_base, data, tmp_path, zero):
 def test_a_backward_waits_for_the_gpu_only_to_learn_lengths(tiny_base, tmp_path):
     sft, reward = random_adapter(tiny_base, tmp_path / "sft"), random_adapter(tiny_base, tmp_path / "rm", "reward", 1)
     roles = load_roles(tiny_base, sft, reward, dtype=torch.bfloat16, device="cuda")
-    rollout, sampling = on("cuda", stored_rollout(None)), Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8)
+    rollout, sampling = on("cuda", stored_rollout(None)), Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")

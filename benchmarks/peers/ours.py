@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 import rl_training
 from benchmarks.peers.worker import Movement, read_workload, report, say, steps_in_turn
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.rl.state import snapshot
 from rlhf.run.launch import silence_libraries
@@ -44,7 +45,8 @@ def main() -> None:
     args = arguments(workload, folder)
     # The prompts are encoded already; without evaluation prompts nothing is evaluated.
     rows = [{"prompt": "", "query_ids": ids} for ids in workload["prompts"]]
-    loop = rl_training.make_loop(args, Accelerator(cpu=True), load_tokenizer(args.base_model_name), (rows, []), None)
+    prompt_format = text_format(load_tokenizer(args.base_model_name))
+    loop = rl_training.make_loop(args, Accelerator(cpu=True), prompt_format, (rows, []), None)
     movement = Movement(loop.roles.adapter("policy").values())
 
     for step in steps_in_turn(workload["steps"]):

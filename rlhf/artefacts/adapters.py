@@ -72,13 +72,13 @@ def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.T
 
 
 def check_adapter(
-    adapter_dir, *, stage: str | tuple, base: dict, tokenizer=None, template: str | None = None, flag="adapter"
+    adapter_dir, *, stage: str | tuple, base: dict, tokenizer=None, prompt_format: dict | None = None, flag="adapter"
 ):
-    """Refuse an adapter of another stage, base, tokenizer or template, naming the field that differs.
+    """Refuse an adapter of another stage, base, tokenizer or prompt format, naming the field that differs.
 
     Args:
         stage: the stage (or stages) whose adapter is wanted here. base: of `base_fingerprint`.
-        tokenizer, template: what this run uses; None leaves the comparison out.
+        tokenizer, prompt_format (`PromptFormat.record`): of this run; None leaves the comparison out.
         flag: named in messages.
     Returns: its run.json, or None (with a warning) for an adapter that was trained elsewhere.
     """
@@ -99,18 +99,34 @@ def check_adapter(
         wanted = " or ".join(stages)
         raise ValueError(f"{flag} {adapter_dir} is of stage '{run.get('stage')}', but {wanted} is wanted here")
 
-    # An adapter of another base, tokenizer or template would run here without an error, and answer nonsense.
+    # An adapter of another base, tokenizer or format would run here without an error, and answer nonsense.
     their_base = run.get("base", {})
     compared = [(f"base {name}", their_base.get(name), value) for name, value in base.items()]
     if tokenizer is not None:
         compared.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
-    if template is not None:
-        compared.append(("prompt_template", run.get("prompt_template"), template))
+    if prompt_format is not None:
+        compared += _format_fields(run, prompt_format)
 
     for name, theirs, ours in compared:
         if theirs != ours:
             raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
     return run
+
+
+def _format_fields(run: dict, ours: dict) -> list[tuple]:
+    """(name, theirs, ours) of everything that a prompt format consists of."""
+    theirs = run.get("prompt_format")
+    names = ["prompt_template", "chat_template_kwargs", "system_prompt", "bos", "stop_tokens"]
+    if theirs is None:
+        # Before formats were recorded there were text templates only, without BOS, and EOS alone ended an answer.
+        theirs = {"prompt_template": run.get("prompt_template"), "system_prompt": None, "bos": False}
+        names = ["prompt_template", "system_prompt", "bos"]
+
+    fields = [(name, theirs.get(name), ours[name]) for name in names]
+    # Two chat templates are told apart by their hashes: the texts are pages long.
+    if "sha256" in theirs and ours["prompt_template"] == "chat":
+        fields.insert(1, ("chat template (its sha256)", theirs["sha256"], ours["sha256"]))
+    return fields
 
 
 def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag: str) -> None:

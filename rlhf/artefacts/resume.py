@@ -27,6 +27,9 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
     """List the data, base and parents whose fingerprints have changed."""
     pairs = [("the data", before["data"].get("fingerprint"), run["data"].get("fingerprint"))]
     pairs.append(("the base", before["base"], run["base"]))
+    # Checkpoints of older versions hold no format; their text template is among the flags.
+    if before.get("prompt_format"):
+        pairs.append(("the prompt format", before["prompt_format"], run["prompt_format"]))
     for role, path in run.get("parents", {}).items():
         pairs.append((f"the {role} adapter", before["parents"].get(role, {}).get("adapter"), adapter_hash(path)))
     return [name for name, then, now in pairs if then != now]

@@ -80,11 +80,31 @@ def _stored_tensors(model_dir: Path) -> dict[str, tuple[Path, torch.Tensor | Non
     return stored
 
 
+def padding_id(tokenizer) -> int:
+    """The id that batches are padded with: the pad token, else another token that ends no answer, else 0.
+
+    Masks decide what is real, so any id is right. One that a reader of a batch would not mistake for an end is better.
+    """
+    eos = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != eos:
+        return tokenizer.pad_token_id
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != eos:
+        return tokenizer.unk_token_id
+
+    # In the order of their ids, so that every run of every stage takes the same token.
+    for index, token in sorted(tokenizer.added_tokens_decoder.items()):
+        name = token.content.lower()
+        spare = any(word in name for word in ("pad", "unused", "reserved", "extra", "mask"))
+        if token.special and spare and index != eos:
+            return index
+    return 0
+
+
 def tokenizer_fingerprint(tokenizer) -> str:
     """Hash over the vocabulary, the special ids and how a probe text is split."""
     # Two tokenizers of one vocabulary may still differ in their rules: digits, line ends, full-width marks.
     probe = tokenizer("问：1+1等于几？\n\n答：2。 Hello, world!", add_special_tokens=False)["input_ids"]
-    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, padding_id(tokenizer)]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     content = json.dumps([vocabulary, specials, probe])
     # Half a surrogate pair may stand in a vocabulary, and UTF-8 would refuse it.
@@ -101,12 +121,15 @@ def adapter_hash(adapter_dir) -> str | None:
 
 
 # ---- writing ----
-def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, parents=None, metrics=None) -> dict:
+def write_run(
+    output_dir, *, stage, args, base, tokenizer, prompt_format, data=None, parents=None, metrics=None
+) -> dict:
     """Write run.json, which later stages read to refuse what does not fit; returns what was written.
 
     Args:
         stage: "sft", "reward" or "ppo". args: the script's dataclass (no secrets are among the flags).
-        base: of `base_fingerprint`. template: prompt template. data: fingerprint, funnel. parents: role -> directory.
+        base: of `base_fingerprint`. prompt_format: of `PromptFormat.record`, or None. data: fingerprint, funnel.
+        parents: role -> directory.
     """
     special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     # The hash tells a parent that was trained again since then from the one that was used.
@@ -120,7 +143,8 @@ def write_run(output_dir, *, stage, args, base, tokenizer, template, data=None, 
         "arguments": dataclasses.asdict(args),
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "prompt_template": template,
+        "prompt_template": prompt_format and prompt_format["prompt_template"],
+        "prompt_format": prompt_format,
         "special_ids": special_ids,
         "data": data or {},
         "parents": parent_entries,

@@ -16,8 +16,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
-from rlhf.models.loading import add_lora, load_base, score_head_of
+from rlhf.models.loading import load_base
+from rlhf.models.lora import add_lora, score_head_of
 from rlhf.models.scoring import score
 
 BASE = "base"
@@ -40,7 +42,7 @@ class AnswerSettings:
 
 @dataclass
 class Answer:
-    """One answer: text, tokens (EOS included), whether it ended by itself, and its score if there is one."""
+    """One answer: text, tokens (stop token included), whether it ended by itself, and its score if there is one."""
 
     text: str
     tokens: int
@@ -61,11 +63,9 @@ class GumbelSampler(LogitsProcessor):
     """Last processor of a greedy `generate`: adds each row's own Gumbel noise, so that the argmax is a random draw.
 
     Without seeds it adds nothing, and the answers are greedy.
-    The pad id is forbidden: otherwise a repetition penalty, which looks at padded prompts, would depend on the batch.
     """
 
-    def __init__(self, seeds: list[int] | None, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, seeds: list[int] | None):
         self.generators = None
         if seeds is not None:
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -74,7 +74,6 @@ class GumbelSampler(LogitsProcessor):
         # The argmax of NaN would be some token, and the answer would look like one.
         if scores.isnan().any():
             raise FloatingPointError("the logits are not finite: this adapter (or the base) holds broken weights")
-        scores[:, self.pad_token_id] = -torch.inf
         if self.generators is None:
             return scores
 
@@ -88,11 +87,29 @@ class GumbelSampler(LogitsProcessor):
         return scores - noise.to(scores.device)
 
 
+class RepetitionPenalty(LogitsProcessor):
+    """transformers' repetition penalty over the real tokens alone, so that a row does not depend on its padding."""
+
+    def __init__(self, penalty: float, padding: list[int]):
+        """`padding`: columns in front of each row that hold no token."""
+        self.usual = RepetitionPenaltyLogitsProcessor(penalty)
+        self.padding = padding
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = [
+            self.usual(input_ids[row : row + 1, start:], scores[row : row + 1])
+            for row, start in enumerate(self.padding)
+        ]
+        return torch.cat(rows)
+
+
 class Versions:
     """One base in memory with every adapter on it; `use(name)` makes one of them answer."""
 
-    def __init__(self, base_dir: str, tokenizer, writing: AnswerSettings, dtype: torch.dtype, device: str):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, base_dir: str, prompt_format: PromptFormat, writing: AnswerSettings, dtype: torch.dtype, device: str
+    ):
+        self.prompt_format = prompt_format
         self.writing = writing
         self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
         self.score_head: nn.Linear | None = None
@@ -101,8 +118,8 @@ class Versions:
             max_new_tokens=writing.max_new_tokens,
             do_sample=False,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=list(prompt_format.stop_ids),
+            pad_token_id=prompt_format.pad_id,
         )
         self.model.eval().requires_grad_(False)
 
@@ -155,16 +172,17 @@ class Versions:
 
     def _batch(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[Answer]:
         """Answers of one batch, scored where there is a reward model."""
-        eos = self.tokenizer.eos_token_id
+        stops = self.prompt_format.stop_ids
         cells = []
         finished = []
         for query, row in zip(queries, self._generate(name, queries, seeds), strict=True):
-            ended = eos in row
-            answer = row[: row.index(eos)] if ended else row
-            text = self.tokenizer.decode(answer).strip()
+            end = next((place for place, token in enumerate(row) if token in stops), None)
+            answer = row[:end]
+            ended = end is not None
+            text = self.prompt_format.tokenizer.decode(answer).strip()
             cells.append(Answer(text, len(answer) + ended, ended))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
-            finished.append(query + answer + [eos])
+            finished.append(query + answer + [row[end] if ended else stops[0]])
 
         if self.score_head is not None:
             for cell, value in zip(cells, self._scores(finished), strict=True):
@@ -172,13 +190,13 @@ class Versions:
         return cells
 
     def _generate(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[list[int]]:
-        """New token ids of each row; after the EOS they are padding."""
+        """New token ids of each row; after the stop token they are padding."""
         input_ids, attention_mask = self._padded(queries, left=True)
         with self.use(name) as model:
             rows = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                logits_processor=self._processors(seeds),
+                logits_processor=self._processors(queries, seeds),
             )
         return rows[:, input_ids.shape[1] :].tolist()
 
@@ -188,19 +206,21 @@ class Versions:
         with self.use(REWARD_MODEL) as model:
             return score(backbone_of(model), self.score_head, input_ids, attention_mask).tolist()
 
-    def _processors(self, seeds: list[int]) -> LogitsProcessorList:
+    def _processors(self, queries: list[list[int]], seeds: list[int]) -> LogitsProcessorList:
         """Processors in the order of transformers' own sampling; the noise comes last."""
         writing = self.writing
         chosen = LogitsProcessorList()
         if writing.repetition_penalty != 1:
-            chosen.append(RepetitionPenaltyLogitsProcessor(writing.repetition_penalty))
+            longest = max(map(len, queries))
+            padding = [longest - len(query) for query in queries]
+            chosen.append(RepetitionPenalty(writing.repetition_penalty, padding))
         if writing.do_sample and writing.temperature != 1:
             chosen.append(TemperatureLogitsWarper(writing.temperature))
         if writing.do_sample and writing.top_p < 1:
             chosen.append(TopPLogitsWarper(writing.top_p))
 
         noise_seeds = seeds if writing.do_sample else None
-        chosen.append(GumbelSampler(noise_seeds, self.tokenizer.pad_token_id))
+        chosen.append(GumbelSampler(noise_seeds))
         return chosen
 
     def _padded(self, rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
@@ -213,7 +233,7 @@ class Versions:
         mask = []
         for row in rows:
             gap = longest - len(row)
-            padding = [self.tokenizer.pad_token_id] * gap
+            padding = [self.prompt_format.pad_id] * gap
             hidden = [0] * gap
             seen = [1] * len(row)
             ids.append(padding + row if left else row + padding)

@@ -1,12 +1,14 @@
 """--plan True: a stage in numbers, from its command line and the config.json of the base alone."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.arguments import LoraArguments
@@ -21,7 +23,8 @@ from rlhf.cost.memory import (
     trainer_needs,
 )
 from rlhf.data.reading import load_rows
-from rlhf.models.loading import lora_targets
+from rlhf.models.loading import read_config
+from rlhf.models.lora import lora_targets
 from rlhf.run.launch import is_launched, rank_and_size, wanted_processes
 
 
@@ -31,7 +34,7 @@ def skeleton(name: str, flag: str) -> nn.Module:
     Raises: FileNotFoundError where there is none.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = read_config(name)
     except OSError as error:
         raise FileNotFoundError(f"{flag} {name} has no config.json that can be read: {error}") from error
     with torch.device("meta"):
@@ -41,20 +44,27 @@ def skeleton(name: str, flag: str) -> nn.Module:
 def shape_of(model: nn.Module) -> ModelShape:
     """Sizes of a skeleton."""
     output = model.get_output_embeddings()
-    matrices = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]
-    return ModelShape.of(
-        model.config, sum(p.numel() for p in model.parameters()), sum(module.weight.numel() for module in matrices)
-    )
+    matrices = [
+        module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not output
+    ]
+    parameters = sum(p.numel() for p in model.parameters())
+    linear = sum(module.weight.numel() for module in matrices)
+    return ModelShape.of(model.config.get_text_config(), parameters, linear)
 
 
 def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str] | None) -> int:
     """Parameters of an adapter; `targets` as on the command line ('a|b', None: the usual ones) or in its config."""
     names = lora_targets(model, targets if targets is None or isinstance(targets, str) else "|".join(targets))
-    shapes = [
-        (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
-    ]
+    shapes = []
+    for name, module in model.named_modules():
+        if isinstance(names, str):
+            taken = re.fullmatch(names, name) is not None
+        else:
+            taken = any(f".{name}".endswith(f".{wanted}") for wanted in names)
+        if taken and isinstance(module, nn.Linear):
+            shapes.append((module.in_features, module.out_features))
+        elif taken and isinstance(module, Conv1D):
+            shapes.append((module.nx, module.nf))
     return lora_parameters(shapes, rank)
 
 
@@ -167,11 +177,16 @@ def plan_ppo(args, script: str) -> str:
     model = skeleton(args.base_model_name, "--base_model_name")
     shape = shape_of(model)
     ranks = processes(args)
-    policy = stored_adapter(model, args.sft_model_lora_path, LoraArguments().lora_rank)
+    policy = (
+        stored_adapter(model, args.sft_model_lora_path, args.lora_rank)
+        if args.sft_model_lora_path
+        else adapter_parameters(model, args.lora_rank, args.lora_target_models)
+    )
     # The reward stage's own default rank is half of the SFT stage's.
     reward = stored_adapter(model, args.reward_model_lora_path, LoraArguments().lora_rank // 2)
     adapters = {"policy": policy}
-    if not args.merged_sft_model_path:
+    # Without an SFT adapter the bare base is the reference.
+    if args.sft_model_lora_path and not args.merged_sft_model_path:
         adapters["reference"] = policy
 
     adapters["reward"] = reward

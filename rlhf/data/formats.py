@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from rlhf.data.dialogues import BadRow, Turn, Unusable, first_of, text_of, turns, type_name
-from rlhf.data.template import fold, merged_turns, up_to_last_question
+from rlhf.data.template import joined_turns, prompt_of, up_to_last_question
 
 # Usual names of the columns; the first one that the data has is taken.
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "q", "user", "problem", "input", "text")
@@ -148,14 +148,14 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
         return _answered(context, template)
 
     if fmt.kind == "sft":
-        prompt = fold(up_to_last_question(context), template)
+        asked = prompt_of(up_to_last_question(context), template)
         answers = _answers(_value(row, fmt.answer), fmt.answer)
-        return [{"prompt": prompt, "answer": answer} for answer in answers]
+        return [{**asked, "answer": answer} for answer in answers]
 
     # What is left is a prompt, here or inside the chosen side of a preference.
     if fmt.chosen:
         context = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
-    return [{"prompt": fold(up_to_last_question(context), template)}]
+    return [prompt_of(up_to_last_question(context), template)]
 
 
 def _context(row: dict, fmt: Format) -> list[Turn]:
@@ -192,7 +192,8 @@ def _history(pairs) -> list[Turn]:
 
 
 def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
-    texts = {}
+    answers = {}
+    prompts = {}
 
     # Each side gives an answer, and the prompt that it answers.
     for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
@@ -202,17 +203,17 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
         # A side that is a whole dialogue holds its own context; a bare answer continues the prompt's.
         is_dialogue = side[0][0] != "assistant"
         before = side[:-1] if is_dialogue else context + side[:-1]
-        texts[name] = side[-1][1]
-        texts[f"{name} prompt"] = fold(up_to_last_question(before), template)
+        answers[name] = side[-1][1]
+        prompts[name] = prompt_of(up_to_last_question(before), template)
 
     # Scores of answers to different prompts cannot be compared.
-    if texts["chosen prompt"] != texts["rejected prompt"]:
+    if prompts["chosen"]["prompt"] != prompts["rejected"]["prompt"]:
         raise Unusable("chosen and rejected differ in their prompt")
 
-    if texts["chosen"] == texts["rejected"]:
+    if answers["chosen"] == answers["rejected"]:
         raise Unusable("chosen == rejected")
 
-    pair = {"prompt": texts["chosen prompt"], "chosen": texts["chosen"], "rejected": texts["rejected"]}
+    pair = prompts["chosen"] | answers
     if fmt.margin:
         pair["margin"] = _margin(row, fmt.margin)
     return pair
@@ -244,8 +245,8 @@ def _answers(value, field: str) -> list[str]:
 
 def _answered(dialogue: list[Turn], template: str) -> list[dict]:
     """One example for each answer of a dialogue, with everything before it as its prompt."""
-    merged = merged_turns(dialogue)
-    asked = [number for number, (role, _) in enumerate(merged) if role == "assistant"]
+    joined = joined_turns(dialogue)
+    asked = [number for number, (role, _) in enumerate(joined) if role == "assistant"]
     if not asked:
         raise Unusable("no answer in the dialogue")
 
@@ -253,13 +254,13 @@ def _answered(dialogue: list[Turn], template: str) -> list[dict]:
         raise Unusable("dialogue begins with an answer")
 
     made = []
-    prompt = ""
+    asking = {"prompt": ""}
 
     for number in asked:
         # A prompt that is too long to be kept grows no further, or a dialogue of 10,000 turns would fill the memory.
-        if len(prompt) <= MAX_CHARACTERS:
-            prompt = fold(merged[:number], template)
-        made.append({"prompt": prompt, "answer": merged[number][1]})
+        if len(asking["prompt"]) <= MAX_CHARACTERS:
+            asking = prompt_of(joined[:number], template)
+        made.append({**asking, "answer": joined[number][1]})
     return made
 
 

@@ -5,6 +5,11 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+# Reasons that a flag asked for: no matter how many rows they take.
+BEYOND_SUBSET = "beyond the subset"
+OTHER_HALF = "in the other half"
+ASKED_FOR = (BEYOND_SUBSET, OTHER_HALF)
+
 
 @dataclass
 class Funnel:
@@ -53,7 +58,17 @@ class Funnel:
         lines.append(("kept", self.kept, ""))
 
         width = max(len(name) for name, _, _ in lines)
-        return "\n".join(f"{name:<{width}} {count:>9,}  {note}".rstrip() for name, count, note in lines)
+        table = [f"{name:<{width}} {count:>9,}  {note}".rstrip() for name, count, note in lines]
+        return "\n".join(table + self._warnings())
+
+    def _warnings(self) -> list[str]:
+        """A line for a reason that takes more than half of the rows: data, flags and format hardly fit each other."""
+        half = (self.read + self.expanded) / 2
+        return [
+            f"! more than half of the rows are dropped: {reason} ({', '.join(self.places[reason])})"
+            for reason, count in self.dropped.items()
+            if count > half and reason not in ASKED_FOR
+        ]
 
     def summary(self) -> str:
         """The counts as a part of a sentence, for error messages."""
@@ -133,7 +148,7 @@ def subset(rows: list[dict], limit: int, seed: int, funnel: Funnel) -> list[dict
     drawn = set(random.Random(seed).sample(range(len(rows)), limit))
     for number, row in enumerate(rows):
         if number not in drawn:
-            funnel.drop("beyond the subset", row["where"])
+            funnel.drop(BEYOND_SUBSET, row["where"])
     return [row for number, row in enumerate(rows) if number in drawn]
 
 
@@ -150,7 +165,7 @@ def one_half(rows: list[dict], half: int, funnel: Funnel) -> list[dict]:
         if _hash(f"half {_opening(row)}")[0] % 2 == half:
             kept.append(row)
         else:
-            funnel.drop("in the other half", row["where"])
+            funnel.drop(OTHER_HALF, row["where"])
 
     if not kept:
         raise ValueError(f"no prompt falls into half {half} of the data: there are too few to split")

@@ -19,7 +19,7 @@ from rlhf.data.files import Located
 from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
 from rlhf.data.sources import EVAL_SPLITS, splits_of
-from rlhf.data.template import DEFAULT_TEMPLATE, first_question
+from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
 
 
 # ---- reading ----
@@ -112,6 +112,8 @@ class _Reader:
     def __init__(self, kind: str, args, bad_rows_file: Path | str | None):
         self.kind = kind
         self.args = args
+        # The scripts have settled `auto` before they read; without a tokenizer it can only mean the text.
+        self.template = DEFAULT_TEMPLATE if args.prompt_template == AUTO else args.prompt_template
         self.bad_rows_file = bad_rows_file
         self.funnel = Funnel()
         self.malformed: list[dict] = []
@@ -153,7 +155,7 @@ class _Reader:
             if isinstance(row, BadRow):
                 raise row
             # A row may make several examples: answers of HC3, turns of a dialogue.
-            made = examples(row, fmt, self.args.prompt_template)
+            made = examples(row, fmt, self.template)
         except Unusable as reason:
             self.funnel.drop(str(reason), where)
             return []
@@ -168,8 +170,7 @@ class _Reader:
         self.funnel.expanded += len(made) - 1
         good = [example for example in made if self._is_usable(example, where, seen)]
         for example in good:
-            opening = first_question(example["prompt"], self.args.prompt_template)
-            example.update(where=where, opening=opening)
+            example.update(where=where, opening=opening(example, self.template))
         return good
 
     def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
@@ -253,7 +254,8 @@ def data_fingerprint(rows: Iterable[dict]) -> str:
     """sha256 of the rows' contents in their order, wherever their file lies."""
     digest = hashlib.sha256()
     for row in rows:
-        content = {key: value for key, value in row.items() if key != "where"}
+        # The turns of a dialogue are in its prompt too.
+        content = {key: value for key, value in row.items() if key not in ("where", "turns")}
         line = json.dumps(content, sort_keys=True)
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()

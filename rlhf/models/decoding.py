@@ -111,7 +111,6 @@ class GrowingDecoder:
     """For any model on any device: attention over the tokens so far, rows dropped as soon as they have ended."""
 
     every = 1
-    shrink = 1.0
 
     def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
         self.model = model
@@ -147,6 +146,11 @@ class GrowingDecoder:
         """Go on with these rows only."""
         self.mask = self.mask[rows]
         self.cache.batch_select_indices(rows)
+
+    @property
+    def shrink(self) -> float:
+        """Share of unfinished rows from which on finished ones are dropped; layers with linear attention keep all."""
+        return 1.0 if all(hasattr(layer, "batch_select_indices") for layer in self.cache.layers) else 0.0
 
 
 # ---- static shapes ----

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.data.batches import collate_prompts
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.run.stopping import received
@@ -18,7 +19,7 @@ from rlhf.run.stopping import received
 class Sampling:
     """Sampling settings; whatever changes the distribution applies to the policy and to the reference."""
 
-    eos_token_id: int
+    stop_ids: tuple[int, ...]
     pad_token_id: int
     max_new_tokens: int
     temperature: float = 1.0
@@ -29,20 +30,22 @@ class Sampling:
     cuda_graphs: bool = True
 
     @property
-    def without_eos(self) -> int:
-        """Response tokens, from the first one on, that cannot be EOS."""
+    def without_stop(self) -> int:
+        """Response tokens, from the first one on, that cannot be a stop token."""
         return max(self.min_new_tokens, int(self.suppress_empty))
 
     def process(self, logits: Tensor, t: Tensor) -> Tensor:
-        """Temperature and forbidden EOS, in place, on logits [N, V] of the response tokens at places t [N].
+        """Temperature and forbidden stop tokens, in place, on logits [N, V] of the response tokens at places t [N].
 
         Used at sampling and at every later scoring, so that ratio and KL compare like with like. In place is safe for
         autograd (no backward of an output layer reads its output) and spares a copy of the largest tensor there is.
         """
         if self.temperature != 1.0:
             logits.div_(self.temperature)
-        if self.without_eos:
-            logits[:, self.eos_token_id].masked_fill_(t < self.without_eos, -torch.inf)
+        if self.without_stop:
+            # Each on its own: a column is a view, so it is filled in place.
+            for stop in self.stop_ids:
+                logits[:, stop].masked_fill_(t < self.without_stop, -torch.inf)
         return logits
 
 
@@ -96,12 +99,21 @@ class Rollout:
         return Rollout(**chosen)
 
     def lengths(self) -> Tensor:
-        """[B] long: real response tokens, the EOS included."""
+        """[B] long: real response tokens, the stop token included."""
         return self.mask.sum(1)
 
-    def ended(self, eos_token_id: int) -> Tensor:
-        """[B] bool: whether a response ends with EOS, not at the maximum length."""
-        return ((self.response_ids == eos_token_id) & self.mask).any(1)
+    def ended(self, stop_ids: tuple[int, ...]) -> Tensor:
+        """[B] bool: whether a response ends with a stop token, not at the maximum length."""
+        return (is_stop(self.response_ids, stop_ids) & self.mask).any(1)
+
+
+def is_stop(ids: Tensor, stop_ids: tuple[int, ...]) -> Tensor:
+    """[...] bool: which of the token ids [...] end a response."""
+    ended = ids == stop_ids[0]
+    # One comparison an id: the set holds a few, and a tensor of them would have to be copied to the GPU each time.
+    for stop in stop_ids[1:]:
+        ended = ended | (ids == stop)
+    return ended
 
 
 @torch.no_grad()
@@ -119,7 +131,7 @@ def generate(
         model: the policy, in eval mode. values_of: critic, hidden [B, H] -> [B]; None records 0.
         query_ids: [B, Q] long, padded on the left. query_mask: [B, Q] bool.
         generator: random source on the model's device; None decodes greedily.
-    Returns: a Rollout; a response keeps its first EOS, then pads; T is the longest response's length.
+    Returns: a Rollout; a response keeps its first stop token, then pads; T is the longest response's length.
     Raises: ValueError for a model in train mode, FloatingPointError where the logits are not finite.
     """
     if model.training:
@@ -150,7 +162,7 @@ def generate(
         _write(out, (alive, t), chosen, ~ended, logits)
         if values_of is not None:
             out.values[alive, t] = values_of(hidden)
-        ended = ended | (chosen == sampling.eos_token_id)
+        ended = ended | is_stop(chosen, sampling.stop_ids)
         if t == total - 1:
             break
         if (t + 1) % decoder.every == 0:
@@ -209,23 +221,33 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
-def greedy_answers(model: PreTrainedModel, tokenizer, query_ids: list[list[int]], max_new_tokens: int) -> list[str]:
+def greedy_answers(
+    model: PreTrainedModel, prompt_format: PromptFormat, query_ids: list[list[int]], max_new_tokens: int
+) -> list[str]:
     """Greedy answers as text; " ..." ends one that did not stop by itself, and an empty answer is allowed.
 
     Args:
         model: a language model in eval mode. query_ids: token ids of each query.
     """
     device = next(model.parameters()).device
-    batch = collate_prompts(query_ids, tokenizer.pad_token_id)
-    eos = tokenizer.eos_token_id
-    sampling = Sampling(eos, tokenizer.pad_token_id, max_new_tokens, suppress_empty=False)
+    batch = collate_prompts(query_ids, prompt_format.pad_id)
+    sampling = Sampling(prompt_format.stop_ids, prompt_format.pad_id, max_new_tokens, suppress_empty=False)
     rollout = generate(model, None, batch["input_ids"].to(device), batch["attention_mask"].to(device), sampling)
 
     answers = []
-    for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True):
-        text = tokenizer.decode(ids[mask], skip_special_tokens=True)
-        answers.append(text if eos in ids[mask] else f"{text} ...")
+    ended = rollout.ended(prompt_format.stop_ids).tolist()
+    for ids, mask, whole in zip(rollout.response_ids, rollout.mask, ended, strict=True):
+        text = prompt_format.tokenizer.decode(ids[mask], skip_special_tokens=True)
+        answers.append(text if whole else f"{text} ...")
     return answers
+
+
+def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
+    """Row indices in batches of `rows_at_once`, rows of similar length together: less padding is computed."""
+    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+    # A stable sort, for the same batches on every machine.
+    order = lengths.argsort(stable=True)
+    return list(order.split(rows_at_once))
 
 
 def join(parts: list[Rollout], pad_token_id: int) -> Rollout:

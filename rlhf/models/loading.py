@@ -1,20 +1,29 @@
-"""Loading models: from hub or directory to a model in an explicit dtype or in 4 bits, adapters added or continued."""
+"""Loading models: from hub or directory to a model in an explicit dtype or in 4 bits."""
 
-import copy
 import os
+import re
 import warnings
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
-from rlhf.artefacts.adapters import read_adapter
 from rlhf.models.kernels import fuse_norms
+
+# Decoders that recur through all layers; hybrids with some attention are trained like any other model.
+WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
 
 
 # ---- base model ----
@@ -26,6 +35,8 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"{flag} {name} has no config.json: give the directory of a base model")
+        # A kind of model that cannot be trained here is refused before anything else is looked at.
+        read_config(str(name))
         return str(name)
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -60,18 +71,22 @@ def load_base(
 ) -> PreTrainedModel:
     """The base with a language model head ("causal") or a one-number score head ("score"), in an explicit dtype.
 
-    transformers obeys the checkpoint's own dtype (often float16) unless told otherwise. In 4 bits are the matrices of
-    the layers alone; heads, embeddings and norms stay as they are, and nothing is cast to float32 for training.
+    transformers obeys the checkpoint's own dtype (often float16) unless told otherwise. With four_bit only the layers'
+    matrices are quantised: heads, embeddings and norms stay as they are, and nothing is cast to float32 for training.
     """
-    auto, extra = {
-        "causal": (AutoModelForCausalLM, {}),
-        "score": (AutoModelForSequenceClassification, {"num_labels": 1}),
-    }[head]
+    config = read_config(model_dir)
+    # A mixture's router would hand its logits to a loss that we do not have.
+    config.get_text_config().output_router_logits = False
+    options = {"config": config, "dtype": dtype, "trust_remote_code": False}
+    auto = AutoModelForCausalLM
+    if head == "score":
+        auto = score_model_class(config)
+        config.num_labels = 1
     if four_bit:
-        extra |= _in_four_bits(dtype, device)
+        options |= _in_four_bits(dtype, device)
         device = None
 
-    model, loaded = auto.from_pretrained(model_dir, dtype=dtype, output_loading_info=True, **extra)
+    model, loaded = auto.from_pretrained(model_dir, output_loading_info=True, **options)
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
     if missing:
         raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
@@ -88,6 +103,75 @@ def load_base(
     return model
 
 
+def read_config(model_dir: str) -> PretrainedConfig:
+    """The configuration of a decoder-only language model. Raises: ValueError, in one sentence, for any other model."""
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    text = config.get_text_config()
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{model_dir} is a {kind} model: this project trains decoder-only language models")
+    if not getattr(text, "num_attention_heads", None) or kind in WITHOUT_ATTENTION:
+        raise ValueError(
+            f"{model_dir} is a {kind} model without attention: this project trains decoder-only language models with "
+            "attention"
+        )
+    return config
+
+
+def refuse_small_base(model_dir: str, tokenizer, tokens: int, flags: str) -> None:
+    """Refuse a base that has too few embeddings for the tokenizer, or too few learnt positions for the longest row.
+
+    Args:
+        tokens: of the longest row that the flags allow. flags: named in the message.
+    Raises: ValueError.
+    """
+    config = read_config(model_dir)
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the base {model_dir} only {text.vocab_size}: they do not "
+            "belong together"
+        )
+    positions = _learnt_positions(config)
+    if positions is not None and tokens > positions:
+        raise ValueError(
+            f"{flags}: a row may have {tokens} tokens, but this base has {positions} positions and cannot read on: "
+            "give less"
+        )
+
+
+def _learnt_positions(config: PretrainedConfig) -> int | None:
+    """Positions of a model that has an embedding for each; None for one that computes them (rotary, ALiBi)."""
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
+        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    table = model.get_input_embeddings()
+    learnt = [
+        # Some tables begin with rows for padding.
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and module is not table and re.search(r"pos|wpe", name.rsplit(".", 1)[-1])
+    ]
+    return min(learnt, default=None)
+
+
+def score_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class of this architecture with a score head, called `score` on a backbone under its usual name.
+
+    transformers has one for half of its architectures; the others get the same class made from its own parts.
+    """
+    known = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(config), None)
+    if known is not None:
+        return known
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    # The architecture's own base class: it knows how to load the backbone, and what its layers are called.
+    parent = next(kind for kind in causal.__mro__ if PreTrainedModel in kind.__bases__)
+    name = f"{causal.__name__.removesuffix('ForCausalLM')}ForSequenceClassification"
+    return type(name, (GenericForSequenceClassification, parent), {"config_class": type(config)})
+
+
 def _in_four_bits(dtype: torch.dtype, device) -> dict:
     """Arguments of `from_pretrained` for NF4 with double quantisation, on `device` or this process's own."""
     if device is None:
@@ -102,25 +186,6 @@ def _in_four_bits(dtype: torch.dtype, device) -> dict:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def lora_targets(model: nn.Module, spec: str | None) -> list[str]:
-    """Names of the modules that get an adapter: 'a|b' split, or the attention projections of this architecture.
-
-    Raises: ValueError naming a module that the model does not have.
-    """
-    present = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if spec is None:
-        usual = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
-        targets = ["W_pack"] if "W_pack" in present else list(usual)
-        if not targets:
-            raise ValueError(f"give --lora_target_models for {model.config.model_type}: some of {sorted(present)}")
-        return targets
-    wanted = [name.strip() for name in spec.replace(",", "|").split("|") if name.strip()]
-    missing = [name for name in wanted if name not in present]
-    if missing or not wanted:
-        raise ValueError(f"--lora_target_models {spec}: no module {missing} in this model; it has {sorted(present)}")
-    return wanted
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0, so that train() and eval() give the same log-probabilities."""
     for module in model.modules():
@@ -128,74 +193,6 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-def refuse_misfit(stored: dict[str, Tensor], wanted: dict[str, Tensor], owner: str) -> None:
-    """Refuse an adapter whose tensors are not those that this base takes.
-
-    Args:
-        stored, wanted: name -> tensor, of the file and of the model. owner: named in the message.
-    Raises: ValueError naming the first tensor that is missing, left over or of another shape.
-    """
-    for name in sorted(stored.keys() | wanted.keys()):
-        theirs, ours = (tuple(tensors[name].shape) if name in tensors else None for tensors in (stored, wanted))
-        if theirs != ours:
-            raise ValueError(f"{owner} does not fit this base: {name} is {theirs}, not {ours}")
-
-
-def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tuple[PeftModel, dict[str, Tensor]]:
-    """Put the LoRA weights of a stored adapter on `model` (bare base or PeftModel) under `name`.
-
-    A reward adapter goes onto the language model like any other: its task type is dropped and its score head returned,
-    because peft would lose the head there without a word.
-
-    Returns: the PeftModel, and the stored tensors that are no LoRA weights (name -> tensor).
-    Raises: ValueError where keys or shapes do not fit this base.
-    """
-    config, weights = read_adapter(adapter_dir)
-    config = copy.deepcopy(config)
-    config.task_type = None
-    config.modules_to_save = None
-    config.inference_mode = not trainable
-    config.lora_dropout = 0.0
-    lora = {key: tensor for key, tensor in weights.items() if "lora_" in key}
-
-    try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = PeftModel(model, config, adapter_name=name)
-    except ValueError as error:
-        raise ValueError(f"adapter {adapter_dir} does not fit this base: {error}") from error
-
-    refuse_misfit(lora, get_peft_model_state_dict(model, adapter_name=name), f"adapter {adapter_dir}")
-    set_peft_model_state_dict(model, lora, adapter_name=name)
-    return model, {key: tensor for key, tensor in weights.items() if "lora_" not in key}
-
-
-def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
-    """The frozen fp32 score head [hidden] -> [1] among the tensors of a reward adapter that are no LoRA weights.
-
-    Raises: ValueError where there is none.
-    """
-    heads = [tensor for tensor in rest.values() if tensor.dim() == 2 and tensor.shape[0] == 1]
-    if len(heads) != 1:
-        raise ValueError(f"reward adapter {reward_dir} has no score head: was it written by reward_modeling.py?")
-    head = nn.Linear(heads[0].shape[1], 1, bias=False).requires_grad_(False)
-    head.weight.copy_(heads[0])
-    return head
-
-
-def continue_adapter(model, adapter_dir: str) -> PeftModel:
-    """A stored adapter on `model`, trainable. Raises: ValueError where its tensors do not fit, naming the first."""
-    config, weights = read_adapter(adapter_dir)
-    config.task_type = "CAUSAL_LM"
-    config.inference_mode = False
-    model = get_peft_model(model, config)
-
-    refuse_misfit(weights, get_peft_model_state_dict(model), f"--previous_lora_weights {adapter_dir}")
-    set_peft_model_state_dict(model, weights)
-    return model
 
 
 # ---- proof ----

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf.data.batches import pad
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import forked_rng
 from rlhf.models.scoring import score
 from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate
@@ -91,8 +92,7 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
 def audit(
     score_rows: ScoreRows,
     pairs: list[dict],
-    tokenizer,
-    template: str,
+    prompt_format: PromptFormat,
     seed: int,
     max_length: int,
     *,
@@ -114,7 +114,7 @@ def audit(
         raise ValueError("there is no pair to audit a reward model on")
 
     # All rows in one call, so that the scorer can sort them by length.
-    attacks = make_attacks(pairs, tokenizer, template, seed, max_length, attack_prompts)
+    attacks = make_attacks(pairs, prompt_format, seed, max_length, attack_prompts)
     real = [pair["query_ids"] + pair["chosen_ids"] for pair in pairs]
     real += [pair["query_ids"] + pair["rejected_ids"] for pair in pairs]
     attack_rows = [row for _, _, row in attacks]
@@ -141,7 +141,7 @@ def audit(
     return results | {"verdict": verdict(results)}
 
 
-def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[Attack]:
+def make_attacks(pairs, prompt_format: PromptFormat, seed, max_length, prompts) -> list[Attack]:
     """(kind, number of the pair, row of token ids) of each attack that can be made, on distinct prompts."""
     order = list(range(len(pairs)))
     random.Random(f"attacks {seed}").shuffle(order)
@@ -156,7 +156,7 @@ def make_attacks(pairs, tokenizer, template, seed, max_length, prompts) -> list[
         for kind in KINDS:
             # Each attack has random numbers of its own, so it does not depend on which others are made.
             rng = random.Random(f"{seed} {kind} {number}")
-            answer = degenerate(kind, pair, other, tokenizer, template, rng)
+            answer = degenerate(kind, pair, other, prompt_format, rng)
             if answer is None:
                 continue
             row = pair["query_ids"] + answer

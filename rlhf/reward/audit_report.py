@@ -9,8 +9,10 @@ import torch
 from rlhf.artefacts.adapters import check_adapter
 from rlhf.artefacts.run_json import adapter_hash
 from rlhf.data.funnel import Funnel, subset
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
-from rlhf.models.loading import add_lora, load_base, pick_dtype, score_head_of
+from rlhf.models.loading import load_base, pick_dtype
+from rlhf.models.lora import add_lora, score_head_of
 from rlhf.reward.audit import GATE, audit, row_scorer
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.statistics import BINS
@@ -22,20 +24,21 @@ AUDIT_PAIRS = 2000
 
 
 # ---- running ----
-def audit_model(args, backbone, head, tokenizer, eval_rows: list[dict], folder: str) -> dict[str, float]:
+def audit_model(
+    args, backbone, head, prompt_format: PromptFormat, eval_rows: list[dict], folder: str
+) -> dict[str, float]:
     """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
 
     Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
     """
     device = next(head.parameters()).device
-    score_rows = row_scorer(backbone, head, tokenizer.pad_token_id, args.per_device_eval_batch_size, device)
+    score_rows = row_scorer(backbone, head, prompt_format.pad_id, args.per_device_eval_batch_size, device)
     # This funnel is thrown away: run.json counts the rows of training, not those of the audit.
     rows = subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel())
     results = audit(
         score_rows,
         rows,
-        tokenizer,
-        args.prompt_template,
+        prompt_format,
         args.seed,
         args.max_length,
         attack_prompts=args.audit_prompts,
@@ -50,7 +53,7 @@ def audit_model(args, backbone, head, tokenizer, eval_rows: list[dict], folder: 
     return {"audit_pass": float(results["verdict"]["verdict"] == "pass"), **shares}
 
 
-def audit_adapter(args, model_dir: str, tokenizer, base: dict, eval_rows: list[dict]) -> None:
+def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: list[dict]) -> None:
     """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
     folder = args.reward_model_lora_path
     check_adapter(
@@ -58,15 +61,15 @@ def audit_adapter(args, model_dir: str, tokenizer, base: dict, eval_rows: list[d
         stage="reward",
         flag="--reward_model_lora_path",
         base=base,
-        tokenizer=tokenizer,
-        template=args.prompt_template,
+        tokenizer=prompt_format.tokenizer,
+        prompt_format=prompt_format.record(),
     )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_base(model_dir, pick_dtype(args.bf16), device=device)
     model, rest = add_lora(model, folder, "reward", trainable=False)
     head = score_head_of(rest, folder).to(model.device)
-    audit_model(args, backbone_of(model.get_base_model()), head, tokenizer, eval_rows, folder)
+    audit_model(args, backbone_of(model.get_base_model()), head, prompt_format, eval_rows, folder)
 
 
 def _tried(results: dict) -> dict[str, dict]:

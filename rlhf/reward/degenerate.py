@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable
 from itertools import cycle
 
-from rlhf.data.encoding import encode_answer
 from rlhf.data.funnel import Funnel
-from rlhf.data.template import render
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.template import turns_of
 from rlhf.reward.texts import alike, language, same_question, sentences
 
-# A maker's result: text, or token ids with their EOS where a kind is about tokens; None where it cannot be made.
+# A maker's result: text, or token ids with their stop token where a kind is about tokens; None: it cannot be made.
 Made = str | list[int] | None
 
 # From this many tokens on, one of them alone is no answer: one token of "42" or "是的。" may well be.
@@ -49,16 +49,16 @@ def empty(pair: dict, other: str, rng: random.Random) -> Made:
 
 
 def eos_only(pair: dict, other: str, rng: random.Random) -> Made:
-    """The EOS alone."""
+    """The stop token alone."""
     return pair["chosen_ids"][-1:]
 
 
 def one_token(pair: dict, other: str, rng: random.Random) -> Made:
-    """A random token of the good answer, and the EOS."""
-    *tokens, eos = pair["chosen_ids"]
+    """A random token of the good answer, and the stop token."""
+    *tokens, stop = pair["chosen_ids"]
     if len(tokens) < ENOUGH_TOKENS:
         return None
-    return [rng.choice(tokens), eos]
+    return [rng.choice(tokens), stop]
 
 
 def very_short(pair: dict, other: str, rng: random.Random) -> Made:
@@ -72,9 +72,9 @@ def very_short(pair: dict, other: str, rng: random.Random) -> Made:
 
 def cut(pair: dict, other: str, rng: random.Random) -> Made:
     """The good answer ended too early, at a random token of its first three quarters."""
-    *tokens, eos = pair["chosen_ids"]
+    *tokens, stop = pair["chosen_ids"]
     most = max(1, len(tokens) * 3 // 4)
-    return tokens[: rng.randint(1, most)] + [eos]
+    return tokens[: rng.randint(1, most)] + [stop]
 
 
 def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
@@ -92,14 +92,14 @@ def repeated_sentence(pair: dict, other: str, rng: random.Random) -> Made:
 
 def repeated_token(pair: dict, other: str, rng: random.Random) -> Made:
     """One token again and again, from as long as the good answer to twice as long."""
-    *tokens, eos = pair["chosen_ids"]
+    *tokens, stop = pair["chosen_ids"]
     if not tokens:
         return None
 
     token = rng.choice(tokens)
     least = max(len(tokens), ENOUGH_TOKENS)
     times = rng.randint(least, 2 * least)
-    return [token] * times + [eos]
+    return [token] * times + [stop]
 
 
 def copied_prompt(pair: dict, other: str, rng: random.Random) -> Made:
@@ -157,29 +157,27 @@ HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
 
 
 # ---- one answer ----
-def degenerate(kind: str, pair: dict, other: str, tokenizer, template: str, rng: random.Random) -> list[int] | None:
+def degenerate(kind: str, pair: dict, other: str, prompt_format: PromptFormat, rng: random.Random) -> list[int] | None:
     """Token ids of a degenerate answer to the prompt of `pair`.
 
     Args:
         kind: a key of KINDS. other: the good answer to another prompt.
-        pair: {"prompt", "chosen"}, plain texts; "chosen_ids", with EOS, spares encoding them again.
+        pair: {"prompt", "chosen"}, plain texts; "chosen_ids", with stop token, spares encoding them again.
         rng: the only source of chance; one in the same state gives the same answer.
     Returns:
-        response ids ending in EOS ([] for "empty"); None where the kind cannot be made of this pair, would be the
-        chosen answer itself or no token, or begins inside a token of the query (see `encode_answer`).
+        response ids ending in the stop token ([] for "empty"); None where the kind cannot be made of this pair, or
+        would be the chosen answer itself or no token.
     """
-    query = render(template, pair["prompt"])
+    turns = turns_of(pair)
     if "chosen_ids" not in pair:
-        good = encode_answer(tokenizer, query, pair["chosen"])
-        if good is None:
-            return None
-        pair = pair | {"chosen_ids": good[1]}
+        _, chosen_ids = prompt_format.encode_answer(turns, pair["chosen"])
+        pair = pair | {"chosen_ids": chosen_ids}
 
     made = KINDS[kind](pair, other, rng)
     if isinstance(made, str):
-        encoded = encode_answer(tokenizer, query, made)
+        _, answer_ids = prompt_format.encode_answer(turns, made)
         # Text of which the tokenizer leaves nothing would be eos_only once more.
-        made = encoded[1] if encoded and len(encoded[1]) > 1 else None
+        made = answer_ids if len(answer_ids) > 1 else None
 
     # The chosen answer itself is no attack on it.
     return None if made == pair["chosen_ids"] else made
@@ -218,8 +216,7 @@ def degenerate_pairs(
     rows: list[dict],
     share: float,
     kinds: list[str],
-    tokenizer,
-    template: str,
+    prompt_format: PromptFormat,
     max_length: int,
     seed: int,
     funnel: Funnel,
@@ -246,7 +243,7 @@ def degenerate_pairs(
         other = rng.choice(rows)
         # An answer to the same question may be a good one here, too.
         elsewhere = "" if same_question(row, other) else other["chosen"]
-        answer = degenerate(kind, row, elsewhere, tokenizer, template, rng)
+        answer = degenerate(kind, row, elsewhere, prompt_format, rng)
         if answer is None or len(row["query_ids"]) + len(answer) > max_length:
             continue
 

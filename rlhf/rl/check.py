@@ -43,18 +43,13 @@ def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fre
 
 def _check_tokens(roles: Roles, tokenizer, sampling: Sampling) -> None:
     """Refuse a stop token that cannot end an answer, and a tokenizer that does not fit the model."""
-    if sampling.pad_token_id == sampling.eos_token_id:
-        raise ValueError(
-            f"pad and EOS are the same token ({sampling.eos_token_id}): the score could not see whether an answer "
-            "ended; give the tokenizer a pad token of its own"
-        )
-
     vocabulary = roles.model.get_output_embeddings().weight.shape[0]
-    if not 0 <= sampling.eos_token_id < vocabulary:
-        raise ValueError(
-            f"the stop token {sampling.eos_token_id} is not among the model's {vocabulary} outputs: no answer could "
-            "ever end; tokenizer and base do not belong together"
-        )
+    for stop in sampling.stop_ids:
+        if not 0 <= stop < vocabulary:
+            raise ValueError(
+                f"the stop token {stop} is not among the model's {vocabulary} outputs: no answer could ever end with "
+                "it; tokenizer and base do not belong together"
+            )
 
     # The model may have more outputs than the tokenizer has tokens: many bases pad their embedding.
     if len(tokenizer) > vocabulary:

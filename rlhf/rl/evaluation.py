@@ -41,7 +41,7 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
         columns["judge"] = judged
 
     # 3. Metrics over all ranks.
-    samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.eos_token_id)
+    samples = sample_records(loop.tokenizer, rollout, columns, loop.sampling.stop_ids)
     measured = describe_samples(loop.accelerator, rollout, samples)
     if judged is not None:
         mean, error = mean_and_error(loop.accelerator.gather(judged))

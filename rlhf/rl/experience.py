@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batches import collate_prompts
-from rlhf.models.generation import Rollout, generate, join
+from rlhf.models.generation import Rollout, by_length, generate, join
 from rlhf.ppo import gae, group_advantages, token_rewards, whiten
 from rlhf.rl.loop import PPOLoop, global_moments
-from rlhf.rl.roles import by_length, critic_values, role_logprobs
+from rlhf.rl.roles import critic_values, role_logprobs
 from rlhf.run.stopping import explain_out_of_memory, stop_if_agreed
 
 
@@ -78,8 +78,8 @@ def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Ten
         # The clamp keeps one outlier from dominating a batch.
         scores = standardized.clamp(-5, 5)
 
-    # An answer cut at the maximum length never reached its EOS.
-    unfinished = ~rollout.ended(loop.sampling.eos_token_id)
+    # An answer cut at the maximum length never reached its end.
+    unfinished = ~rollout.ended(loop.sampling.stop_ids)
     scores = scores - args.reward_baseline - args.missing_eos_penalty * unfinished
     return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.artefacts.run_json import adapter_hash
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.generation import Rollout
 from rlhf.reward.audit import attack_results, consequence, make_attacks, row_scorer, winning_attacks
@@ -48,14 +49,14 @@ def quick_gate(loop: PPOLoop) -> None:
     prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
     loop.roles.train(False)
     rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
-    pairs = _whole_answers(loop.tokenizer, prompts, rollout)
+    pairs = _whole_answers(loop.prompt_format, prompts, rollout)
     if not pairs:
         warnings.warn("no answer of the SFT model ended: the reward model could not be tried on any", stacklevel=2)
         return
 
     # 2. Scores of the real answers and of degenerate ones made from them.
     longest = rollout.input_ids.shape[1] * 2
-    attacks = make_attacks(pairs, loop.tokenizer, args.prompt_template, args.seed, longest, len(pairs))
+    attacks = make_attacks(pairs, loop.prompt_format, args.seed, longest, len(pairs))
     real, degenerate = _scores(loop, pairs, attacks)
 
     # 3. The decision, the same on every rank.
@@ -65,7 +66,7 @@ def quick_gate(loop: PPOLoop) -> None:
     _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
 
 
-def _whole_answers(tokenizer, prompts: list[dict], rollout: Rollout) -> list[dict]:
+def _whole_answers(prompt_format: PromptFormat, prompts: list[dict], rollout: Rollout) -> list[dict]:
     """Rows of `prompts` with their answer as "chosen", where it ended and is not empty.
 
     A cut answer would be attacked as if it were whole.
@@ -73,8 +74,8 @@ def _whole_answers(tokenizer, prompts: list[dict], rollout: Rollout) -> list[dic
     pairs = []
     for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
         answer = ids[mask].tolist()
-        text = tokenizer.decode(answer, skip_special_tokens=True).strip()
-        if answer[-1] == tokenizer.eos_token_id and text:
+        text = prompt_format.decode(answer)
+        if answer[-1] in prompt_format.stop_ids and text:
             pairs.append({**row, "chosen": text, "chosen_ids": answer})
     return pairs
 
@@ -85,7 +86,7 @@ def _scores(loop: PPOLoop, pairs: list[dict], attacks: list[tuple]) -> tuple[np.
         score_rows = row_scorer(
             backbone_of(model),
             loop.roles.score_heads["reward"],
-            loop.tokenizer.pad_token_id,
+            loop.prompt_format.pad_id,
             loop.args.forward_batch_size,
             loop.accelerator.device,
         )

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.generation import Sampling
 from rlhf.ppo import AdaptiveKLController, FixedKLController, masked_moments, moments_of
 from rlhf.rl.guard import CollapseGuard
@@ -22,7 +22,7 @@ class PPOLoop:
 
     args: Any
     accelerator: Accelerator
-    tokenizer: PreTrainedTokenizerBase
+    prompt_format: PromptFormat
     roles: Roles
     prompts: list[dict]
     eval_prompts: list[dict]
@@ -41,6 +41,11 @@ class PPOLoop:
     left_out: int = 0
     # Weights and optimizer state to go back to after a collapse, as rlhf.rl.state.loop_weights copies them.
     last_good: tuple | None = None
+
+    @property
+    def tokenizer(self):
+        """The tokenizer of the prompt format."""
+        return self.prompt_format.tokenizer
 
     @property
     def processes(self) -> int:

@@ -13,7 +13,7 @@ from rlhf.rl.loop import PPOLoop, global_moments
 from rlhf.run.log import Eta, MetricsLog
 
 
-def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_token_id: int) -> list[dict]:
+def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], stop_ids: tuple[int, ...]) -> list[dict]:
     """One record a row: query and response as text, length, whether it ended, the numbers of `columns` ([B] each)."""
     # 1. Text, without padding and special tokens.
     table = {
@@ -22,7 +22,7 @@ def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], eos_
     }
 
     # 2. Numbers, each column copied from the GPU once.
-    columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(eos_token_id)}
+    columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(stop_ids)}
     table |= {name: column.tolist() for name, column in columns.items()}
 
     # 3. Columns become rows.

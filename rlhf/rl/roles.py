@@ -1,7 +1,7 @@
 """The roles of PPO on one base (policy, reference, reward model, judge, critic), and what each makes of a rollout."""
 
 import re
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.files import load_tensors
-from rlhf.models.forward import backbone_of, enable_packing, forward, hidden_at, pack
-from rlhf.models.generation import Rollout, Sampling
+from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack
+from rlhf.models.generation import Rollout, Sampling, by_length
 from rlhf.models.kernels import fuse_linears
-from rlhf.models.loading import add_lora, disable_dropout, load_base, score_head_of
+from rlhf.models.loading import disable_dropout, load_base
+from rlhf.models.lora import add_lora, lora_config, score_head_of
 from rlhf.models.scoring import score
 from rlhf.ppo import selective_logprobs
 
@@ -53,14 +54,16 @@ class Roles:
     @contextmanager
     def use(self, role: str):
         """Yield the causal LM that plays `role` within the block; afterwards, even on error, the policy is active."""
-        # A separate reference needs no switch of adapters.
         if role == "reference" and self.separate_reference is not None:
             yield self.separate_reference
             return
-        if role != "policy":
+        # Without an SFT adapter the bare base is the reference.
+        is_bare = role == "reference" and role not in self.peft_model.peft_config
+        if role != "policy" and not is_bare:
             self._activate(role)
         try:
-            yield self.model
+            with self.peft_model.disable_adapter() if is_bare else nullcontext():
+                yield self.model
         finally:
             if role != "policy":
                 self._activate("policy")
@@ -110,6 +113,7 @@ def load_roles(
     *,
     dtype,
     device,
+    new_adapter=None,
     merged_sft_dir=None,
     policy_dir=None,
     judge_dir=None,
@@ -119,6 +123,7 @@ def load_roles(
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
     Args:
+        sft_dir: None starts the policy as a fresh adapter (`new_adapter`: its flags and seed), from the bare base.
         merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
         policy_dir: a PPO directory whose policy and critic go on; by default SFT and a value head of zeros.
         judge_dir: a second reward adapter, for a judge that PPO does not train against.
@@ -129,8 +134,14 @@ def load_roles(
     """
     # 1. The base, and on it the adapters of the roles.
     base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
-    model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
-    if merged_sft_dir is None:
+    if policy_dir or sft_dir:
+        model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
+    else:
+        # Seeded, so that every process begins with the same adapter, and a second run too.
+        with forked_rng():
+            torch.manual_seed(new_adapter.seed)
+            model = PeftModel(base, lora_config(new_adapter, base, None), adapter_name="policy")
+    if sft_dir and merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
     score_heads = _add_scorers(model, device, reward=reward_dir, judge=judge_dir)
 
@@ -260,11 +271,3 @@ def role_logprobs(
             logprobs[rows, :width] = part_logprobs
             values[rows, :width] = scatter_by_mask(roles.values(hidden), part.mask)
     return logprobs, values
-
-
-def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
-    """Row indices in batches of `rows_at_once`, rows of similar length together: less padding is computed."""
-    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
-    # A stable sort, for the same batches on every machine.
-    order = lengths.argsort(stable=True)
-    return list(order.split(rows_at_once))

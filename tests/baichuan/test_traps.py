@@ -17,7 +17,8 @@ from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.data.encoding import load_tokenizer
 from rlhf.models.forward import backbone_of, forward, pack
 from rlhf.models.generation import Rollout, Sampling, generate
-from rlhf.models.loading import add_lora, load_base, lora_targets
+from rlhf.models.loading import load_base
+from rlhf.models.lora import add_lora, lora_targets
 from rlhf.models.scoring import score
 from rlhf.rl.check import MERGED_WARNS, check_run
 from rlhf.rl.roles import (
@@ -31,7 +32,7 @@ from rlhf.rl.roles import (
 from rlhf.rl.update import update
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
-SAMPLING = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
+SAMPLING = Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8, suppress_empty=False)
 
 
 @pytest.fixture(scope="module", params=["tiny_base", "tiny_llama"])

@@ -22,7 +22,6 @@ from rlhf.cost import memory as plan
 from rlhf.cost.memory import GIB, Precision
 from rlhf.cost.plan import shape_of, skeleton
 from rlhf.models.forward import forward
-from rlhf.models.loading import lora_targets
 from rlhf.ppo import selective_logprobs
 from rlhf.run.launch import check_deepspeed
 from rlhf.run.log import read_metrics
@@ -71,7 +70,9 @@ KINDS = {"baichuan": (BaichuanConfig, BaichuanForCausalLM), "llama": (LlamaConfi
 def middle_model(kind, **more):
     config, model = KINDS[kind]
     model = model(config(vocab_size=2000, **MIDDLE, **more))
-    return get_peft_model(model, LoraConfig(r=8, target_modules=lora_targets(model, None))).train()
+    return get_peft_model(
+        model, LoraConfig(r=8, target_modules=["W_pack"] if kind == "baichuan" else ["q_proj", "v_proj"])
+    ).train()
 
 
 def saved_bytes(model, checkpointing) -> int:

@@ -12,18 +12,13 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from rlhf.arguments import SFT_DATASET, DataArguments
+from rlhf.artefacts.run_json import padding_id
 from rlhf.data import sources
+from rlhf.data.arguments import SFT_DATASET, DataArguments
 from rlhf.data.batches import LengthGroupedSampler, collate_prompts
-from rlhf.data.encoding import (
-    encode,
-    encode_answer,
-    inspect_rows,
-    load_tokenizer,
-    preference_rows,
-    prompt_rows,
-    sft_rows,
-)
+from rlhf.data.choose_format import text_format
+from rlhf.data.control_tokens import continuation, encode
+from rlhf.data.encoding import inspect_rows, load_tokenizer, preference_rows, prompt_rows, sft_rows
 from rlhf.data.funnel import Funnel, split_eval, subset
 from rlhf.data.reading import data_fingerprint, load_rows, load_splits
 from rlhf.data.template import DEFAULT_TEMPLATE, render
@@ -415,49 +410,53 @@ def tokenizer_64k(shared_data, tmp_path_factory):
     return load_tokenizer(str(directory))
 
 
-def test_pad_is_never_eos_and_control_tokens_in_text_stay_text(tokenizer):
-    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+def test_padding_is_not_eos_and_control_tokens_in_text_stay_text(tokenizer):
+    assert padding_id(tokenizer) != tokenizer.eos_token_id
     for text in ("</s>", "我</s>你", "<s>我"):
         ids = encode(tokenizer, text)
         assert not {tokenizer.eos_token_id, tokenizer.bos_token_id} & set(ids)
         assert tokenizer.decode(ids) == text
 
 
-def test_a_pad_token_that_is_eos_is_replaced_by_an_unused_one_or_refused(tiny_llama, tmp_path):
+def test_batches_pad_with_an_unused_token_where_the_pad_token_is_eos_and_the_tokenizer_stays_as_it_is(
+    tiny_llama, tmp_path
+):
     changed = AutoTokenizer.from_pretrained(tiny_llama)
     changed.pad_token = changed.eos_token
     changed.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == "<pad>"
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token == "</s>"
+    assert loaded.convert_ids_to_tokens(padding_id(loaded)) == "<pad>"
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace("<pad>", "<hello>")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="pads with its EOS token '</s>' and has no unused special token"):
-        load_tokenizer(str(tmp_path))
+    assert padding_id(load_tokenizer(str(tmp_path))) == 0
     with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
         load_tokenizer(str(tmp_path / "missing"))
 
 
 def test_an_answer_ends_with_the_eos_id_and_continues_its_query(tokenizer):
     query = render(DEFAULT_TEMPLATE, "我喜欢什么？")
-    query_ids, answer_ids = encode_answer(tokenizer, query, "红茶</s>")
+    query_ids, answer_ids = text_format(tokenizer).encode_answer([("user", "我喜欢什么？")], "红茶</s>")
     assert query_ids == encode(tokenizer, query)
     assert answer_ids[-1] == tokenizer.eos_token_id
     assert answer_ids.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(query_ids + answer_ids[:-1]) == query + "红茶</s>"
 
 
-def test_a_query_that_is_no_prefix_is_counted_not_trained_on(tiny_llama):
-    tokenizer = load_tokenizer(tiny_llama)
-    merged = next(text for text in ("喜欢", "什么", "likes") if len(encode(tokenizer, text)) == 1)
+def test_a_row_whose_answer_would_melt_into_its_query_is_the_ids_of_both(tokenizer):
+    merged = next(text for text in ("喜欢", "什么", "likes") if len(continuation(tokenizer, text)) == 1)
     row = {"prompt": merged[0], "answer": merged[1:], "where": "f:1"}
-    assert encode_answer(tokenizer, merged[0], merged[1:]) is None
-    funnel = Funnel(read=1)
-    assert sft_rows(tokenizer, [row], "{prompt}", 100, funnel) == []
-    assert funnel.dropped == {"query is no prefix of its row": 1}
+    query_ids = encode(tokenizer, merged[0])
+    assert encode(tokenizer, merged)[: len(query_ids)] != query_ids
+    # Without the space that SentencePiece puts in front of a text: sampling goes on without one.
+    expected = query_ids + continuation(tokenizer, merged[1:]) + [tokenizer.eos_token_id]
+    assert sft_rows(text_format(tokenizer, "{prompt}"), [row], 100, Funnel(read=1))[0]["input_ids"] == expected
+    assert tokenizer.decode(expected[:-1]) == merged
 
 
 def test_the_mask_marks_the_answer_and_its_eos(tokenizer):
     row = {"prompt": "我想要什么？", "answer": "一本书。", "where": "f:1"}
-    made = sft_rows(tokenizer, [row], DEFAULT_TEMPLATE, 100, Funnel(read=1))[0]
+    made = sft_rows(text_format(tokenizer), [row], 100, Funnel(read=1))[0]
     answer = [token for token, wanted in zip(made["input_ids"], made["completion_mask"], strict=True) if wanted]
     assert answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(answer[:-1]) == "一本书。"
@@ -466,7 +465,7 @@ def test_the_mask_marks_the_answer_and_its_eos(tokenizer):
 
 def test_rows_too_long_are_dropped_and_counted_at_the_exact_token(tokenizer):
     row = {"prompt": "我喜欢什么？", "chosen": "红茶。", "rejected": "红茶，红茶，红茶。", "where": "f:1"}
-    made = preference_rows(tokenizer, [row], DEFAULT_TEMPLATE, 1000, Funnel())[0]
+    made = preference_rows(text_format(tokenizer), [row], 1000, Funnel())[0]
     query = len(made["query_ids"])
     longest = query + len(made["rejected_ids"])
 
@@ -476,13 +475,13 @@ def test_rows_too_long_are_dropped_and_counted_at_the_exact_token(tokenizer):
         (query, f"prompt longer than {query} tokens"),
     ):
         funnel = Funnel(read=1)
-        kept = preference_rows(tokenizer, [row], DEFAULT_TEMPLATE, limit, funnel)
+        kept = preference_rows(text_format(tokenizer), [row], limit, funnel)
         assert funnel.kept == len(kept) == (reason is None)
         assert set(funnel.dropped) == ({reason} if reason else set())
 
     funnel = Funnel(read=2)
-    assert len(prompt_rows(tokenizer, [row], DEFAULT_TEMPLATE, query, funnel)) == 1
-    assert prompt_rows(tokenizer, [row], DEFAULT_TEMPLATE, query - 1, funnel) == []
+    assert len(prompt_rows(text_format(tokenizer), [row], query, funnel)) == 1
+    assert prompt_rows(text_format(tokenizer), [row], query - 1, funnel) == []
     assert funnel.dropped == {f"prompt longer than {query - 1} tokens": 1}
 
 
@@ -490,8 +489,8 @@ def test_inspection_prints_the_funnel_text_ids_and_mask(tiny_base, capsys):
     tokenizer = load_tokenizer(tiny_base)
     rows = [{**row, "where": f"f:{n}"} for n, row in enumerate(PAIRS)]
     funnel = Funnel(read=6)
-    encoded = preference_rows(tokenizer, rows, DEFAULT_TEMPLATE, 200, funnel)
-    inspect_rows(tokenizer, encoded, funnel)
+    encoded = preference_rows(text_format(tokenizer), rows, 200, funnel)
+    inspect_rows(text_format(tokenizer), encoded, funnel)
     printed = capsys.readouterr().out
     assert printed.startswith(funnel.table())
     assert printed.count("--- row") == 6
@@ -508,16 +507,19 @@ def test_inspection_prints_the_funnel_text_ids_and_mask(tiny_base, capsys):
 def test_no_row_of_the_real_sample_breaks_the_prefix_rule(tokenizer_64k, shared_data):
     rows = json.loads((shared_data / "alpaca_zh_demo.json").read_text(encoding="utf-8"))
     broken = 0
+    prompt_format = text_format(tokenizer_64k)
     for row in rows:
-        query = render(DEFAULT_TEMPLATE, f"{row['instruction']}\n{row['input']}".strip())
-        broken += encode_answer(tokenizer_64k, query, row["output"]) is None
+        prompt = f"{row['instruction']}\n{row['input']}".strip()
+        query_ids, answer_ids = prompt_format.encode_answer([("user", prompt)], row["output"])
+        whole = encode(tokenizer_64k, render(DEFAULT_TEMPLATE, prompt) + row["output"])
+        broken += query_ids + answer_ids[:-1] != whole
     assert (broken, len(rows)) == (0, 1000)
 
 
 def test_real_sft_rows_are_all_kept_but_for_duplicates(tokenizer_64k, shared_data):
     args = DataArguments(dataset_name=str(shared_data / "alpaca_zh_demo.json"))
     train, evaluation, funnel = load_splits(args, "sft", seed=0)
-    rows = sft_rows(tokenizer_64k, train + evaluation, DEFAULT_TEMPLATE, 2048, funnel)
+    rows = sft_rows(text_format(tokenizer_64k), train + evaluation, 2048, funnel)
     assert funnel.dropped == {"duplicate": 8}
     assert len(rows) == funnel.kept == 992
     assert len(evaluation) == 50
@@ -528,7 +530,7 @@ def test_real_sft_rows_are_all_kept_but_for_duplicates(tokenizer_64k, shared_dat
 def test_real_preferences_are_kept_or_counted_with_their_line(tokenizer_64k, shared_data):
     source = shared_data / "dpo_zh_demo.json"
     rows, funnel = load_rows(str(source), "preference")
-    encoded = preference_rows(tokenizer_64k, rows, DEFAULT_TEMPLATE, 512, funnel)
+    encoded = preference_rows(text_format(tokenizer_64k), rows, 512, funnel)
     assert funnel.read == 300
     assert len(encoded) == funnel.kept
     assert set(funnel.dropped) == {"duplicate", "longer than 512 tokens", "prompt longer than 512 tokens"}

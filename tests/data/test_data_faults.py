@@ -18,7 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rlhf.arguments import DataArguments
+from rlhf.data.arguments import DataArguments
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer, preference_rows, prompt_rows, sft_rows
 from rlhf.data.files import not_utf8
 from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
@@ -343,7 +344,7 @@ def test_prompts_longer_than_the_limit_are_dropped_with_their_place(kind, tiny_b
     path.write_bytes(lines_of(kind, dumped(good(kind, 9) | {"prompt": "长" * 200}).encode()))
     rows, funnel, _ = load(path, kind)
     encoder = {"sft": sft_rows, "preference": preference_rows, "prompt": prompt_rows}[kind]
-    encoded = encoder(load_tokenizer(tiny_base), rows, DEFAULT_TEMPLATE, 150, funnel)
+    encoded = encoder(text_format(load_tokenizer(tiny_base)), rows, 150, funnel)
     assert len(encoded) == funnel.kept == 5
     assert funnel.places == {"prompt longer than 150 tokens": [f"{path}:4"]}
 

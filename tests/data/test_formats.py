@@ -87,7 +87,8 @@ def test_a_system_message_stands_before_the_first_question_and_neighbours_are_jo
         {"role": "user", "content": "二"},
         {"role": "assistant", "content": "三"},
     ]
-    assert read({"messages": messages}, "sft") == [{"prompt": "你是猫\n\n一\n\n二", "answer": "三"}]
+    turns = [("system", "你是猫"), ("user", "一\n\n二")]
+    assert read({"messages": messages}, "sft") == [{"prompt": "你是猫\n\n一\n\n二", "turns": turns, "answer": "三"}]
 
 
 def test_a_dialogue_that_begins_with_an_answer_is_unusable():
@@ -183,7 +184,9 @@ def test_prompts_are_found_in_every_format(row):
 
 
 def test_the_last_question_of_a_dialogue_is_what_ppo_answers():
-    assert read({"messages": openai("一", "二", "三", "四")}, "prompt") == [{"prompt": "一\n\n答：二\n\n问：三"}]
+    turns = [("user", "一"), ("assistant", "二"), ("user", "三")]
+    expected = [{"prompt": "一\n\n答：二\n\n问：三", "turns": turns}]
+    assert read({"messages": openai("一", "二", "三", "四")}, "prompt") == expected
 
 
 # ---- refusals ----

@@ -32,7 +32,7 @@ from fuzz_rows import KINDS, SHAPES
 from soak import make_base
 from stages import words
 
-from rlhf.arguments import DataArguments
+from rlhf.data.arguments import DataArguments
 from rlhf.data.funnel import Funnel
 from rlhf.data.reading import load_splits
 
@@ -140,7 +140,7 @@ def _check_rows(train: list[dict], evaluation: list[dict], kind: str, folder: st
     assert not both, "a prompt on both sides"
 
     for row in train + evaluation:
-        assert set(row) == FIELDS[kind] | {"where", "opening"}, f"fields {set(row)}"
+        assert set(row) - {"turns"} == FIELDS[kind] | {"where", "opening"}, f"fields {set(row)}"
         assert re.match(re.escape(folder) + r"/.+:\d+$", row["where"]), f"where is {row['where']!r}"
         for name in FIELDS[kind]:
             # Half of a surrogate pair would fail here, as it would in any file that is written.

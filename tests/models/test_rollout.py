@@ -9,13 +9,14 @@ from transformers import DynamicCache
 
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.data.batches import collate_prompts
-from rlhf.data.encoding import encode, load_tokenizer
+from rlhf.data.control_tokens import encode
+from rlhf.data.encoding import load_tokenizer
 from rlhf.models.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, roomy_cache, supports_static_cache
 from rlhf.models.forward import backbone_of, pack
-from rlhf.models.generation import Rollout, Sampling, _choose, generate, join
+from rlhf.models.generation import Rollout, Sampling, _choose, by_length, generate, join
 from rlhf.models.kernels import BY_ROW
 from rlhf.models.loading import load_base
-from rlhf.rl.roles import by_length, load_roles, response_logprobs, role_logprobs
+from rlhf.rl.roles import load_roles, response_logprobs, role_logprobs
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = ", "The cat likes"]
@@ -48,7 +49,7 @@ def tokenizer(base):
 
 def sampling(tokenizer, **changed):
     return Sampling(
-        **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 12}
+        **{"stop_ids": (tokenizer.eos_token_id,), "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": 12}
         | changed
     )
 
@@ -75,7 +76,7 @@ def test_greedy_tokens_equal_those_of_transformers_generate(roles, tokenizer):
     ids, mask = queries(tokenizer)
     expected = roles.model.generate(
         input_ids=ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=settings.max_new_tokens,
-        eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id,
+        eos_token_id=list(settings.stop_ids), pad_token_id=settings.pad_token_id,
     )[:, ids.shape[1]:]  # fmt: skip
     width = rollout.response_ids.shape[1]
     assert (
@@ -96,7 +97,7 @@ def test_greedy_tokens_equal_those_of_transformers_generate(roles, tokenizer):
 )
 def test_what_was_recorded_while_sampling_equals_what_is_scored_afterwards(roles, tokenizer, changed):
     eos = likely_eos(roles, tokenizer)
-    rollout, settings = sample(roles, tokenizer, eos_token_id=eos, **changed)
+    rollout, settings = sample(roles, tokenizer, stop_ids=(eos,), **changed)
     logprobs, values = role_logprobs(roles, "policy", rollout, settings, rows_at_once=3)
     torch.testing.assert_close(logprobs, rollout.logprobs, **TOLERANCE)
     torch.testing.assert_close(values, rollout.values, **TOLERANCE)
@@ -104,8 +105,8 @@ def test_what_was_recorded_while_sampling_equals_what_is_scored_afterwards(roles
 
 def test_a_response_keeps_its_first_eos_then_pads(roles, tokenizer):
     eos = likely_eos(roles, tokenizer)
-    rollout, settings = sample(roles, tokenizer, eos_token_id=eos, max_new_tokens=40, seed=5, suppress_empty=False)
-    assert rollout.ended(eos).any()
+    rollout, settings = sample(roles, tokenizer, stop_ids=(eos,), max_new_tokens=40, seed=5, suppress_empty=False)
+    assert rollout.ended((eos,)).any()
     for ids, mask in zip(rollout.response_ids, rollout.mask, strict=True):
         n = int(mask.sum())
         assert mask[:n].all()
@@ -116,15 +117,15 @@ def test_a_response_keeps_its_first_eos_then_pads(roles, tokenizer):
 
 def test_min_new_tokens_and_suppressed_empties_hold(roles, tokenizer):
     eos = likely_eos(roles, tokenizer)
-    free = [sample(roles, tokenizer, seed=s, eos_token_id=eos, suppress_empty=False)[0].lengths() for s in range(20)]
+    free = [sample(roles, tokenizer, seed=s, stop_ids=(eos,), suppress_empty=False)[0].lengths() for s in range(20)]
     assert (torch.cat(free) == 1).any()  # the model does want to stop at once
     for s in range(20):
-        assert (sample(roles, tokenizer, seed=s, eos_token_id=eos)[0].lengths() > 1).all()
-        assert (sample(roles, tokenizer, seed=s, eos_token_id=eos, min_new_tokens=4)[0].lengths() > 4).all()
+        assert (sample(roles, tokenizer, seed=s, stop_ids=(eos,))[0].lengths() > 1).all()
+        assert (sample(roles, tokenizer, seed=s, stop_ids=(eos,), min_new_tokens=4)[0].lengths() > 4).all()
 
 
 def test_logprobs_values_and_scores_do_not_depend_on_padding_or_batch(roles, tokenizer):
-    rollout, settings = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
+    rollout, settings = sample(roles, tokenizer, stop_ids=(likely_eos(roles, tokenizer),))
     wide = join([rollout], settings.pad_token_id)
     extra = torch.full((len(PROMPTS), 5), settings.pad_token_id)
     nothing = torch.zeros_like(extra, dtype=torch.bool)
@@ -149,7 +150,7 @@ def test_logprobs_values_and_scores_do_not_depend_on_padding_or_batch(roles, tok
 
 
 def test_rows_cut_only_padding_that_none_of_them_needs(roles, tokenizer):
-    rollout, _ = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
+    rollout, _ = sample(roles, tokenizer, stop_ids=(likely_eos(roles, tokenizer),))
     for rows in by_length(rollout, 2):
         part = rollout.rows(rows)
         for i, row in enumerate(rows):
@@ -166,7 +167,7 @@ def test_rows_cut_only_padding_that_none_of_them_needs(roles, tokenizer):
 def test_laid_out_rows_hold_each_query_and_response_side_by_side_and_name_what_predicts_them(
     roles, tokenizer, monkeypatch, attention
 ):
-    rollout, _ = sample(roles, tokenizer, eos_token_id=likely_eos(roles, tokenizer))
+    rollout, _ = sample(roles, tokenizer, stop_ids=(likely_eos(roles, tokenizer),))
     assert roles.model.config._attn_implementation == BY_ROW
     monkeypatch.setattr(roles.model.config, "_attn_implementation", attention)
     packed = pack(backbone_of(roles.model), rollout.input_ids, rollout.attention_mask)
@@ -207,7 +208,7 @@ def test_static_shapes_sample_what_growing_ones_do(roles, tokenizer, monkeypatch
     for kind in (GrowingDecoder, StaticDecoder):
         decoder = type("Slow", (kind,), {"every": 3, "shrink": 0.0})
         monkeypatch.setattr("rlhf.models.generation.decoder_of", lambda *args, made=decoder, **kwargs: made(*args))
-        kept.append(sample(roles, tokenizer, seed=seed, eos_token_id=eos, max_new_tokens=20)[0])
+        kept.append(sample(roles, tokenizer, seed=seed, stop_ids=(eos,), max_new_tokens=20)[0])
     growing, static = kept
     assert static.response_ids.tolist() == growing.response_ids.tolist()
     for name in ("logprobs", "values", "entropy"):
@@ -225,9 +226,9 @@ def test_rows_that_go_on_after_others_have_ended_write_what_they_would_have_writ
             shrunk.append(len(rows))
             super().keep(rows)
 
-    expected = sample(roles, tokenizer, seed=None, eos_token_id=eos, max_new_tokens=30)[0]
+    expected = sample(roles, tokenizer, seed=None, stop_ids=(eos,), max_new_tokens=30)[0]
     monkeypatch.setattr("rlhf.models.generation.decoder_of", lambda *args, **kwargs: Eager(*args))
-    found = sample(roles, tokenizer, seed=None, eos_token_id=eos, max_new_tokens=30)[0]
+    found = sample(roles, tokenizer, seed=None, stop_ids=(eos,), max_new_tokens=30)[0]
     assert shrunk and expected.lengths().unique().numel() > 1
     assert found.response_ids.tolist() == expected.response_ids.tolist()
     torch.testing.assert_close(found.logprobs, expected.logprobs, **TOLERANCE)
@@ -249,7 +250,7 @@ def test_a_recorded_step_samples_on_a_gpu_what_one_without_recording_does(tiny_b
 
 
 def test_a_draw_is_that_of_multinomial():
-    logits, settings = torch.randn(6, 50), Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=1)
+    logits, settings = torch.randn(6, 50), Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=1)
     for seed in range(20):
         expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(seed))[:, 0]
         assert _choose(logits, settings, torch.Generator().manual_seed(seed)).tolist() == expected.tolist()

@@ -13,10 +13,13 @@ from peft import LoraConfig, get_peft_model
 
 from demo.gold import gold_score
 from demo.world import answer, split_prompts
-from rlhf.data.encoding import encode, encode_answer, load_tokenizer
-from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.data.choose_format import text_format
+from rlhf.data.control_tokens import encode
+from rlhf.data.encoding import load_tokenizer
+from rlhf.data.template import DEFAULT_TEMPLATE
 from rlhf.models.forward import backbone_of
-from rlhf.models.loading import load_base, lora_targets
+from rlhf.models.loading import load_base
+from rlhf.models.lora import lora_targets
 from rlhf.models.scoring import score
 from rlhf.reward.audit import audit, make_attacks, row_scorer
 from rlhf.reward.audit_report import read_audit, table, write_audit
@@ -51,7 +54,7 @@ def tokenizer(tiny_llama):
 
 
 def attack(kind, pair, other, tokenizer, seed=0, template=DEFAULT_TEMPLATE):
-    return degenerate(kind, pair, other, tokenizer, template, random.Random(seed))
+    return degenerate(kind, pair, other, text_format(tokenizer, template), random.Random(seed))
 
 
 def attacks_in_words(kind, pair, other, tokenizer, count=30):
@@ -79,7 +82,7 @@ def test_the_gate_and_hardening_name_the_kinds_they_should():
 def test_an_attack_is_settled_by_its_rng_is_not_the_good_answer_and_ends_with_its_only_control_token(
     kind, pair, other, tokenizer
 ):
-    _, chosen_ids = encode_answer(tokenizer, render(DEFAULT_TEMPLATE, pair["prompt"]), pair["chosen"])
+    _, chosen_ids = text_format(tokenizer).encode_answer([("user", pair["prompt"])], pair["chosen"])
     encoded = pair | {"chosen_ids": chosen_ids}
     for seed in range(30):
         ids = attack(kind, pair, other, tokenizer, seed)
@@ -197,14 +200,14 @@ def test_of_an_answer_so_short_that_a_word_may_do_only_what_is_far_shorter_count
     assert max(map(len, texts)) == 2
 
 
-def test_an_answer_that_begins_inside_a_token_of_the_query_is_none(tokenizer):
+def test_an_answer_that_would_melt_into_the_query_is_attacked_like_any_other(tokenizer):
     query, inside = "小猫喜", "欢红茶。"
-    assert encode_answer(tokenizer, query, inside) is None
+    assert encode(tokenizer, query + inside)[: len(encode(tokenizer, query))] != encode(tokenizer, query)
     pair = {"prompt": query, "chosen": "。我想要红茶，你呢？"}
-    assert attack("other_answer", pair, inside, tokenizer, template="{prompt}") is None
-    assert attack("other_answer", pair, "。苹果", tokenizer, template="{prompt}") is not None
-    for kind in KINDS:
-        assert attack(kind, {"prompt": query, "chosen": inside}, "。红茶", tokenizer, template="{prompt}") is None
+    assert attack("other_answer", pair, inside, tokenizer, template="{prompt}") == [
+        *encode(tokenizer, inside),
+        tokenizer.eos_token_id,
+    ]
 
 
 def test_sentences_end_at_chinese_and_english_marks_and_new_lines_but_not_inside_a_number():
@@ -218,12 +221,13 @@ def test_sentences_end_at_chinese_and_english_marks_and_new_lines_but_not_inside
 def pairs(tokenizer):
     """200 pairs of the mini-world, lively and right against wrong in any voice, on distinct prompts."""
     rng, rows = random.Random(1), []
+    prompt_format = text_format(tokenizer)
     for prompt in split_prompts(0)[1][:200]:
         chosen = answer(prompt.fact, "lively", rng)
         rejected = answer(prompt.fact, rng.choice(("formal", "plain", "lively")), rng, correct=False)
-        query = render(DEFAULT_TEMPLATE, prompt.text)
-        query_ids, chosen_ids = encode_answer(tokenizer, query, chosen)
-        _, rejected_ids = encode_answer(tokenizer, query, rejected)
+        turns = [("user", prompt.text)]
+        query_ids, chosen_ids = prompt_format.encode_answer(turns, chosen)
+        _, rejected_ids = prompt_format.encode_answer(turns, rejected)
         rows.append(
             {"prompt": prompt.text, "chosen": chosen, "rejected": rejected}
             | {"query_ids": query_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
@@ -245,7 +249,7 @@ def gold(tokenizer):
 @pytest.fixture(scope="module")
 def audited(pairs, tokenizer):
     def run(score_rows, rows=pairs, seed=0, max_length=512, **options):
-        return audit(score_rows, rows, tokenizer, DEFAULT_TEMPLATE, seed, max_length, **options)
+        return audit(score_rows, rows, text_format(tokenizer), seed, max_length, **options)
 
     return run
 
@@ -385,13 +389,13 @@ def test_each_prompt_is_attacked_once_and_no_more_of_them_than_asked(audited, go
 def test_the_other_answer_comes_from_a_question_of_its_own(pairs, tokenizer):
     twice = [row | {"prompt": row["prompt"].rstrip("？。") + mark} for row in pairs[:20] for mark in ("", "！", "…")]
     prompts = {row["chosen"]: row["prompt"].rstrip("！…") for row in twice}
-    attacks = make_attacks(twice, tokenizer, DEFAULT_TEMPLATE, 0, 512, 200)
+    attacks = make_attacks(twice, text_format(tokenizer), 0, 512, 200)
     made = [(twice[number], row) for kind, number, row in attacks if kind == "other_answer"]
     assert len(made) > 40
     for pair, row in made:
         answered = tokenizer.decode(row[len(pair["query_ids"]) : -1])
         assert prompts[answered] != prompts[pair["chosen"]]
-    alone = make_attacks(twice[:3], tokenizer, DEFAULT_TEMPLATE, 0, 512, 200)
+    alone = make_attacks(twice[:3], text_format(tokenizer), 0, 512, 200)
     assert {kind for kind, _, _ in alone} == set(KINDS) - {"other_answer"}
 
 
@@ -407,10 +411,9 @@ def test_attacks_over_the_length_limit_are_left_out_and_a_kind_without_any_is_na
 
 
 def test_no_row_without_a_token_is_scored(gold, pairs, tokenizer):
-    query_ids, chosen_ids = encode_answer(tokenizer, "", "我想要红茶。")
+    query_ids, chosen_ids = [], [*encode(tokenizer, "我想要红茶。"), tokenizer.eos_token_id]
     rows = [{"prompt": "", "chosen": "我想要红茶。", "query_ids": query_ids, "chosen_ids": chosen_ids}, pairs[0]]
-    assert query_ids == []
-    attacks = make_attacks(rows, tokenizer, "{prompt}", 0, 512, 200)
+    attacks = make_attacks(rows, text_format(tokenizer, "{prompt}"), 0, 512, 200)
     assert all(row for _, _, row in attacks)
     assert [number for kind, number, _ in attacks if kind == "empty"] == [1]
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification, EvalPrediction
 import reward_modeling
 from rlhf.artefacts.run_json import load_run
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.models.forward import backbone_of
 from rlhf.models.scoring import score_in_parts
@@ -66,14 +67,14 @@ def trained(tiny_base, pairs, tmp_path_factory):
 def make_trainer(base, data, output_dir, **changed):
     args = arguments(base, data, output_dir, lora_dropout=0, **changed)
     tokenizer = load_tokenizer(base)
-    rows, eval_rows, _ = reward_modeling.load_data(args, tokenizer)
+    rows, eval_rows, _ = reward_modeling.load_data(args, text_format(tokenizer))
     model = reward_modeling.build_model(args, base)
     for parameter in model.parameters():
         # A new adapter is zero and a new head tiny; the scores are to depend on both.
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
     sampler = LengthGroupedSampler([reward_modeling.pairs.pair_length(row) for row in rows], 8, args.seed)
-    trainer = reward_modeling.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, sampler)
+    trainer = reward_modeling.build_trainer(args, model, text_format(tokenizer), {}, rows, eval_rows, sampler)
     return trainer, tokenizer, rows, eval_rows
 
 
@@ -187,12 +188,12 @@ def test_subsets_and_a_split_by_prompt_are_made(tiny_base, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", doubled)
     tokenizer = load_tokenizer(tiny_base)
     args = arguments(tiny_base, data, tmp_path, eval_size=0.5, train_subset=10, eval_subset=6)
-    rows, eval_rows, about = reward_modeling.load_data(args, tokenizer)
+    rows, eval_rows, about = reward_modeling.load_data(args, text_format(tokenizer))
     assert (len(rows), len(eval_rows)) == (10, 6)
     assert not {row["prompt"] for row in rows} & {row["prompt"] for row in eval_rows}
     assert about["funnel"]["dropped"] == {"beyond the subset": 24}
     everything = arguments(tiny_base, data, tmp_path, eval_size=0.5, train_subset=-1, eval_subset=-1)
-    rows, eval_rows, _ = reward_modeling.load_data(everything, tokenizer)
+    rows, eval_rows, _ = reward_modeling.load_data(everything, text_format(tokenizer))
     assert len(rows) + len(eval_rows) == 40
 
 
@@ -219,7 +220,7 @@ def test_plain_peft_gives_the_same_scores_after_a_reload(base_name, request, pai
         )
         reward_modeling.main(args)
     tokenizer = load_tokenizer(base)
-    rows, _, _ = reward_modeling.load_data(args, tokenizer)
+    rows, _, _ = reward_modeling.load_data(args, text_format(tokenizer))
     batch = PairCollator(tokenizer.pad_token_id)(rows[:6])
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype="float32")
     plain.config.pad_token_id = tokenizer.pad_token_id

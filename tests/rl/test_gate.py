@@ -17,9 +17,9 @@ import reward_modeling
 import rl_training
 from rlhf.artefacts.run_json import adapter_hash, load_run
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer, preference_rows
 from rlhf.data.funnel import Funnel, one_half
-from rlhf.data.template import DEFAULT_TEMPLATE
 from rlhf.reward.audit_report import read_audit
 from rlhf.reward.degenerate import GATE_KINDS, HARDENING_KINDS, KINDS, degenerate_pairs, kinds_of
 from rlhf.rl import gate
@@ -50,12 +50,12 @@ def reward_arguments(base, data, output_dir, **changed):
 # ---- hardening ----
 @pytest.fixture(scope="module")
 def encoded(tiny_base):
-    return preference_rows(load_tokenizer(tiny_base), ROWS, DEFAULT_TEMPLATE, 100, Funnel())
+    return preference_rows(text_format(load_tokenizer(tiny_base)), ROWS, 100, Funnel())
 
 
 def hardened(tiny_base, rows, funnel=None, share=2.0, kinds=HARDENING_KINDS, limit=100, seed=0):
     tokenizer = load_tokenizer(tiny_base)
-    return degenerate_pairs(rows, share, list(kinds), tokenizer, DEFAULT_TEMPLATE, limit, seed, funnel or Funnel())
+    return degenerate_pairs(rows, share, list(kinds), text_format(tokenizer), limit, seed, funnel or Funnel())
 
 
 def test_hardening_adds_its_share_of_pairs_against_every_kind_and_counts_them(tiny_base, encoded):
@@ -80,7 +80,7 @@ def test_hardening_keeps_the_chosen_side_and_its_query_and_stays_within_the_leng
 def test_hardening_takes_no_answer_for_wrong_that_may_be_right(tiny_base):
     sorry = ("抱歉，我无法回答这个问题。", "很抱歉，我无法回答这个问题！", "抱歉，我无法回答这类问题。")
     rows = [ROWS[n] | {"prompt": f"{who}几岁？", "chosen": sorry[n]} for n, who in enumerate("我你他")]
-    rows = preference_rows(load_tokenizer(tiny_base), rows, DEFAULT_TEMPLATE, 100, Funnel())
+    rows = preference_rows(text_format(load_tokenizer(tiny_base)), rows, 100, Funnel())
     assert hardened(tiny_base, rows, kinds=["other_answer"]) == []
     assert len(hardened(tiny_base, rows, kinds=["cut", "other_answer"])) == 6
     asked_twice = [row | {"prompt": "几岁" + mark} for row, mark in zip(rows, "？！。", strict=True)]
@@ -107,9 +107,9 @@ def test_kinds_are_selectable_and_unknown_ones_are_named():
 
 def test_hardening_reaches_training_and_never_the_evaluation(tiny_base, pairs, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
-    plain = reward_modeling.load_data(reward_arguments(tiny_base, pairs, tmp_path), tokenizer)
+    plain = reward_modeling.load_data(reward_arguments(tiny_base, pairs, tmp_path), text_format(tokenizer))
     args = reward_arguments(tiny_base, pairs, tmp_path, degenerate_frac=0.5)
-    rows, eval_rows, about = reward_modeling.load_data(args, tokenizer)
+    rows, eval_rows, about = reward_modeling.load_data(args, text_format(tokenizer))
     assert len(rows) == round(1.5 * len(plain[0]))
     assert eval_rows == plain[1]
     assert sum(about["funnel"]["made"].values()) == len(rows) - len(plain[0])
@@ -131,7 +131,9 @@ def test_the_halves_share_no_prompt_and_together_are_everything():
 def test_two_commands_train_on_disjoint_prompts_and_evaluate_on_the_same(tiny_base, pairs, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
     made = [
-        reward_modeling.load_data(reward_arguments(tiny_base, pairs, tmp_path, split_half=half), tokenizer)
+        reward_modeling.load_data(
+            reward_arguments(tiny_base, pairs, tmp_path, split_half=half), text_format(tokenizer)
+        )
         for half in (0, 1)
     ]
     prompts = [{row["prompt"] for row in rows} for rows, _, _ in made]
@@ -183,13 +185,13 @@ def test_a_margin_column_is_read_reaches_the_loss_and_a_bad_one_is_named(tiny_ba
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     args = reward_arguments(tiny_base, data, tmp_path / "out", margin_field="margin")
-    made, eval_rows, _ = reward_modeling.load_data(args, load_tokenizer(tiny_base))
+    made, eval_rows, _ = reward_modeling.load_data(args, text_format(load_tokenizer(tiny_base)))
     assert {row["margin"] for row in made + eval_rows} == {n / 10 for n in range(40)}
     batch = reward_modeling.pairs.PairCollator(0)(made[:3])
     assert batch["margin"].tolist() == pytest.approx([row["margin"] for row in made[:3]])
     data.write_text(json.dumps(rows[0] | {"margin": "much"}) + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pairs\.jsonl:1: field 'margin' must be a number, not 'much'"):
-        reward_modeling.load_data(args, load_tokenizer(tiny_base))
+        reward_modeling.load_data(args, text_format(load_tokenizer(tiny_base)))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +317,7 @@ def test_real_preferences_of_several_turns_train_a_reward_model_and_are_audited(
     save_random_model(BaichuanForCausalLM, config, base)
     data, out = shared_data / "dpo_zh_demo.json", tmp_path / "out"
     args = reward_arguments(base, data, out, max_length=1024, audit_prompts=30, **flags)
-    assert any(row["prompt"] != row["opening"] for row in reward_modeling.load_data(args, tokenizer)[0])
+    assert any(row["prompt"] != row["opening"] for row in reward_modeling.load_data(args, text_format(tokenizer))[0])
     reward_modeling.main(args)
     said = capsys.readouterr().out
     assert "preference rows from conversations + chosen + rejected" in said

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import rl_training
 from rlhf.artefacts.run_json import load_run
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.rl.roles import load_roles
@@ -143,12 +144,12 @@ def test_kl_is_zero_at_the_first_step_where_policy_is_sft(finished):
 
 def test_training_moves_the_policy_and_the_value_head_and_nothing_else(world, tmp_path):
     args = arguments(world, tmp_path)
-    tokenizer = load_tokenizer(args.base_model_name)
+    prompt_format = text_format(load_tokenizer(args.base_model_name))
     rows = [
         {"prompt": p, "query_ids": rl_training.encoding.load_tokenizer(args.base_model_name).encode(p)}
         for p in PROMPTS
     ]
-    loop = rl_training.make_loop(args, Accelerator(), tokenizer, (rows, []), None)
+    loop = rl_training.make_loop(args, Accelerator(), prompt_format, (rows, []), None)
     state = {**dict(loop.roles.peft_model.named_parameters()), "score": loop.roles.score_heads["reward"].weight}
     before = {name: p.detach().clone() for name, p in state.items()}
     heads = [p.detach().clone() for p in loop.roles.value_head.parameters()]
@@ -350,7 +351,7 @@ def updated(world, rollout, order=0, poison=None, **changed):
     )
     before = {name: p.detach().clone() for name, p in roles.trainable().items()}
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
-    sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
+    sampling = Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8, suppress_empty=False)
     metrics = {}
     try:
         metrics = update(

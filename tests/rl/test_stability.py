@@ -79,8 +79,8 @@ def test_a_critic_free_run_moves_the_policy_and_restarts_with_the_same_bytes(cri
 def a_loop(world, **changed):
     """The few things of a loop that advantages are made with."""
     return rl_training.PPOLoop(
-        args=arguments(world, "unused", **changed), accelerator=Accelerator(), tokenizer=None, roles=None, prompts=[],
-        eval_prompts=[], sampling=None, optimizer=None, kl_controller=FixedKLController(0.3), guard=None,
+        args=arguments(world, "unused", **changed), accelerator=Accelerator(), prompt_format=None, roles=None,
+        prompts=[], eval_prompts=[], sampling=None, optimizer=None, kl_controller=FixedKLController(0.3), guard=None,
     )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def own_critic_after_an_update(world, rollout, checkpointing):
         roles.enable_checkpointing()
     before = {name: p.detach().clone() for name, p in roles.peft_model.named_parameters()}
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=1e-2, eps=1e-5)
-    sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
+    sampling = Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8, suppress_empty=False)
     update(roles, optimizer, rollout, sampling, args, Accelerator(), torch.Generator().manual_seed(0))
     after = {name: p.detach().clone() for name, p in roles.peft_model.named_parameters()}
     return before, after, roles

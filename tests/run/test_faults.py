@@ -12,6 +12,7 @@ from forked import INT, KILL, TERM, TIMES, ends_the_same
 
 import rl_training
 from rlhf.artefacts.checkpoint import newest_complete, numbered, why_incomplete
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.rl.state import loop_weights, resume, save_checkpoint, snapshot
 
@@ -21,14 +22,14 @@ pytestmark = pytest.mark.slow
 # ---- a step again ----
 def test_a_step_repeated_from_its_checkpoint_changes_every_byte_alike(stages, tmp_path):
     args = rl_training.parse_args([*stages["ppo"].argv, "--output_dir", str(tmp_path), "--bf16", "False"])
-    tokenizer = load_tokenizer(args.base_model_name)
+    prompt_format = text_format(load_tokenizer(args.base_model_name))
     accelerator = Accelerator(cpu=True)
-    run = rl_training.check_inputs(args, tokenizer)
-    *prompts, _ = rl_training.load_prompts(args, tokenizer, None)
+    run = rl_training.check_inputs(args, prompt_format)
+    *prompts, _ = rl_training.load_prompts(args, prompt_format, None)
 
     # A checkpoint after two steps, with everything in it that a run may have by then.
-    loop = rl_training.make_loop(args, accelerator, tokenizer, tuple(prompts), None)
-    rl_training.measure_start(loop, fresh=True)
+    loop = rl_training.make_loop(args, accelerator, prompt_format, tuple(prompts), None)
+    rl_training.starting.measure_start(loop, fresh=True)
     for step in (0, 1):
         metrics = rl_training.train_step(loop, step)[0]
     loop.last_good = loop_weights(loop)
@@ -42,7 +43,7 @@ def test_a_step_repeated_from_its_checkpoint_changes_every_byte_alike(stages, tm
         numbers = {name: value for name, value in metrics.items() if not name.startswith(TIMES)}
         moments.append((snapshot(loop), numbers, samples, loop.last_good))
         start = newest_complete(tmp_path)
-        loop = rl_training.make_loop(args, accelerator, tokenizer, tuple(prompts), start)
+        loop = rl_training.make_loop(args, accelerator, prompt_format, tuple(prompts), start)
         assert resume(loop, start) == 2
 
     (one, *rest), (two, *others) = moments

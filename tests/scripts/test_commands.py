@@ -10,6 +10,10 @@ from commands import run_here
 from stages import write_answers, write_pairs
 from test_documents import cut_at_pipe, script_commands
 
+from rlhf.data.choose_format import generation_stop_ids
+from rlhf.data.encoding import load_tokenizer
+from rlhf.data.prompt_format import PromptFormat
+
 pytestmark = pytest.mark.slow
 
 # What makes a command small; given last, it wins.
@@ -27,11 +31,25 @@ DROPPED = ("--log_with", "--max_length", "--nproc")
 
 
 @pytest.fixture(scope="module")
+def chat_places(tiny_chat, tmp_path_factory):
+    """`places` of the commands for a chat model, whose adapters know its format with thinking off."""
+    tokenizer = load_tokenizer(tiny_chat)
+    chat = PromptFormat(
+        tokenizer, "chat", chat_template=tokenizer.chat_template, kwargs={"enable_thinking": False},
+        base_stop_ids=generation_stop_ids(tiny_chat),
+    )  # fmt: skip
+    return made_places(tiny_chat, tmp_path_factory.mktemp("chat"), chat)
+
+
+@pytest.fixture(scope="module")
 def places(tiny_base, tmp_path_factory):
     """Flag -> what stands for its value here; data by script."""
-    folder = tmp_path_factory.mktemp("places")
-    sft = random_adapter(tiny_base, folder / "sft")
-    reward = random_adapter(tiny_base, folder / "reward", "reward", seed=1)
+    return made_places(tiny_base, tmp_path_factory.mktemp("places"))
+
+
+def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
+    sft = random_adapter(tiny_base, folder / "sft", prompt_format=prompt_format)
+    reward = random_adapter(tiny_base, folder / "reward", "reward", seed=1, prompt_format=prompt_format)
     code, _, errors = run_here(
         "merge_lora", "--base_model_name", tiny_base, "--lora_path", sft, "--output_dir", str(folder / "merged"),
         "--dtype", "float32",
@@ -75,9 +93,10 @@ def small_command(words: list[str], places: dict[str, str], output_dir: str) -> 
 
 
 @pytest.mark.parametrize("words", script_commands(), ids=lambda words: " ".join(words)[:70])
-def test_a_command_of_the_documents_runs(words, places, tmp_path, monkeypatch):
+def test_a_command_of_the_documents_runs(words, places, chat_places, tmp_path, monkeypatch):
     # A conversation ends with its input.
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    script, argv = small_command(words, places, str(tmp_path / "out"))
+    chosen = chat_places if any(word.startswith("Qwen/") for word in words) else places
+    script, argv = small_command(words, chosen, str(tmp_path / "out"))
     code, said, errors = run_here(script, *argv)
     assert code == 0, f"{script}.py {' '.join(argv)}\n{said[-2000:]}{errors[-2000:]}"

@@ -14,7 +14,9 @@ from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.compare.answers import Answer, AnswerSettings, GumbelSampler, Versions, row_seeds
 from rlhf.compare.tables import write_csv, write_html, write_markdown
-from rlhf.data.encoding import encode, load_tokenizer
+from rlhf.data.choose_format import text_format
+from rlhf.data.control_tokens import encode
+from rlhf.data.encoding import load_tokenizer
 from rlhf.data.template import DEFAULT_TEMPLATE, render
 from rlhf.models.loading import load_base
 from rlhf.run.terminal import display_width, labelled, printable, wrap
@@ -37,7 +39,9 @@ def folders(tiny_base, tmp_path_factory) -> dict[str, str]:
 def versions_of(tiny_base, folders, names=("sft", "rlhf10"), reward=False, **writing) -> Versions:
     """The versions `names` in memory, greedy and short unless told otherwise."""
     writing = {"max_new_tokens": SHORT, "do_sample": False, **writing}
-    versions = Versions(tiny_base, load_tokenizer(tiny_base), AnswerSettings(**writing), torch.float32, "cpu")
+    versions = Versions(
+        tiny_base, text_format(load_tokenizer(tiny_base)), AnswerSettings(**writing), torch.float32, "cpu"
+    )
     for name in names:
         versions.add(name, folders[name.split("_")[0]])
     if reward:
@@ -106,7 +110,7 @@ def test_equal_weights_sample_equal_text_and_another_seed_another_one(tiny_base,
 def test_noise_makes_the_argmax_a_draw_from_the_softmax():
     probabilities = torch.tensor([0.0, 0.6, 0.3, 0.1])
     count = 4000
-    choice = GumbelSampler(list(range(count)), pad_token_id=0)
+    choice = GumbelSampler(list(range(count)))
     drawn = choice(torch.zeros(count, 1), probabilities.log().repeat(count, 1)).argmax(-1)
     share = torch.bincount(drawn, minlength=4) / count
     assert torch.allclose(share, probabilities, atol=0.03)
@@ -128,7 +132,7 @@ def test_a_score_is_the_reward_models_own_with_eos_at_the_end(tiny_base, folders
 
 def test_an_answer_that_ends_is_told_from_one_that_was_cut(tiny_base, folders):
     versions = versions_of(tiny_base, folders)
-    eos = versions.tokenizer.eos_token_id
+    eos = versions.prompt_format.stop_ids[0]
     query = queries_of(tiny_base)[0]
     cut = versions.answers("sft", [query], [0])[0]
     assert (cut.tokens, cut.ended) == (SHORT, False)
@@ -210,8 +214,12 @@ def test_prompts_come_from_files_of_every_kind(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
-        assert compare.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE) == ["第一", "第二"]
-    assert compare.read_prompts(["解释一下 a.txt 是什么", "好"], DEFAULT_TEMPLATE) == ["解释一下 a.txt 是什么", "好"]
+        assert compare.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE) == [
+            {"prompt": "第一"},
+            {"prompt": "第二"},
+        ]
+    said = ["解释一下 a.txt 是什么", "好"]
+    assert compare.read_prompts(said, DEFAULT_TEMPLATE) == [{"prompt": text} for text in said]
 
 
 @pytest.mark.parametrize(
@@ -239,12 +247,15 @@ def test_the_template_is_the_adapters_own(tiny_base, folders, tmp_path):
     (tmp_path / "sft").mkdir()
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / "sft" / file).symlink_to(f"{folders['sft']}/{file}")
-    write_json(tmp_path / "sft" / "run.json", load_run(folders["sft"]) | {"prompt_template": "Q{prompt}A"})
+    write_json(
+        tmp_path / "sft" / "run.json",
+        load_run(folders["sft"]) | {"prompt_template": "Q{prompt}A", "prompt_format": None},
+    )
     tokenizer = load_tokenizer(tiny_base)
 
     def template_of(*extra: str) -> str:
         args = compare.parse_args(["--base_model_name", tiny_base, *extra])
-        return compare.choose_template(args, tiny_base, tokenizer)
+        return compare.format_of(args, tiny_base, tokenizer).template
 
     assert template_of("--adapters", f"sft={tmp_path}/sft") == "Q{prompt}A"
     assert template_of("--prompt_template", "{prompt}\\n") == "{prompt}\n"

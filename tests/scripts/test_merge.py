@@ -164,7 +164,7 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 directory, texts = json.loads(sys.argv[1])
 tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
-ids = tokenizer(texts).input_ids
+ids = tokenizer(texts, split_special_tokens=True).input_ids
 found = {"ids": ids, "texts": tokenizer.batch_decode(ids), "logits": model(torch.tensor(ids[:1])).logits.tolist(),
          "pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id, "ours": "rlhf" in sys.modules}
 print(json.dumps(found))

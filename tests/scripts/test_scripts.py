@@ -95,6 +95,21 @@ def test_the_pipeline_stops_at_the_stage_that_fails_and_goes_on_there_when_given
     assert (folder / "all" / "ppo" / "run.json").is_file()
 
 
+def test_the_recipe_of_a_chat_model_plans_and_trains_both_stages_in_its_own_format(world, tiny_chat):
+    folder, environment = world
+    sizes = " ".join([*SIZES, "--max_length", "64"])
+    ppo = "--steps 8 --batch_size 8 --output_max_length 6 --eval_size 4 --eval_freq 0 --reward_gate warn"
+    environment |= {"BASE": tiny_chat, "RM_FLAGS": f"{sizes} --per_device_eval_batch_size 4", "PPO_FLAGS": ppo}
+    paths = {"DATA": "pairs.jsonl", "RUNS": "chat"}
+    planned = bash((folder, environment), "train_chat.sh", "--plan", **paths)
+    assert planned.count("fits a card of") == 2 and not (folder / "chat").exists()
+
+    said = bash((folder, environment), "train_chat.sh", **paths)
+    assert "the tokenizer's chat template" in said and "policy: a fresh adapter of rank 16 on the base" in said
+    stored = json.loads((folder / "chat" / "ppo" / "run.json").read_text(encoding="utf-8"))["prompt_format"]
+    assert stored["chat_template_kwargs"] == {"enable_thinking": False}
+
+
 def stopped(environment, command: list[str], sign: str, signum: int, group: bool) -> tuple[int, str]:
     """Exit code and output of a script that gets a signal at the first line that starts with `sign`.
 

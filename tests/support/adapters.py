@@ -8,9 +8,10 @@ from peft import LoraConfig, get_peft_model
 
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
-from rlhf.data.template import DEFAULT_TEMPLATE
-from rlhf.models.loading import load_base, lora_targets
+from rlhf.models.loading import load_base
+from rlhf.models.lora import lora_targets
 
 
 @dataclass
@@ -20,8 +21,13 @@ class NoArguments:
     seed: int = 0
 
 
-def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int = 0, scale: float = 0.05) -> str:
-    """Write an adapter of `stage` ("sft" or "reward", which has a score head) with random weights."""
+def random_adapter(
+    base: str, folder: Path | str, stage: str = "sft", seed: int = 0, scale: float = 0.05, prompt_format=None
+) -> str:
+    """Write an adapter of `stage` ("sft" or "reward", which has a score head) with random weights.
+
+    `prompt_format`: that it says it was trained in; None for the tutorial's text.
+    """
     folder = Path(folder)
     scored = stage == "reward"
     head = "score" if scored else "causal"
@@ -49,6 +55,6 @@ def random_adapter(base: str, folder: Path | str, stage: str = "sft", seed: int 
         args=NoArguments(),
         base=base_fingerprint(base),
         tokenizer=load_tokenizer(base),
-        template=DEFAULT_TEMPLATE,
+        prompt_format=(prompt_format or text_format(load_tokenizer(base))).record(),
     )
     return str(folder)

@@ -38,7 +38,7 @@ def main(files: SimpleNamespace) -> None:
     # The update alone, without the loop around it.
     roles = rl_training.make_roles(args, torch.device("cpu"), None)
     optimizer = torch.optim.Adam(roles.trainable().values(), lr=args.learning_rate, eps=1e-5)
-    sampling = Sampling(eos_token_id=2, pad_token_id=0, max_new_tokens=8, suppress_empty=False)
+    sampling = Sampling(stop_ids=(2,), pad_token_id=0, max_new_tokens=8, suppress_empty=False)
     generator = torch.Generator().manual_seed(rank)
     metrics = update.update(roles, optimizer, rollout, sampling, args, accelerator, generator)
 

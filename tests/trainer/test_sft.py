@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 import sft_training
 from rlhf.artefacts.run_json import load_run
 from rlhf.data.batches import LengthGroupedSampler
-from rlhf.data.encoding import encode, load_tokenizer, sft_rows
+from rlhf.data.choose_format import text_format
+from rlhf.data.control_tokens import encode
+from rlhf.data.encoding import load_tokenizer, sft_rows
 from rlhf.data.funnel import Funnel
-from rlhf.data.template import DEFAULT_TEMPLATE, render
+from rlhf.data.template import render
 from rlhf.models.generation import greedy_answers
 from rlhf.run.log import read_metrics
 
@@ -66,7 +68,8 @@ def trained(tiny_base, answers, tmp_path_factory):
 def make_trainer(base, data, output_dir, **changed):
     args = arguments(base, data, output_dir, lora_dropout=0, **changed)
     tokenizer = load_tokenizer(base)
-    rows, eval_rows, _, _ = sft_training.load_data(args, tokenizer)
+    prompt_format = text_format(tokenizer)
+    rows, eval_rows, _, _ = sft_training.load_data(args, prompt_format)
     model = sft_training.build_model(args, base)
     for name, parameter in model.named_parameters():
         # A new adapter is zero; the loss is to depend on it.
@@ -75,7 +78,7 @@ def make_trainer(base, data, output_dir, **changed):
     sampler = LengthGroupedSampler(
         [len(row["input_ids"]) for row in rows], args.per_device_train_batch_size, args.seed
     )
-    trainer = sft_training.build_trainer(args, model, {"tokenizer": tokenizer}, rows, eval_rows, sampler, fresh=False)
+    trainer = sft_training.build_trainer(args, model, prompt_format, {}, (rows, eval_rows), sampler, fresh=False)
     return trainer, tokenizer, rows, eval_rows
 
 
@@ -148,12 +151,13 @@ def test_a_tiny_model_learns_to_answer_and_to_stop(tiny_base, tmp_path):
     )  # fmt: skip
     tokenizer = load_tokenizer(tiny_base)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base, dtype="float32"), folder)
-    queries = [encode(tokenizer, render(DEFAULT_TEMPLATE, prompt)) for prompt, _ in LESSONS]
+    prompt_format = text_format(tokenizer)
+    queries = [prompt_format.query_ids([("user", prompt)]) for prompt, _ in LESSONS]
     base = model.eval().get_base_model()
     # " ..." marks an answer that had to be cut.
-    assert greedy_answers(base, tokenizer, queries, 24) == [answer for _, answer in LESSONS]
+    assert greedy_answers(base, prompt_format, queries, 24) == [answer for _, answer in LESSONS]
     with model.disable_adapter():
-        assert any(answer.endswith(" ...") for answer in greedy_answers(base, tokenizer, queries, 24))
+        assert any(answer.endswith(" ...") for answer in greedy_answers(base, prompt_format, queries, 24))
 
 
 def test_plain_peft_loads_the_adapter(tiny_base, trained):
@@ -191,7 +195,9 @@ def test_no_pickle_is_left_beside_the_adapter(trained):
 
 def test_a_stock_llama_is_trained_too(tiny_llama, answers, tmp_path):
     folder = run(tiny_llama, answers, tmp_path / "out", max_steps=2)
-    assert {name.split(".")[-3] for name in adapter(folder)} == {"q_proj", "v_proj"}
+    assert {name.split(".")[-3] for name in adapter(folder)} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
 
 
 # ---- going on ----
@@ -348,6 +354,8 @@ def test_inspect_data_prints_rows_and_trains_nothing(tiny_base, answers, tmp_pat
 
 def test_rows_and_samples_use_one_template(tiny_base):
     tokenizer = load_tokenizer(tiny_base)
-    row = sft_rows(tokenizer, [{"prompt": "你好", "answer": "好。", "where": "x:1"}], "{prompt}|", 99, Funnel())[0]
+    row = sft_rows(
+        text_format(tokenizer, "{prompt}|"), [{"prompt": "你好", "answer": "好。", "where": "x:1"}], 99, Funnel()
+    )[0]
     query = encode(tokenizer, render("{prompt}|", "你好"))
     assert row["input_ids"][: len(query)] == query and row["completion_mask"][: len(query)] == [0] * len(query)

@@ -1,0 +1,113 @@
+"""Adapters made elsewhere: which of them a shared base can carry, and which are refused by name.
+
+On one base several adapters take turns, so an adapter may add to layers and do nothing else: whatever replaces weights
+of the base, or changes them when it is put on, would change every other role too. What passes here computes exactly
+what plain peft computes with the adapter alone.
+"""
+
+from dataclasses import MISSING, fields
+
+from peft import LoraConfig, PeftConfig
+from torch import Tensor
+
+# Fields that may have any value: they say where an adapter goes, and how strong it is.
+ANY_VALUE = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "use_dora",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "runtime_config", "modules_to_save",
+    "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "ensure_weight_tying",
+}  # fmt: skip
+
+# Ways to initialise that leave the base as it is; the others (pissa, olora, loftq, corda, lora_ga) take their part out
+# of the base's own weights.
+HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+MERGE_IT = "merge it into a base of its own with merge_lora.py, and give that as the base"
+
+
+def refuse_unshareable(config: PeftConfig, weights: dict[str, Tensor], owner: str) -> None:
+    """Refuse an adapter that a shared base cannot carry.
+
+    Args:
+        config, weights: of `read_adapter`. owner: flag and directory, for the message.
+    Raises: ValueError naming what it is, and the way out.
+    """
+    refuse_other_methods(config, owner)
+    refuse_absurd_ranks(config, weights, owner)
+
+    init = config.init_lora_weights
+    if not any(init is known or init == known for known in HARMLESS_INITS):
+        raise ValueError(
+            f"{owner} was initialised with {init}, which changes the base when it is put on: save it with peft's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes it plain LoRA"
+        )
+
+    # A score head is read by itself; any other saved module would take the place of the base's.
+    saved = sorted(set(config.modules_to_save or ()) - {"score", "classifier"})
+    if saved:
+        raise ValueError(
+            f"{owner} replaces whole modules of the base (modules_to_save {', '.join(saved)}): {MERGE_IT}"
+        )
+
+    defaults = {field.name: _default(field) for field in fields(LoraConfig)}
+    for name, default in sorted(defaults.items()):
+        value = getattr(config, name, default)
+        # peft writes an empty list or dictionary for none.
+        if name not in ANY_VALUE and value != default and (value or default):
+            raise ValueError(f"{owner} uses {name} ({value!r:.60}), which a shared base cannot carry: {MERGE_IT}")
+
+
+def refuse_unmergeable(config: PeftConfig, weights: dict[str, Tensor], model, owner: str) -> None:
+    """Refuse an adapter that plain peft cannot put on this base, or that does not become weights of it.
+
+    Raises: ValueError naming the cause.
+    """
+    refuse_other_methods(config, owner)
+    refuse_absurd_ranks(config, weights, owner)
+    if config.bias != "none" or config.lora_bias:
+        raise ValueError(f"{owner} trains biases, which this base has no place for: train it with bias none")
+    if config.layer_replication or config.trainable_token_indices:
+        raise ValueError(f"{owner} copies layers or trains single tokens: merge it with peft itself")
+
+    for name, tensor in weights.items():
+        if "lora_" not in name and name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            rows = model.get_input_embeddings().weight.shape[0]
+            if len(tensor) != rows:
+                raise ValueError(
+                    f"{owner} was trained with a vocabulary of {len(tensor)} tokens, this base has {rows}: resize the "
+                    "base's embeddings and save it with that tokenizer first"
+                )
+
+
+def changes_embeddings(config: LoraConfig) -> bool:
+    """Return True if an adapter changes the input embedding or the output layer, which may be one tied matrix."""
+    targets = config.target_modules or ()
+    names = {targets} if isinstance(targets, str) else set(targets)
+    names |= set(config.modules_to_save or ())
+    return bool(names & {"embed_tokens", "lm_head", "wte", "embed_out", "word_embeddings"})
+
+
+def refuse_other_methods(config: PeftConfig, owner: str) -> None:
+    """Raises: ValueError for an adapter of another method than LoRA."""
+    if not isinstance(config, LoraConfig):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"{owner} is of type {kind}, but this project trains and reads LoRA adapters")
+
+
+def refuse_absurd_ranks(config: LoraConfig, weights: dict[str, Tensor], owner: str) -> None:
+    """Refuse a rank that no stored tensor has, before layers of that rank are built. Raises: ValueError."""
+    stored = max(
+        (min(tensor.shape) for name, tensor in weights.items() if "lora_" in name and tensor.dim() > 1), default=0
+    )
+    ranks = [config.r, *(config.rank_pattern or {}).values()]
+    if not all(isinstance(rank, int) for rank in ranks) or max(ranks) > max(stored, 1):
+        raise ValueError(
+            f"{owner}: adapter_config.json says rank {max(ranks)}, but its largest tensor has rank {stored}"
+        )
+
+
+def _default(field):
+    if field.default is not MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not MISSING else None

@@ -1,0 +1,43 @@
+"""Before the first step of a PPO run: what the policy starts from, its first evaluation, the checks and the gate."""
+
+import warnings
+
+from rlhf.data.template import CHAT
+from rlhf.models.untrained import warn_of_untrained
+from rlhf.rl import evaluation
+from rlhf.rl.check import check_start
+from rlhf.rl.gate import quick_gate, stored_audit
+from rlhf.rl.loop import PPOLoop
+from rlhf.run.launch import say
+
+
+def say_start(loop: PPOLoop) -> None:
+    """Say what the policy starts from, and warn of a base that has never learnt to answer or to stop."""
+    args = loop.args
+    if args.sft_model_lora_path:
+        say(f"policy: goes on from {args.sft_model_lora_path}")
+    else:
+        say(f"policy: a fresh adapter of rank {args.lora_rank} on the base, which is the reference")
+        if args.prompt_template != CHAT:
+            warnings.warn(
+                "no SFT adapter and no chat template: a base that was never taught to answer learns little from a "
+                "reward; train one with sft_training.py, or take a chat model",
+                stacklevel=2,
+            )
+    warn_of_untrained(loop.roles.model, loop.prompt_format)
+
+
+def measure_start(loop: PPOLoop, fresh: bool) -> None:
+    """Measure the SFT model's scores and evaluate it (once), and refuse to start on a silent defect."""
+    args = loop.args
+    if args.reward_transform == "standardize" and not loop.reward_stats:
+        if not fresh:
+            raise ValueError("the checkpoint was made without --reward_transform standardize: go on as it began")
+        loop.reward_stats = evaluation.measure_sft_scores(loop)
+
+    if args.eval_freq and fresh:
+        loop.baseline = evaluation.evaluate(loop)[0]
+    if args.check:
+        check_start(loop, fresh)
+    if fresh and stored_audit(args.reward_model_lora_path) is None:
+        quick_gate(loop)

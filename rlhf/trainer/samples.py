@@ -1,0 +1,28 @@
+"""Sample answers of the SFT stage: the same prompts before and after training, printed and kept in samples.jsonl."""
+
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.template import turns_of
+from rlhf.models.generation import greedy_answers
+from rlhf.run.launch import say
+from rlhf.run.log import MetricsLog
+from rlhf.trainer.stage_trainer import is_zero3
+
+
+def show(args, trainer, prompt_format: PromptFormat, rows: list[dict], log: MetricsLog | None) -> None:
+    """Print a few answers and keep them in samples.jsonl; " ..." ends one that did not stop by itself."""
+    if log is None or not rows or not args.sample_max_new_tokens:
+        return
+    if is_zero3():
+        say("no sample answers: under ZeRO-3 one process alone cannot write them")
+        return
+
+    step = trainer.state.global_step
+    queries = [prompt_format.query_ids(turns_of(row)) for row in rows]
+    trainer.model.eval()
+    base = trainer.model.get_base_model()
+    answers = greedy_answers(base, prompt_format, queries, args.sample_max_new_tokens)
+    records = []
+    for prompt, answer in zip([row["prompt"] for row in rows], answers, strict=True):
+        print(f"  step {step} | {prompt!r} -> {answer!r}", flush=True)
+        records.append({"step": step, "query": prompt, "response": answer})
+    log.write_samples(records, shown=0)
