@@ -28,6 +28,7 @@ def save_adapter(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
 
+    # In a folder of its own first: peft writes in place, and a reader could find half a file.
     with (
         tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
         readable_when_full(Path(scratch), "the adapter"),
@@ -42,6 +43,7 @@ def save_adapter(
         # safetensors creates files that only their owner can read.
         (saved / ADAPTER_FILE).chmod(0o644)
         config = _sorted_lists(json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")))
+        # The weights first, because a folder counts as an adapter from its config on.
         os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
         write_json(output_dir / "adapter_config.json", config)
 
@@ -65,6 +67,7 @@ def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.T
     read_object(folder / "adapter_config.json")
     config = PeftConfig.from_pretrained(str(folder))
 
+    # Where both are there, the one that can hold no code counts.
     for name in (ADAPTER_FILE, "adapter_model.bin"):
         if (folder / name).is_file():
             return config, load_tensors(folder / name)
@@ -82,9 +85,11 @@ def check_adapter(
         flag: named in messages.
     Returns: its run.json, or None (with a warning) for an adapter that was trained elsewhere.
     """
+    # Most likely a path with a mistake in it.
     if not (Path(adapter_dir) / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json")
 
+    # Without run.json there is nothing to compare by, and loading still refuses tensors of other shapes.
     run = load_run(adapter_dir)
     if run is None:
         warnings.warn(
@@ -107,6 +112,7 @@ def check_adapter(
     if prompt_format is not None:
         compared += _format_fields(run, prompt_format)
 
+    # The base comes first: with another one, the tokenizer often differs for the same reason.
     for name, theirs, ours in compared:
         if theirs != ours:
             raise ValueError(f"{flag} {adapter_dir} was trained with another {name}: {theirs!r} there, {ours!r} here")
@@ -155,7 +161,9 @@ def check_saved(model: PeftModel, output_dir: str) -> None:
     Raises: ValueError naming the tensor that is missing or differs.
     """
     saved = load_file(Path(output_dir) / ADAPTER_FILE)
+    # The trained tensors under the names that peft gives them in a file.
     expected = get_peft_model_state_dict(model)
+    # Asked by itself: if peft lost the head, `expected` would lack it as well.
     if not any(name.endswith("score.weight") for name in saved):
         raise ValueError(f"{output_dir}/{ADAPTER_FILE} was written without the score head")
 

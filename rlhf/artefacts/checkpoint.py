@@ -34,6 +34,7 @@ def publish(
     scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
 
     try:
+        # Under a hidden name until all is there, which `sweep` removes if the process is killed.
         with readable_when_full(scratch, name, min_bytes):
             write(scratch)
             write_manifest(scratch, about)
@@ -157,6 +158,7 @@ def why_incomplete(folder: Path) -> str | None:
             return f"{MANIFEST} lists {name!r}, which is not in the folder"
         if not (folder / name).is_file():
             return f"{name} is missing"
+        # Size and hash, so that a cut or exchanged file shows before anything is loaded.
         if _entry(folder / name) != entry:
             return f"{name} is not what the manifest lists"
     return None
@@ -182,6 +184,7 @@ def to_resume(asked: str | None, output_dir: str | Path, prefix: str = "step_") 
     if asked == "True":
         return newest_complete(output_dir, prefix)
 
+    # No other checkpoint takes the place of one that was asked for by its path.
     reason = why_incomplete(Path(asked))
     if reason:
         raise ValueError(f"--resume_from_checkpoint {asked} cannot be used: {reason}")

@@ -94,6 +94,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
         raise FileExistsError(f"--output_dir {folder} is a file: give a directory")
 
     try:
+        # Locked before it is swept: what looks left over may be what another run is writing.
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         sweep(folder)
@@ -110,6 +111,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
             "--overwrite_output_dir True to start over, or another directory"
         )
 
+    # Only now, when the directory is ours alone.
     if overwrite:
         _remove(used)
     return folder

@@ -14,6 +14,7 @@ def differences(then: dict, args, ignored: tuple[str, ...] = ("free",)) -> list[
 
     `ignored`: rules of flags (`resume` in rlhf/flags.py) that are left out.
     """
+    # Through JSON, as the old values came, so that a tuple equals its list.
     now = json.loads(json.dumps(asdict(args), default=str))
     rules = resume_rules(type(args))
     return [
@@ -38,7 +39,9 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
 def _only_longer(changes: list[str], args) -> bool:
     """Return True if only the run's length differs; it counts where the learning rate depends on the length."""
     rules = resume_rules(type(args))
+    # Each entry of `differences` begins with "--" and the name.
     names = [words.split()[0][2:] for words in changes]
+    # Any other schedule would have had other learning rates from the first step on.
     return args.lr_scheduler_type == "constant" and all(rules[name] == "longer" for name in names)
 
 
@@ -52,19 +55,23 @@ def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
         run: what this command would write into run.json; its fingerprints are compared.
     Raises: ValueError naming what differs.
     """
+    # Flags of another stage could not be compared at all.
     before = load_run(folder)
     stage = run.get("stage", "ppo")
     if before is None or before["stage"] != stage:
         raise ValueError(f"{folder} is no checkpoint of stage {stage}: its run.json is missing or of another stage")
 
+    # A path may differ, as directories are moved; data, base and parents are compared by content.
     changes = differences(before["arguments"], args, ignored=("free", "path"))
     if _only_longer(changes, args):
         changes = []
     changes += _other_inputs(before, run)
+    # Each process has rows and random draws of its own, so their number belongs to the run.
     then = read_manifest(folder).get("processes")
     if then != processes:
         changes.append(f"the number of processes (was {then}, is {processes})")
 
+    # All differences at once, so that one more try is enough.
     if changes and not args.allow_changes:
         raise ValueError(
             f"{folder} was written by another command; different: {', '.join(changes)}. Prompts, batches and random "
@@ -86,7 +93,9 @@ def finished_run(args, stage: str) -> dict | None:
     if run["stage"] != stage:
         raise ValueError(f"--output_dir {args.output_dir} holds a run of stage {run['stage']}: give another directory")
 
+    # Paths count here: of a finished run nothing is compared by content.
     changes = differences(run["arguments"], args)
+    # A longer run goes on from the newest checkpoint, if there is one.
     if changes and _only_longer(changes, args):
         return None
     if changes:

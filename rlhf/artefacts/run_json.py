@@ -117,6 +117,7 @@ def adapter_hash(adapter_dir) -> str | None:
     file = Path(adapter_dir) / ADAPTER_FILE
     if not file.is_file():
         return None
+    # All of the file: an adapter is small beside a base.
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
@@ -131,12 +132,14 @@ def write_run(
         base: of `base_fingerprint`. prompt_format: of `PromptFormat.record`, or None. data: fingerprint, funnel.
         parents: role -> directory.
     """
+    # The fingerprint hides these ids, and a reader may want to know them.
     special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
     # The hash tells a parent that was trained again since then from the one that was used.
     parent_entries = {}
     for role, path in (parents or {}).items():
         parent_entries[role] = {"path": str(path), "adapter": adapter_hash(path)}
 
+    # Packages whose version may change a result.
     packages = ("torch", "transformers", "peft", "trl", "datasets", "accelerate")
     run = {
         "stage": stage,

@@ -24,6 +24,7 @@ class BaichuanAttention(LlamaAttention):
 
     def __init__(self, config: BaichuanConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        # They would be three matrices that no checkpoint has weights for.
         del self.q_proj, self.k_proj, self.v_proj
         self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
 
@@ -32,12 +33,16 @@ class BaichuanAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over `hidden_states` [B, L, hidden] and the cache; returns ([B, L, hidden], attention weights)."""
         shape = hidden_states.shape[:-1]
+        # [B, L, 3, heads, head_dim] becomes [B, heads, 3, L, head_dim], of which attention takes the thirds.
         packed = self.W_pack(hidden_states).view(*shape, 3, -1, self.head_dim)
         query, key, value = packed.transpose(1, 3).unbind(2)
+        # A key goes into the cache with its position in it, and is not turned again.
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # Looked up at every call: `enable_packing` changes the name on a loaded model.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # PyTorch's attention drops entries whenever it is told to, in eval() too.
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -57,6 +62,7 @@ class BaichuanModel(BaichuanPreTrainedModel, LlamaModel):
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
+        # transformers' layers make Llama's attention by name, so it is replaced afterwards.
         for index, layer in enumerate(self.layers):
             layer.self_attn = BaichuanAttention(config, index)
         self.post_init()
@@ -69,12 +75,14 @@ class NormHead(nn.Linear):
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # A frozen head has unit rows since `from_pretrained`; to normalise it here would copy it for every token.
         weight = unit_rows(self.weight) if self.weight.requires_grad else self.weight
         return linear(hidden_states, weight)
 
 
 def unit_rows(weight: torch.Tensor) -> torch.Tensor:
     """`weight` [rows, columns] with every row scaled to length 1, measured in float32 and returned in its dtype."""
+    # Thousands of squares, summed up in half precision, would make the lengths too rough.
     return normalize(weight.float(), dim=-1).to(weight.dtype)
 
 
@@ -93,10 +101,12 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, LlamaForCausalLM):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """Tie weights as transformers does; a `NormHead` comes back normalised and frozen."""
+        # With `output_loading_info` this is a pair, the model and a report.
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.norm_head:
             head = model.lm_head.requires_grad_(False)
+            # Frozen by the line above, or autograd would refuse to have it written in place.
             head.weight.copy_(unit_rows(head.weight))
         return loaded
 
@@ -126,14 +136,18 @@ class BaichuanForSequenceClassification(BaichuanPreTrainedModel):
         Returns:
             `logits` [B, num_labels]; of a row without any real token they mean nothing.
         """
+        # 1. The last hidden state of every token.
         outputs = self.model(input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         hidden = outputs.last_hidden_state
+        # Without a mask every token is real.
         if attention_mask is None:
             attention_mask = torch.ones(hidden.shape[:2], device=hidden.device)
 
+        # 2. The score at the last real token, where the product is largest: the column, or 0 on padding.
         columns = torch.arange(attention_mask.shape[-1], device=hidden.device)
         last = (columns * (attention_mask != 0).to(hidden.device)).argmax(-1)
         logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        # 3. The reward stage makes its own loss of the scores; this one is for other callers, as transformers has it.
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)

@@ -37,6 +37,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
         processor: the loaded model. settings: of PreTrainedTokenizerFast (`model_max_length`, special tokens, ...).
     Raises: ValueError on a model of another kind (unigram, word), or with flags that cannot be expressed.
     """
+    # What cannot be expressed is refused before anything is built.
     proto = import_protobuf().ModelProto.FromString(processor.serialized_model_proto())
     _check_flags(proto)
 
@@ -161,6 +162,7 @@ def _ends_with_start_of(first: str, second: str) -> bool:
 
 def _decoder(spec, stand_in: dict[str, str]):
     """Join bytes and pieces into one text, put the symbols back in it, and take the dummy prefix off."""
+    # Bytes are joined first, because one character may be spread over several byte pieces.
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     for symbol, mark in stand_in.items():
         steps.append(decoders.Replace(mark, symbol.replace("▁", " ")))
@@ -176,6 +178,7 @@ def save_tokenizer(tokenizer, directory: Path) -> None:
 
     Raises: ValueError where the exported one, read back, gives other ids.
     """
+    # Settings of the tokenizer, which the SentencePiece model alone does not have.
     specials = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("unk", "bos", "eos", "pad")}
     fast = fast_tokenizer(
         tokenizer.sp_model,

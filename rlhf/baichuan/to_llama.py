@@ -58,6 +58,7 @@ def split_adapter(config: LoraConfig, weights: dict[str, Tensor]) -> tuple[LoraC
     if not by_name or not any(PACKED in name for name in weights):
         raise ValueError(f"this adapter is not on {PACKED} by name: its target_modules are {config.target_modules}")
 
+    # The weights: q, k and v share A, and each gets a third of B.
     split = {}
     for name, tensor in weights.items():
         if PACKED not in name:

@@ -17,6 +17,7 @@ class BaichuanTokenizer(SentencePieceBackend):
     def __init__(self, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token=None, **kwargs):
         # As in the config: the file it points to is never run and never saved.
         kwargs.pop("auto_map", None)
+        # Without this, "</s>" written in a text would become the control token.
         kwargs.setdefault("split_special_tokens", True)
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
@@ -31,11 +32,13 @@ class BaichuanTokenizer(SentencePieceBackend):
         text = ""
         run = []
         for token in tokens:
+            # sentencepiece would decode a control piece to nothing, so it is put in as it is written.
             if token in self._added_tokens_encoder:
                 text += self.sp_model.decode_pieces(run) + token
                 run = []
             else:
                 run.append(token)
+        # The pieces after the last control token.
         return text + self.sp_model.decode_pieces(run)
 
 

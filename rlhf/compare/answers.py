@@ -68,6 +68,7 @@ class GumbelSampler(LogitsProcessor):
     def __init__(self, seeds: list[int] | None):
         self.generators = None
         if seeds is not None:
+            # A source for each row, so that no answer depends on the rows beside it.
             self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -112,6 +113,7 @@ class Versions:
         self.prompt_format = prompt_format
         self.writing = writing
         self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
+        # Beside the model, because an adapter on a language model has no place for a score head.
         self.score_head: nn.Linear | None = None
         # A base directory's own sampling settings would otherwise fill in whatever is left unset.
         self.model.generation_config = GenerationConfig(
@@ -125,6 +127,7 @@ class Versions:
 
     def add(self, name: str, path: str) -> None:
         """Put an adapter on the base under `name`. Raises: ValueError where it does not fit or is more than LoRA."""
+        # Other weights, such as a trained head, would be left out of the answers without a word.
         if self._add(name, path):
             raise ValueError(f"--adapters {name}: {path} holds more than LoRA weights: merge it, then compare")
 
@@ -148,6 +151,7 @@ class Versions:
     @contextmanager
     def use(self, name: str):
         """The causal LM, with this version's adapter active, or none for the bare base."""
+        # No adapter has been added, so there is none to switch.
         if not isinstance(self.model, PeftModel):
             yield self.model
             return
@@ -166,6 +170,7 @@ class Versions:
         """One answer of version `name` to each query, in batches of --batch_size; a seed for the noise of each row."""
         cells = []
         for start in range(0, len(queries), self.writing.batch_size):
+            # A seed belongs to a prompt, so both are cut at the same places.
             rows = slice(start, start + self.writing.batch_size)
             cells += self._batch(name, queries[rows], seeds[rows])
         return cells
@@ -179,6 +184,7 @@ class Versions:
             end = next((place for place, token in enumerate(row) if token in stops), None)
             answer = row[:end]
             ended = end is not None
+            # Control tokens inside an answer stay visible: a model that writes them should not look better than it is.
             text = self.prompt_format.tokenizer.decode(answer).strip()
             cells.append(Answer(text, len(answer) + ended, ended))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
@@ -198,6 +204,7 @@ class Versions:
                 attention_mask=attention_mask,
                 logits_processor=self._processors(queries, seeds),
             )
+        # `generate` gives the prompts back in front of the answers.
         return rows[:, input_ids.shape[1] :].tolist()
 
     def _scores(self, rows: list[list[int]]) -> list[float]:
@@ -210,6 +217,7 @@ class Versions:
         """Processors in the order of transformers' own sampling; the noise comes last."""
         writing = self.writing
         chosen = LogitsProcessorList()
+        # A processor that changes nothing is left out, because it would pass over the logits at every token.
         if writing.repetition_penalty != 1:
             longest = max(map(len, queries))
             padding = [longest - len(query) for query in queries]
@@ -219,6 +227,7 @@ class Versions:
         if writing.do_sample and writing.top_p < 1:
             chosen.append(TopPLogitsWarper(writing.top_p))
 
+        # Without sampling the last processor adds no noise, but still checks the logits and forbids the pad id.
         noise_seeds = seeds if writing.do_sample else None
         chosen.append(GumbelSampler(noise_seeds))
         return chosen
@@ -234,6 +243,7 @@ class Versions:
         for row in rows:
             gap = longest - len(row)
             padding = [self.prompt_format.pad_id] * gap
+            # The mask alone says what is padding: a real token may have the pad id.
             hidden = [0] * gap
             seen = [1] * len(row)
             ids.append(padding + row if left else row + padding)
@@ -245,5 +255,6 @@ class Versions:
 
 def row_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     """One noise seed a table row, far apart for neighbouring --seed values."""
+    # Rows of two --seed values share a noise seed only in tables of over a million rows.
     start = seed * 1_000_003 + first
     return [start + row for row in range(count)]

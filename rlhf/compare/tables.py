@@ -36,15 +36,18 @@ def summarize(columns: Columns) -> list[list[str]]:
 def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
     """Write the table and its summary in Markdown; whatever would be markup in an answer is escaped."""
 
+    # Texts are not ours: neither HTML nor Markdown in them may take effect.
     def plain(text: str) -> str:
         text = html.escape(printable(text), quote=False)
         text = re.sub(r"([\\|`*_\[\]~#])", r"\\\1", text)
         # A line end would end the row of the table.
         return text.replace("\n", "<br>")
 
+    # An empty cell would look like a mistake of the table.
     def answer(cell: Answer) -> str:
         return f"{plain(cell.text) or '*(empty)*'}<br>*{cell.note()}*"
 
+    # The table: a row for each prompt, a cell for each version.
     titles = ["prompt", *map(plain, columns)]
     lines = ["# Comparison", "", _line(titles), _line(["---"] * len(titles))]
     for row, prompt in enumerate(prompts):
@@ -57,6 +60,7 @@ def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[
     for version in versions:
         lines.append(_line([plain(cell) for cell in version]))
 
+    # What the table was made with, so that it can be made again.
     lines.append("")
     lines += [f"- {plain(name)}: {plain(value)}" for name, value in made]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -87,6 +91,7 @@ small {{ display: block; color: #666; }}
 def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
     """Write the table as one page without scripts or links; every text is escaped."""
 
+    # Cells are HTML by now, their texts escaped.
     def row(tag: str, cells: list[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
 
@@ -96,16 +101,19 @@ def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tupl
     def answer(cell: Answer) -> str:
         return f"{plain(cell.text) or '<em>(empty)</em>'}<small>{cell.note()}</small>"
 
+    # The table: a row for each prompt, a cell for each version.
     answers = [row("th", ["prompt", *map(plain, columns)])]
     for number, prompt in enumerate(prompts):
         cells = [answer(cells[number]) for cells in columns.values()]
         answers.append(row("td", [plain(prompt), *cells]))
 
+    # The summary has numbers of ours, but also the names of the versions, which are not.
     header, *versions = summarize(columns)
     summary = [row("th", header)]
     for version in versions:
         summary.append(row("td", [plain(cell) for cell in version]))
 
+    # Both tables, and below them what they were made with.
     tables = [f"<table>\n{rows}\n</table>" for rows in ("\n".join(answers), "\n".join(summary))]
     items = [f"<li>{plain(name)}: {plain(value)}</li>" for name, value in made]
     page = PAGE.format(tables="\n".join(tables), made="\n".join(items))

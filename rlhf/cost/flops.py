@@ -9,6 +9,7 @@ from torch import nn
 # Dense matrix products, 1e12 operations a second, in bfloat16 (V100: float16), as the makers state them. The first
 # name that the card's own contains counts.
 PEAK_TFLOPS = {
+    # A name that contains another stands before it, or an "H200" would count as an "H20".
     "H200": 989.0,
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -41,13 +42,18 @@ def flop_counts(model: nn.Module, config) -> FlopCounts:
     """Counts of a model with its adapters (on any device): matrices only; embeddings and score heads aside."""
     head = config.vocab_size * config.hidden_size
     heads = config.num_attention_heads
+    # A configuration may give its heads a size of their own, which is then not the hidden size over their number.
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # The base is frozen: only adapters take gradients, and a score head of a few thousand numbers.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # peft's wrapper around an adapted layer is no nn.Linear, but its base layer is one, so each matrix counts once.
+    # A layer with a single output is a score head.
     body = sum(
         module.in_features * module.out_features
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "lora_" not in name and module.out_features > 1
     )
+    # A sequence classification model has no output layer, and so none to take off again.
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return FlopCounts(
         body - (head if output is not None else 0), head, trained, config.num_hidden_layers * heads * size
@@ -64,6 +70,8 @@ def forward_flops(work: FlopCounts, lengths: Sequence[int], head_positions: int)
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1.
     """
+    # Token n looks at n tokens, which makes length * (length + 1) / 2 pairs of tokens. A pair costs 4 operations for
+    # each unit of the attention's width.
     seen = sum(length * (length + 1) for length in lengths)
     return 2.0 * work.body * sum(lengths) + 2.0 * work.head * head_positions + 2.0 * work.attention * seen
 
@@ -76,7 +84,9 @@ def training_flops(work: FlopCounts, lengths: Sequence[int], head_positions: int
     Attention has two inputs to every product, so its backward is twice its forward; of the adapters' weights the
     gradient is needed as well.
     """
+    # Without the output layer, which checkpointing does not compute once more.
     layers = forward_flops(work, lengths, 0)
+    # What the layers cost beside their matrices.
     attention = layers - 2.0 * work.body * sum(lengths)
     forward = forward_flops(work, lengths, head_positions)
     return 2 * forward + attention + 4.0 * work.trained * sum(lengths) + (layers if checkpointing else 0)
@@ -93,6 +103,8 @@ def ppo_flops(
     """
     lengths = [query + response for query, response in zip(queries, responses, strict=True)]
     tokens = sum(responses)
+    # Logits are made only where a response token is predicted. The reward model and a separate critic make none, but
+    # count as if they did.
     forward = forward_flops(work, lengths, tokens)
     return (1 + passes) * forward + epochs * training_flops(work, lengths, tokens, checkpointing)
 

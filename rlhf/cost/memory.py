@@ -10,6 +10,7 @@ GIB = 2**30
 # CUDA context, cuBLAS workspace and what the allocator cannot fill.
 RUNTIME_BYTES = int(0.7 * GIB)
 
+# In units of 1e9 bytes. Cards sold under these numbers hold a little more, so "fits" errs on the safe side.
 CARDS_GB = (24, 40, 80, 141)
 
 # NF4 with double quantisation: 4 bits, one byte a block of 64, and 32 bits a block of 256 of those.
@@ -43,8 +44,10 @@ class ModelShape:
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
+            # GPT-2 and BLOOM leave this out: their MLP is four times as wide as the hidden states.
             intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
             heads=heads,
+            # Without a number of its own, every head of the queries has keys and values to itself.
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocab=config.vocab_size,
@@ -66,6 +69,7 @@ def weight_bytes(shape: ModelShape, precision: Precision) -> float:
     """The base: size * parameters, or BYTES_4BIT for the layers' matrices and `size` for the rest."""
     if not precision.four_bit:
         return precision.size * shape.parameters
+    # Embeddings, norms and heads are never held in 4 bits.
     return BYTES_4BIT * shape.linear + precision.size * (shape.parameters - shape.linear)
 
 
@@ -95,6 +99,7 @@ def layer_bytes(shape: ModelShape, precision: Precision) -> int:
 
     Source: counted over `LlamaDecoderLayer`; a frozen matrix keeps no input.
     """
+    # Numbers, not bytes: they are kept in the precision of the weights, as those of the MLP are.
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
     return 12 * shape.hidden + precision.size * (attention + 3 * shape.intermediate)
 
@@ -104,6 +109,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, tokens: int, check
 
     checkpointing: size * hidden for each layer's input, and one layer in full;  else every layer in full
     """
+    # With checkpointing, backward computes one layer at a time once more, and that one is then there in full.
     full = layer_bytes(shape, precision) * tokens
     return shape.layers * precision.size * shape.hidden * tokens + full if checkpointing else shape.layers * full
 
@@ -111,6 +117,7 @@ def activation_bytes(shape: ModelShape, precision: Precision, tokens: int, check
 def logits_bytes(shape: ModelShape, precision: Precision, positions: int, gradient: bool) -> int:
     """Logits as the model gives them and, in training, their gradient: size * 1 or 2 for every entry; and in float32
     the logits and the softmax of ROWS_AT_ONCE positions, all that `selective_logprobs` has of them at a time."""
+    # Two float32 copies of a piece of the rows, however many rows there are.
     at_once = 2 * FP32 * min(ROWS_AT_ONCE, positions)
     return (precision.size * (1 + gradient) * positions + at_once) * shape.vocab
 
@@ -130,6 +137,7 @@ class MemoryNeeds:
 
     def peak(self) -> float:
         """Bytes at the worst moment."""
+        # Phases follow one another, so only the largest of them adds to what stays.
         return sum(self.roles.values()) + max(self.phases.values())
 
     def fits(self) -> dict[int, bool]:
@@ -156,6 +164,7 @@ def trainer_needs(
         "gradients and optimizer": trained_bytes(adapter),
         "runtime": RUNTIME_BYTES,
     }
+    # Layers and output layer count together: backward begins at the logits, while all activations are still kept.
     update = activation_bytes(shape, precision, tokens, checkpointing)
     return MemoryNeeds(roles, {"update": update + (fused_head_bytes(shape, tokens) if head else 0)})
 
@@ -181,6 +190,7 @@ def ppo_needs(
     Args:
         adapters: role -> parameters. trained: those that PPO trains, value head included.
     """
+    # What counts as there for the whole run. The cache counts at its longest, query and response.
     length = sizes.query + sizes.response
     roles = {
         "base": weight_bytes(shape, precision),

@@ -37,6 +37,7 @@ def skeleton(name: str, flag: str) -> nn.Module:
         config = read_config(name)
     except OSError as error:
         raise FileNotFoundError(f"{flag} {name} has no config.json that can be read: {error}") from error
+    # A tensor on the meta device has a shape and no storage, so a model of any size takes no memory.
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -44,6 +45,7 @@ def skeleton(name: str, flag: str) -> nn.Module:
 def shape_of(model: nn.Module) -> ModelShape:
     """Sizes of a skeleton."""
     output = model.get_output_embeddings()
+    # The output layer stays in full precision when the layers are held in 4 bits.
     matrices = [
         module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not output
     ]
@@ -78,6 +80,7 @@ def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
 
 def processes(args) -> int:
     """Processes that this command would run in."""
+    # Under a launcher its environment has the number; without one, the command would start the processes itself.
     return rank_and_size()[1] if is_launched() else wanted_processes(args.nproc)
 
 
@@ -119,6 +122,7 @@ def title(args, script: str, base: str) -> str:
 # ---- stages ----
 def plan_trainer(args, script: str, sides: int) -> str:
     """The plan of SFT (`sides` 1) or of reward training (2: both answers of a pair in one forward)."""
+    # The base without weights, and an adapter: the one that training goes on with, or a new one.
     model = skeleton(args.model_name, "--model_name")
     shape = shape_of(model)
     reward = sides == 2
@@ -134,6 +138,7 @@ def plan_trainer(args, script: str, sides: int) -> str:
     if reward:
         parameters["score head"] = number(shape.hidden, True)
 
+    # A batch of pairs holds both answers of each. Every row counts at its longest.
     needs = trainer_needs(
         shape,
         precision_of(args),
@@ -143,6 +148,7 @@ def plan_trainer(args, script: str, sides: int) -> str:
         head=not reward,
     )
 
+    # All of it as text.
     return table(
         title(args, script, args.model_name),
         parameters,
@@ -159,21 +165,25 @@ def trainer_steps(args, unit: str, sides: int) -> list[str]:
         f"an optimizer step: {batch} {unit} = {args.per_device_train_batch_size} a device x {ranks} process(es) x "
         f"{args.gradient_accumulation_steps} accumulated; the longest of {args.max_length} tokens"
     ]
+    # --max_steps overrules the number of epochs, as it does in the Trainer.
     if args.max_steps > 0:
         return [*lines, f"steps: {args.max_steps}, {args.max_steps * batch:,} {unit} with repetition"]
 
+    # Rows on the hub would have to be downloaded before they could be counted.
     if not Path(args.dataset_name).exists():
         return [*lines, f"steps: {args.num_train_epochs:g} x {unit} / {batch}; {args.dataset_name} is not at hand"]
 
     kind = "preference" if sides == 2 else "sft"
     rows = len(load_rows(args.dataset_name, kind, args.train_split, args=args)[0])
     rows = min(rows, args.train_subset) if args.train_subset > 0 else rows
+    # Rounded up: the last step of an epoch may have fewer rows than the others.
     steps = -(-rows // batch) * args.num_train_epochs
     return [*lines, f"steps: about {steps:.0f} for {rows:,} {unit}, before any is dropped or held out"]
 
 
 def plan_ppo(args, script: str) -> str:
     """The plan of PPO; adapters that do not exist yet are taken to have the stages' own defaults."""
+    # The base without weights, and on it the policy; the reference is one more adapter unless it is merged.
     model = skeleton(args.base_model_name, "--base_model_name")
     shape = shape_of(model)
     ranks = processes(args)
@@ -189,13 +199,16 @@ def plan_ppo(args, script: str) -> str:
     if args.sft_model_lora_path and not args.merged_sft_model_path:
         adapters["reference"] = policy
 
+    # Reward model and judge count without their score heads, which are a few thousand numbers.
     adapters["reward"] = reward
     if args.judge_lora_path:
         adapters["judge"] = stored_adapter(model, args.judge_lora_path, LoraArguments().lora_rank // 2)
 
+    # A critic's own adapter starts as a copy of the reward adapter, so it has the same size.
     if args.value_lora:
         adapters["value"] = reward
 
+    # What PPO trains. A value head is one row of weights and a bias; advantages without a critic need none.
     head = shape.hidden + 1 if args.advantage == "gae" else 0
     trained = policy + head + adapters.get("value", 0)
     parameters = {"base": number(shape.parameters)}
@@ -203,6 +216,7 @@ def plan_ppo(args, script: str) -> str:
     if head:
         parameters["value head"] = number(head, True)
 
+    # The worst case: every query and every response at its longest.
     sizes = PpoSizes(
         batch=args.batch_size,
         mini_batch=args.mini_batch_size,
@@ -213,6 +227,7 @@ def plan_ppo(args, script: str) -> str:
         checkpointing=args.gradient_checkpointing,
     )
 
+    # A merged reference is a second model in memory.
     bases = 2 if args.merged_sft_model_path else 1
     needs = ppo_needs(shape, precision_of(args), adapters, trained, sizes, bases)
     return table(title(args, script, args.base_model_name), parameters, needs, ppo_steps(args, ranks))
@@ -222,6 +237,7 @@ def ppo_steps(args, ranks: int) -> list[str]:
     """Steps, responses, and rows of an optimizer step."""
     batch = args.batch_size * ranks
     steps = -(-args.steps // batch)
+    # Of one process. A window may begin in one epoch and end in the next, so all epochs are divided together.
     window = args.mini_batch_size * args.gradient_accumulation_steps
     updates = -(-args.batch_size * args.ppo_epochs // window)
     return [

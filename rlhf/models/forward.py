@@ -44,10 +44,13 @@ def forward(model: PreTrainedModel, pick, input_ids: Tensor, **inputs) -> tuple[
 
     def choose(module, args):
         caught.append(args[0][pick])
+        # What such a hook returns takes the place of the layer's arguments.
         return tuple(caught)
 
+    # The hook is taken off whatever happens, or the model would go on choosing.
     hook = model.get_output_embeddings().register_forward_pre_hook(choose)
     try:
+        # With one token a row, as in decoding, no place can be left out.
         with mlp_only_at(backbone_of(model), pick) if input_ids.shape[1] > 1 else nullcontext():
             logits = model(input_ids=input_ids, **inputs).logits
     finally:
@@ -81,6 +84,7 @@ def compact(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     attention without a mask has the fastest kernels.
     """
     real = attention_mask.bool()
+    # Stable, so that the real tokens keep their order.
     order = (~real).byte().argsort(dim=1, stable=True)
     return input_ids.gather(1, order[:, : int(real.sum(1).max())])
 
@@ -108,6 +112,7 @@ class Packed:
         """Index of the hidden states of tokens; `row` and `place` (which counts real tokens from 0) are long."""
         if self.starts is None:
             return row, place
+        # All rows are one row of the packed batch.
         return torch.zeros_like(row), self.starts[row] + place
 
 
@@ -116,6 +121,7 @@ def pack(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -
 
     Raises: ValueError for a row without a token, whose place would be that of its neighbour's.
     """
+    # `enable_packing` set this name, if its trial showed that the model obeys.
     if backbone.config._attn_implementation != BY_ROW:
         return Packed({"input_ids": compact(input_ids, attention_mask)})
 
@@ -152,9 +158,11 @@ def enable_packing(backbone: PreTrainedModel) -> bool:
     if other_layers or getattr(text, "sliding_window", None) or config._attn_implementation != "sdpa":
         return False
 
+    # Without positions from outside, each row would count on from the row before it.
     if not accepts(type(backbone), "position_ids"):
         return False
 
+    # Different tokens all over, so that a row which sees its neighbour has other hidden states.
     ids = torch.arange(14, device=next(backbone.parameters()).device).view(2, 7) % text.vocab_size
     training = backbone.training
     backbone.eval()
@@ -196,6 +204,7 @@ def mlp_only_at(backbone: nn.Module, pick):
     Nothing comes after it that looks at other places: their last hidden states, which are wrong within the block, are
     those that nobody asks for. That spares two thirds of a layer for every prompt token, forward and backward.
     """
+    # Without such a part all places are computed, which costs time and changes nothing.
     part = _last_mlp(backbone)
     if part is None:
         yield
@@ -203,6 +212,7 @@ def mlp_only_at(backbone: nn.Module, pick):
     usual = part.forward
     replaced = part.__dict__.get("forward")
 
+    # The places become one row of tokens: a feed-forward part treats each token alone.
     def chosen(x: Tensor):
         output = usual(x[pick][None])
         # Some mixtures of experts give back what their router found, too.
@@ -211,6 +221,7 @@ def mlp_only_at(backbone: nn.Module, pick):
         y[pick] = states[0]
         return (y, *rest) if isinstance(output, tuple) else y
 
+    # Deleting the attribute of the instance brings the method of its class back.
     part.forward = chosen
     try:
         yield
@@ -230,6 +241,7 @@ def _last_mlp(backbone: nn.Module) -> nn.Module | None:
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         # It would be computed once more in backward, when the block is left.
         return None
+    # Two parameters are `self` and the hidden states; `chosen` could not hand on any more.
     part = getattr(layer, "mlp", None)
     plain = part is not None and len(inspect.signature(type(part).forward).parameters) == 2
     return part if plain else None
@@ -237,5 +249,6 @@ def _last_mlp(backbone: nn.Module) -> nn.Module | None:
 
 def forked_rng():
     """Context in which random numbers may be drawn without changing what training draws afterwards."""
+    # This process's card alone: the default is a copy of every visible card's state, and a warning.
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices=devices)

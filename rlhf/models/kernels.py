@@ -39,6 +39,7 @@ LARGE = 1 << 17
 FEW = 4
 
 
+# PyTorch keeps this operator to itself: a version without that name takes the usual product.
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -48,6 +49,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not (ONEDNN and plain and weight.numel() >= LARGE):
         return linear(x, weight, bias)
     if bias is None and 1 < len(x) <= FEW:
+        # Row after row in memory again, as the other ways give it.
         return (weight @ x.T).T.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
@@ -63,6 +65,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The weight alone: as it takes no gradient, backward needs no input.
         ctx.save_for_backward(weight)
         return product(x, weight, bias)
 
@@ -104,14 +107,17 @@ class AdaptedForward:
         """y [..., out] of x [..., in]."""
         layer = self.layer
         active = layer.active_adapters
+        # Merged weights hold the update already, and of several active adapters each would add its own.
         if args or kwargs or layer.disable_adapters or layer.merged or len(active) != 1:
             return self.usual(x, *args, **kwargs)
 
         name = active[0]
         base = layer.base_layer
+        # Not every layer has this adapter, and a variant of LoRA (DoRA is one) computes something else.
         if name not in layer.lora_A or name in layer.lora_variant or layer.lora_bias.get(name):
             return self.usual(x)
 
+        # Dropout changes the adapter's input only, and `_Adapted` has one input for both products.
         dropout = layer.lora_dropout[name]
         if dropout.training and getattr(dropout, "p", 0.0) > 0:
             return self.usual(x)
@@ -134,6 +140,7 @@ class FrozenForward:
         """y [..., out] of x [..., in]."""
         weight = self.layer.weight
         bias = self.layer.bias
+        # Asked at each call: A and B of an adapter are frozen or not, depending on which adapter is active.
         if weight.requires_grad:
             return self.usual(x)
         flat = x.reshape(-1, x.shape[-1])
@@ -144,6 +151,7 @@ class FrozenForward:
 def fuse_linears(model: nn.Module) -> None:
     """Let the linear layers of `model`, adapted or frozen, compute as above; quantised ones stay as they are."""
     for module in model.modules():
+        # The exact type, because a subclass (4 bits, or the head of Baichuan2) computes something else.
         if isinstance(module, LoraLinear) and type(module.base_layer) is nn.Linear:
             module.forward = AdaptedForward(module)
         elif type(module) is nn.Linear and ONEDNN and module.weight.is_cpu:
@@ -189,6 +197,7 @@ def fuse_norms(model: nn.Module) -> int:
             continue
         if weight.numel() == 0:
             continue
+        # A trial on two rows whose mean is not 0, so that a norm which subtracts the mean gives itself away.
         x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).view(2, -1)
         forward = NormForward(module)
         bound = TOLERANCE[weight.dtype]
@@ -204,6 +213,7 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     Keys and values may have fewer heads. The kernel needs a GPU that has it and half precision, and is not used where
     torch.backends.cuda.enable_flash_sdp switched it off.
     """
+    # PyTorch's own attention pads heads of another size for the kernel, which is called directly here.
     if not query.is_cuda or query.shape[-1] % 8:
         return False
     fewer = key.shape[1] != query.shape[1]
@@ -217,6 +227,7 @@ def flash_by_row(
 
     bounds: [B + 1] int32, where each row begins, and N. longest: length of the longest row.
     """
+    # The kernel takes tokens first, [N, heads, dim], the rows one after the other.
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     output = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
@@ -233,6 +244,7 @@ def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, r
     Returns: [1, N, heads, dim], and None for the weights.
     Raises: ValueError where a model lost the lengths, or made a mask of its own: it would be computed wrongly.
     """
+    # `pack` hands in a mask with a single entry, which says nothing; the row lengths count instead.
     placeholder = attention_mask is not None and attention_mask.numel() == 1
     if row_lengths is None:
         if placeholder and key.shape[2] > 1:

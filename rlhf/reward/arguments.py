@@ -38,13 +38,16 @@ class PairFlags(Flags):
     )
 
     def __post_init__(self):
+        # The two halves share no prompt, so each can judge a model of the other.
         if self.split_half not in (None, 0, 1):
             raise ValueError(f"--split_half {self.split_half} must be 0 or 1, or be left out")
 
         # Only to refuse an unknown kind before any data is read.
         kinds_of(self.degenerate_kinds)
+        # More than 1 is allowed: rows are then taken more than once.
         if self.degenerate_frac < 0:
             raise ValueError(f"--degenerate_frac {self.degenerate_frac} must not be negative")
+        # Each group of flags hands on to the next one, which checks its own.
         super().__post_init__()
 
 
@@ -74,6 +77,7 @@ class LossFlags(Flags):
 class AuditFlags(Flags):
     """The audit of the trained reward model, or of a stored one."""
 
+    # The audit comes after training, so a resumed run may ask for another one.
     audit: bool = flag(
         True, help="attack the trained model on held-out prompts: audit.json, .md, .png", group="audit", resume="free"
     )

@@ -77,9 +77,11 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
                     chunk = order[start : start + batch_size]
                     sorted_scores += score_batch([rows[row] for row in chunk])
         finally:
+            # One by one: `train(mode)` would set all parts of a model alike.
             for module, mode in zip(modules, modes, strict=True):
                 module.training = mode
 
+        # Back in the order in which the caller has the rows.
         scores = [0.0] * len(rows)
         for row, value in zip(order, sorted_scores, strict=True):
             scores[row] = value
@@ -123,10 +125,12 @@ def audit(
     if broken:
         raise ValueError(f"{broken} of {len(scores)} scores are not finite: PPO cannot use them")
 
+    # The scores come in the order in which the rows were lined up.
     chosen, rejected, attacked = np.split(scores, [len(pairs), 2 * len(pairs)])
     lengths = np.array([[len(pair["chosen_ids"]), len(pair["rejected_ids"])] for pair in pairs])
     margins = chosen - rejected
 
+    # Everything that a report shows; the verdict is made of it.
     results = {
         "pairs": len(pairs),
         "attacks": attack_results(attacks, chosen, attacked),
@@ -207,6 +211,7 @@ def verdict(results: dict) -> dict:
         verdict: "pass" or "fail". reasons: why it failed, a sentence each. notes: what else to look at.
         winning: kind -> share of prompts, of the attacks of the gate that win on more than GATE of them.
     """
+    # Share of prompts on which an attack wins or draws level.
     lost = {kind: 1 - result["share"] for kind, result in results["attacks"].items() if result["n"]}
     winning = winning_attacks(results["attacks"])
     reasons = _general_reasons(results)
@@ -233,6 +238,7 @@ def verdict(results: dict) -> dict:
     if change is not None and change > MAX_PADDING_SHARE * deviation:
         notes.append(f"a score changes by up to {change:.3g} with the rows beside it (margins: std {deviation:.3g})")
 
+    # One reason is enough to fail; a note never is.
     outcome = "fail" if reasons else "pass"
     return {"verdict": outcome, "winning": winning, "reasons": reasons, "notes": notes}
 

@@ -31,6 +31,7 @@ def audit_model(
 
     Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
     """
+    # A scorer of this model, and the pairs to try it on.
     device = next(head.parameters()).device
     score_rows = row_scorer(backbone, head, prompt_format.pad_id, args.per_device_eval_batch_size, device)
     # This funnel is thrown away: run.json counts the rows of training, not those of the audit.
@@ -49,6 +50,7 @@ def audit_model(
     write_audit(results | {"adapter": adapter_hash(folder)}, folder)
     say(table(results), f"audit written to {folder}/audit.md")
 
+    # Numbers alone go into run.json; the tables are in the audit's own files.
     shares = {f"audit/{kind}": result["share"] for kind, result in _tried(results).items()}
     return {"audit_pass": float(results["verdict"]["verdict"] == "pass"), **shares}
 
@@ -56,6 +58,7 @@ def audit_model(
 def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: list[dict]) -> None:
     """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
     folder = args.reward_model_lora_path
+    # Before the base is loaded, so that a wrong adapter is refused within seconds.
     check_adapter(
         folder,
         stage="reward",
@@ -66,6 +69,7 @@ def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict,
     )
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # A language model with the score head beside it, as in PPO.
     model = load_base(model_dir, pick_dtype(args.bf16), device=device)
     model, rest = add_lora(model, folder, "reward", trainable=False)
     head = score_head_of(rest, folder).to(model.device)
@@ -150,6 +154,7 @@ def _score_rows(results: dict) -> list[list[str]]:
 
 
 def _share_cells(result: dict) -> list[str]:
+    # A share of nothing has no interval.
     interval = "-"
     if result["interval"] is not None:
         interval = " to ".join(map(_percent, result["interval"]))
@@ -200,6 +205,7 @@ def markdown(results: dict) -> str:
         rule = ["---"] * len(header)
         lines += [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
+    # By its name alone, so that the files of an audit can be moved together.
     lines += ["", "![audit.png](audit.png)", ""]
     return "\n".join(lines)
 
@@ -227,6 +233,7 @@ def _draw_attacks(axis, tried: dict[str, dict]) -> None:
     shares = [result["share"] for result in tried.values()]
     colours = ["tab:blue" if kind in GATE_KINDS else "lightgrey" for kind in tried]
     axis.barh(names, shares, color=colours)
+    # The gate limits what an attack wins, the bars show what the real answer wins.
     axis.axvline(1 - GATE, color="tab:red", linestyle="--", linewidth=1)
     axis.set(xlim=(0, 1), xlabel="share of prompts the real answer wins\n(red: what the gate asks for)")
     # The first attack at the top, as in the tables.
@@ -244,6 +251,7 @@ def _draw_lengths(axis, points: dict[str, list]) -> None:
 
 def _draw_calibration(axis, calibration: dict) -> None:
     """Confidence against accuracy, beside the diagonal of a calibrated model."""
+    # An empty bin has no mean to draw.
     filled = [part for part in calibration["bins"] if part["n"]]
     confidence = [part["confidence"] for part in filled]
     accuracy = [part["accuracy"] for part in filled]
@@ -259,6 +267,7 @@ def write_audit(results: dict, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # NaN is no JSON: other programs could not read the file.
     content = json.dumps(results, ensure_ascii=False, allow_nan=False)
+    # The gate before PPO reads this file alone; the other two are for people.
     (folder / "audit.json").write_text(content + "\n", encoding="utf-8")
     (folder / "audit.md").write_text(markdown(results), encoding="utf-8")
     draw(results, folder / "audit.png")

@@ -173,6 +173,7 @@ def degenerate(kind: str, pair: dict, other: str, prompt_format: PromptFormat, r
         _, chosen_ids = prompt_format.encode_answer(turns, pair["chosen"])
         pair = pair | {"chosen_ids": chosen_ids}
 
+    # Text is encoded as any answer is; ids are taken as they are.
     made = KINDS[kind](pair, other, rng)
     if isinstance(made, str):
         _, answer_ids = prompt_format.encode_answer(turns, made)
@@ -228,6 +229,7 @@ def degenerate_pairs(
         funnel: where the made pairs are counted by kind.
     Returns: rows of the same form; the same for the same rows and seed.
     """
+    # A random order, in which every row has its turn before any comes again.
     rng = random.Random(f"hardening {seed}")
     wanted = round(share * len(rows))
     order = rng.sample(range(len(rows)), len(rows))
@@ -238,6 +240,7 @@ def degenerate_pairs(
         if len(made) >= wanted or attempt >= TRIES * wanted:
             break
 
+        # One try: the next row, the next kind, and an answer to some other prompt.
         row = rows[number]
         kind = kinds[attempt % len(kinds)]
         other = rng.choice(rows)

@@ -50,6 +50,7 @@ def pair_columns(rows: Sequence[dict]) -> dict[str, torch.Tensor]:
 
 def blank_pair(token_id: int) -> dict:
     """A row of `preference_rows` that no loss counts."""
+    # A side needs at least one token to be scored at.
     sides = {"query_ids": [token_id], "chosen_ids": [token_id], "rejected_ids": [token_id]}
     return sides | {"blank": True}
 
@@ -74,6 +75,7 @@ def score_by_mask(model) -> None:
 
     def forward(input_ids=None, attention_mask=None, **batch):
         backbone = backbone_of(model)
+        # Only a batch with shared prompts has segments.
         if "segments" in batch:
             scores = score_pairs(backbone, model.score, {"input_ids": input_ids, **batch})
         else:
@@ -104,6 +106,7 @@ class SharedPromptCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor]:
+        # Padding everywhere; the pairs are written over it.
         longest = max(map(shared_length, rows))
         shape = (len(rows), longest)
         input_ids = torch.full(shape, self.pad_id)
@@ -122,10 +125,12 @@ class SharedPromptCollator:
             positions = [torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
             kinds = torch.tensor([QUERY, CHOSEN, REJECTED])
 
+            # Behind `length` the padding stays, in segment 0.
             input_ids[number, :length] = torch.tensor(query + chosen + rejected)
             position_ids[number, :length] = torch.cat(positions)
             segments[number, :length] = kinds.repeat_interleave(torch.tensor(sizes))
 
+        # The Trainer counts real tokens by this mask; `pair_states` makes one of its own.
         batch = {"input_ids": input_ids, "position_ids": position_ids, "segments": segments}
         batch["attention_mask"] = segments > 0
         return batch | pair_columns(rows)
@@ -157,7 +162,9 @@ def score_pairs(backbone: nn.Module, head: nn.Module, batch: dict[str, Tensor]) 
 def pair_states(backbone: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """[2P, H]: the hidden state of the last token of each answer; an empty one ends with the query's last token."""
     segments = batch["segments"]
+    # The mask is added to attention scores, so it has to be of their dtype.
     dtype = next(backbone.parameters()).dtype
+    # A model takes a mask of four dimensions as it is, and adds no causal one.
     hidden = backbone(
         input_ids=batch["input_ids"],
         attention_mask=block_mask(segments, dtype),
@@ -194,6 +201,7 @@ def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
     if not takes_positions or getattr(backbone.config, "alibi", False):
         raise ValueError(f"--share_prompt True: {kind} does not let tokens have a position of their own: leave it out")
 
+    # Only these two take a mask of any pattern.
     if attention not in ("eager", "sdpa"):
         raise ValueError(f"--share_prompt True needs eager or sdpa attention, not {attention}")
 
@@ -204,6 +212,7 @@ def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
     def batch_of(collator) -> dict[str, Tensor]:
         return {name: tensor.to(device) for name, tensor in collator([row]).items()}
 
+    # States are compared and not scores, because single numbers may agree by chance.
     pair = batch_of(SharedPromptCollator(pad_id))
     sides = batch_of(PairCollator(pad_id))
     with torch.no_grad():
@@ -212,6 +221,7 @@ def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
         apart = last_states(backbone, sides["input_ids"], sides["attention_mask"]).float()
         backbone.train(training)
 
+    # Relative to their size, which differs from model to model.
     relative = (shared - apart).norm(dim=1) / apart.norm(dim=1)
     difference = relative.max().item()
     # Written this way round, the comparison refuses NaN, too.

@@ -81,6 +81,7 @@ def length_results(chosen: np.ndarray, rejected: np.ndarray, lengths: np.ndarray
         bounds = {"from": int(longest[inside].min()), "to": int(longest[inside].max())}
         quartiles.append(bounds | share(margins[inside] > 0))
 
+    # A score that grows with length alone is right where the chosen answer is longer, and wrong where it is shorter.
     differences = lengths[:, 0] - lengths[:, 1]
     longer = {}
     for name, sign in (("chosen", 1), ("rejected", -1), ("equal", 0)):
@@ -108,12 +109,14 @@ def calibration(margins: np.ndarray) -> dict:
 
     Source: Guo et al. 2017, arXiv:1706.04599, equation 3.
     """
+    # A margin is the log-odds that the chosen answer is the better one.
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
     right = margins > 0
     place = ((confidence - 0.5) * 2 * BINS).astype(int)
     # A confidence of exactly 1 belongs to the last bin.
     place = np.minimum(place, BINS - 1)
 
+    # Each bin's part of the error weighs as much as it has pairs.
     bins = []
     ece = 0.0
     for number in range(BINS):

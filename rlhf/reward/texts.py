@@ -33,6 +33,7 @@ def alike(one: str, other: str) -> bool:
     if one == other:
         return True
 
+    # Pairs, because any two texts of one language share most of their single letters.
     one_pairs = _pairs_of_letters(one)
     other_pairs = _pairs_of_letters(other)
     common = one_pairs & other_pairs

@@ -16,13 +16,18 @@ class SamplingFlags(Flags):
         512, help="longest query in tokens; longer ones are dropped and counted", group="data"
     )
     output_max_length: int = flag(128, help="longest response in tokens", group="sampling")
+    # Off, sampling needs the least memory and takes the longest.
     batched_gen: bool = flag(
         True, help="sample the whole batch at once; False: one query at a time", group="sampling", expert=True
     )
+    # One token is so little work for a GPU that starting its kernels one by one takes much of the time.
     cuda_graphs: bool = flag(
         True, help="record a decoding step on a GPU once and replay it", group="sampling", expert=True
     )
+    # Unlike top_k and top_p, this changes the recorded log-probabilities as well: ratio and KL stay those of what
+    # was sampled.
     temperature: float = flag(1.0, help="divisor of the logits, of policy and reference alike", group="sampling")
+    # Where the reward model likes silence, an empty answer is the first thing that PPO finds.
     suppress_empty: bool = flag(
         True, help="forbid EOS as the first token (begin_suppress_tokens)", group="sampling", expert=True
     )
@@ -46,6 +51,7 @@ class SamplingFlags(Flags):
             raise ValueError(
                 f"--temperature {self.temperature} must be above 0: PPO needs a distribution to sample from"
             )
+        # No answer could ever end.
         if self.min_new_tokens >= self.output_max_length:
             raise ValueError("--min_new_tokens must be below --output_max_length")
         super().__post_init__()
@@ -55,6 +61,7 @@ class SamplingFlags(Flags):
 class RewardFlags(Flags):
     """Reward of a response: its score, made comparable, minus the KL penalty."""
 
+    # A sigmoid is bounded, so no outlier decides a batch.
     reward_transform: str = flag(
         "sigmoid",
         help="transform of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
@@ -70,6 +77,7 @@ class RewardFlags(Flags):
     )
     init_kl_coef: float = flag(0.5, help="KL penalty: score per nat of KL to the reference", group="reward")
     adap_kl_ctrl: bool = flag(False, help="adapt the KL penalty so that the KL stays at its target", group="reward")
+    # The guard takes this as its budget with a fixed penalty as well.
     adap_kl_target: float = flag(
         6.0,
         help="target of --adap_kl_ctrl in nats per response; below it the guard ignores the KL",
@@ -82,6 +90,7 @@ class RewardFlags(Flags):
     )
 
     def __post_init__(self):
+        # A negative penalty would reward what it should prevent.
         at_least(self, 0, "score_clip", "missing_eos_penalty", "init_kl_coef")
         super().__post_init__()
 
@@ -90,12 +99,14 @@ class RewardFlags(Flags):
 class UpdateFlags(Flags):
     """Update of the policy and its critic from one batch."""
 
+    # Responses, so that neither the batch size nor the number of processes changes how much is sampled.
     steps: int = flag(
         20000,
         help="responses to sample in total, over all processes, rounded up to whole batches",
         group="update",
         resume="longer",
     )
+    # Of one process: with more processes a step is larger, and there are fewer of them.
     batch_size: int = flag(32, help="responses per step and process", group="update")
     mini_batch_size: int = flag(1, help="responses per backward pass", group="update")
     gradient_accumulation_steps: int = flag(
@@ -118,6 +129,7 @@ class UpdateFlags(Flags):
     early_stopping: bool = flag(
         False, help="skip a batch's remaining epochs once the policy moved by 1.5 x target_kl", group="update"
     )
+    # A token's, where the other KLs here are a whole response's.
     target_kl: float = flag(
         0.1, help="nats per token that one update may move, for --early_stopping", group="update", expert=True
     )
@@ -127,6 +139,7 @@ class UpdateFlags(Flags):
         group="update",
         choices=list(GROUP_SIZE),
     )
+    # None, because the default depends on --advantage.
     group_size: int | None = flag(
         None, help="answers per prompt, within batch_size; 1 for gae, 4 for rloo and grpo unless given", group="update"
     )
@@ -138,12 +151,14 @@ class UpdateFlags(Flags):
     cliprange: float = flag(0.2, help="clip range of the probability ratio", group="update", expert=True)
     cliprange_value: float = flag(0.2, help="clip range of the value", group="update", expert=True)
     vf_coef: float = flag(0.1, help="weight of the value loss", group="update", expert=True)
+    # Without it the value loss moves the policy's adapter too, whose hidden states the head reads.
     value_lora: bool = flag(
         False,
         help="give the critic an adapter of its own, which starts as the reward adapter",
         group="update",
         expert=True,
     )
+    # A value head begins with zeros: its first advantages have no baseline.
     critic_warmup_steps: int = flag(
         0, help="first PPO steps, in which only the critic learns", group="update", expert=True
     )
@@ -160,6 +175,7 @@ class UpdateFlags(Flags):
         at_least(self, 1, "steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
                  "forward_batch_size")  # fmt: skip
         at_least(self, 0, "lr_warmup_steps", "critic_warmup_steps")
+        # Every backward pass has as many rows as the others.
         if self.batch_size % self.mini_batch_size:
             raise ValueError(
                 f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {self.mini_batch_size}"
@@ -168,18 +184,22 @@ class UpdateFlags(Flags):
         super().__post_init__()
 
     def _check_groups(self) -> None:
+        # Set before run.json is written, so that a resumed run compares the number itself.
         if self.group_size is None:
             self.group_size = GROUP_SIZE[self.advantage]
 
+        # The others of a group are the baseline, and one answer alone has no others.
         if self.group_size < (1 if self.advantage == "gae" else 2):
             raise ValueError(
                 f"--group_size {self.group_size} is too few for --advantage {self.advantage}: "
                 "answers to one prompt are compared with each other"
             )
 
+        # A group stays whole, in one batch of one process.
         if self.batch_size % self.group_size:
             raise ValueError(f"--batch_size {self.batch_size} must be a multiple of --group_size {self.group_size}")
 
+        # A flag that does nothing would be believed to work.
         if self.advantage != "gae" and (self.value_lora or self.critic_warmup_steps):
             raise ValueError(
                 f"--advantage {self.advantage} has no critic: leave out --value_lora and --critic_warmup_steps"
@@ -196,6 +216,7 @@ class WatchFlags(Flags):
         group="watch",
         resume="path",
     )
+    # Far from the SFT model a high score says little: the reward model was trained on no such answers.
     best_kl_budget: float = flag(
         10.0,
         help="without a judge, best/ is the best score within this KL, in nats per response",
@@ -209,6 +230,7 @@ class WatchFlags(Flags):
         choices=["warn", "refuse"],
         resume="free",
     )
+    # A script can tell a collapse from an error by the exit code.
     on_collapse: str = flag(
         "stop",
         help="what to do when length, emptiness, KL or entropy show a collapse: stop (exit code 3), rollback, or off",
@@ -238,6 +260,7 @@ class WatchFlags(Flags):
     def __post_init__(self):
         at_least(self, 1, "sample_freq", "eval_prompts")
         at_least(self, 0, "eval_freq", "max_rollbacks")
+        # A judge that never judges would be loaded for nothing.
         if self.judge_lora_path and not self.eval_freq:
             self.eval_freq = 10
         super().__post_init__()

@@ -30,10 +30,12 @@ def draw_run(output_dir: str | Path) -> Path | None:
     Four panels over the steps; with held-out evaluations a second column shows the score of the reward model PPO
     trains against (the proxy), and the judge's if there is one, against sqrt(KL).
     """
+    # A run that ends before its first step has nothing to show.
     rows = read_metrics(output_dir)
     if not rows:
         return None
 
+    # A figure is only drawn here; the file comes below.
     plt = pyplot()
     figure = _drawn(plt, rows)
 
@@ -105,6 +107,7 @@ def overoptimization(rows: list[dict]) -> Curves:
     distance = np.sqrt([max(row["eval/kl/mean"], 0.0) for row in evaluations])
     curves = {}
     for name, key in {"proxy": "score/mean", "judge": "judge/mean"}.items():
+        # Without a judge there is the proxy alone.
         if key in start:
             gain = [row[f"eval/{key}"] - start[key] for row in evaluations]
             curves[name] = (distance, np.array(gain))

@@ -93,6 +93,7 @@ def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Ten
     """
     args = loop.args
     mask = rollout.mask
+    # The last token of a response gets its score, and each token pays for its own KL.
     rewards, kl = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, loop.kl_controller.value)
 
     # The log reports rewards as they are; only the advantages are made of whitened ones.
@@ -107,6 +108,7 @@ def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Ten
         rollout.advantages = torch.where(mask, worth[:, None], 0)
         return rewards, kl
 
+    # With a critic every token has an advantage of its own.
     advantages, rollout.returns = gae(learnt, rollout.values, mask, args.gamma, args.lam)
 
     # The moments are those of all ranks, so the number of processes does not change what is optimised.

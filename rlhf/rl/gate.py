@@ -22,6 +22,7 @@ QUICK_PROMPTS = 64
 def stored_audit(reward_dir: str | Path) -> dict | None:
     """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
     audit = read_audit(reward_dir)
+    # An adapter that was trained again since then has another hash.
     if audit is None or audit.get("adapter") != adapter_hash(reward_dir):
         return None
     return audit
@@ -35,6 +36,7 @@ def read_gate(reward_dir: str | Path, mode: str) -> None:
     Raises: ValueError in mode "refuse", with the attacks that win and how to mend it.
     """
     audit = stored_audit(reward_dir)
+    # Without an audit, `quick_gate` tries the adapter later, when the model is loaded.
     if audit is not None:
         _warn_or_refuse(reward_dir, audit["verdict"]["winning"], mode, "its audit")
 
@@ -48,6 +50,7 @@ def quick_gate(loop: PPOLoop) -> None:
     # 1. Answers of the SFT model, which is what the policy starts as. A prompt counts once, however many rows have it.
     prompts = list({row["prompt"]: row for row in loop.prompts}.values())[:QUICK_PROMPTS]
     loop.roles.train(False)
+    # The seed leaves out the rank, which the loop's own generators depend on.
     rollout = sample_responses(loop, prompts, seeded(loop.accelerator.device, args.seed, "gate"))
     pairs = _whole_answers(loop.prompt_format, prompts, rollout)
     if not pairs:
@@ -55,6 +58,7 @@ def quick_gate(loop: PPOLoop) -> None:
         return
 
     # 2. Scores of the real answers and of degenerate ones made from them.
+    # Doubled and repeated answers are about twice as long as real ones; longer rows are left out.
     longest = rollout.input_ids.shape[1] * 2
     attacks = make_attacks(pairs, loop.prompt_format, args.seed, longest, len(pairs))
     real, degenerate = _scores(loop, pairs, attacks)
@@ -73,6 +77,7 @@ def _whole_answers(prompt_format: PromptFormat, prompts: list[dict], rollout: Ro
     """
     pairs = []
     for row, ids, mask in zip(prompts, rollout.response_ids, rollout.mask, strict=True):
+        # With its EOS, as the ids of a pair are.
         answer = ids[mask].tolist()
         text = prompt_format.decode(answer)
         if answer[-1] in prompt_format.stop_ids and text:
@@ -82,6 +87,7 @@ def _whole_answers(prompt_format: PromptFormat, prompts: list[dict], rollout: Ro
 
 def _scores(loop: PPOLoop, pairs: list[dict], attacks: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
     """The reward model's scores of the answers in `pairs` and of `attacks`, [N] and [M]."""
+    # The reward adapter has to be active as long as rows are scored.
     with loop.roles.use("reward") as model:
         score_rows = row_scorer(
             backbone_of(model),

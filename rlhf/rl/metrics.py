@@ -38,6 +38,7 @@ def _texts(tokenizer, ids: Tensor, mask: Tensor) -> list[str]:
 
 def describe(accelerator: Accelerator, rollout: Rollout, samples: list[dict]) -> dict[str, float]:
     """Statistics of a trained batch over all ranks, with the critic's if there is one; `samples`: its rows."""
+    # Without a critic there are no values to judge.
     if rollout.returns is None:
         return describe_samples(accelerator, rollout, samples)
 
@@ -62,6 +63,7 @@ def describe_samples(accelerator: Accelerator, rollout: Rollout, samples: list[d
         "score/mean": score.mean().item(),
         "score/std": score.std().item() if len(score) > 1 else 0.0,
         "score/raw_mean": raw.mean().item(),
+        # The same number once more, under the name that trackers show it by.
         "env/reward_mean": score.mean().item(),
         "kl/mean": kl.mean().item(),
         "rewards/mean": reward.mean().item(),
@@ -78,6 +80,7 @@ def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
     """Share of a batch's token pairs that are new in it, mean over ranks; it falls as answers grow alike."""
     bigrams = []
     for ids, length in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True):
+        # No pair reaches from one answer into the next.
         bigrams += pairwise(ids[:length])
     share = len(set(bigrams)) / max(1, len(bigrams))
     shares = accelerator.gather(torch.tensor([share], device=rollout.mask.device))
@@ -86,6 +89,7 @@ def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
 
 def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> dict[str, float]:
     """Seconds between the four ticks of `clock` on this rank, and the tokens and samples of all ranks in a second."""
+    # Each rank has as many rows as the others, but not as many tokens.
     tokens = accelerator.reduce(rollout.mask.sum(), "sum").item()
     samples = len(rollout.mask) * accelerator.num_processes
     start, sampled, scored, end = clock
@@ -93,6 +97,7 @@ def timings(accelerator: Accelerator, rollout: Rollout, clock: list[float]) -> d
 
     # In bytes; Linux counts resident memory in KiB.
     peak = getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    # On a GPU, its own memory is what runs out.
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
 
@@ -144,6 +149,7 @@ def batch_sizes(loop: PPOLoop) -> str:
     args = loop.args
     groups = f" ({args.group_size} to a prompt)" if args.group_size > 1 else ""
     responses = args.batch_size * loop.processes
+    # An optimizer step sees one window of each process.
     window = args.mini_batch_size * args.gradient_accumulation_steps * loop.processes
     return (
         f"{loop.total_steps} steps of {responses} responses{groups}; {args.mini_batch_size} rows a backward pass, "

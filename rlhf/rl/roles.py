@@ -41,6 +41,7 @@ class Roles:
         self.peft_model = model
         self.value_head = value_head
         self.score_heads = score_heads
+        # peft replaces layers inside the base, so that the base itself computes with whatever adapter is active.
         self.model = model.get_base_model()
         self.separate_reference = reference
         self.value_adapter = "value" in model.peft_config
@@ -78,10 +79,12 @@ class Roles:
         """[...] float32: the critic's estimate at each hidden state [..., H]; 0 without a critic."""
         if self.value_head is None:
             return hidden.new_zeros(hidden.shape[:-1], dtype=torch.float32)
+        # The head is float32 on any base.
         return self.value_head(hidden.float()).squeeze(-1)
 
     def adapter(self, role: str) -> dict[str, nn.Parameter]:
         """Name -> LoRA parameter of one role."""
+        # Names go on with ".weight" after the role, except for LoRA on an embedding.
         own = re.compile(rf"\.lora_\w+\.{role}(\.|$)")
         return {name: p for name, p in self.peft_model.named_parameters() if own.search(name)}
 
@@ -134,6 +137,7 @@ def load_roles(
     """
     # 1. The base, and on it the adapters of the roles.
     base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
+    # A policy that goes on comes from its checkpoint, and the reference from the SFT directory all the same.
     if policy_dir or sft_dir:
         model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
     else:
@@ -151,6 +155,7 @@ def load_roles(
         add_lora(model, critic_dir, "value", trainable=True)
     value_head = None
     if critic is not None:
+        # The reward model's head tells how wide the hidden states are.
         value_head = _value_head(score_heads["reward"].in_features, policy_dir).to(device)
 
     # 3. A merged reference, a second model beside the base.
@@ -179,6 +184,7 @@ def _add_scorers(model: PeftModel, device, **folders) -> dict[str, nn.Linear]:
     score_heads = {}
     for role, folder in folders.items():
         if folder is not None:
+            # A score head is among the rest, as it is no LoRA weight.
             _, rest = add_lora(model, folder, role, trainable=False)
             score_heads[role] = score_head_of(rest, folder).to(device)
     return score_heads
@@ -206,6 +212,7 @@ def save_critic(roles: Roles, output_dir: str | Path) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
     if roles.value_adapter:
+        # In a folder of its own, because the policy's adapter is at the root.
         save_adapter(roles.peft_model, Path(output_dir) / VALUE_ADAPTER_DIR, "value")
 
 
@@ -260,6 +267,7 @@ def role_logprobs(
 
     Returns: [B, T] float32 each, 0 on padding.
     """
+    # Each row comes back in its own place, whatever batch it was in.
     logprobs = torch.zeros_like(rollout.logprobs)
     values = torch.zeros_like(rollout.values)
     with roles.use(role) as model:

@@ -42,6 +42,7 @@ Copies = tuple[list[Tensor], dict]
 # ---- files ----
 def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write the optimizer's tensors as safetensors ("<parameter index>.<key>") and `state` as JSON."""
+    # As plain tensors: reading a checkpoint from elsewhere must run no code.
     save_file(_flat(optimizer.state_dict()["state"]), folder / OPTIMIZER_FILE)
     write_json(folder / STATE_FILE, state)
 
@@ -150,6 +151,7 @@ def save_checkpoint(loop: PPOLoop, name: str, run: dict, metrics: dict) -> None:
         if rolls_back:
             save_last_good(folder, loop.last_good)
 
+    # All ranks have the same weights, so one of them writes for all.
     if loop.accelerator.is_main_process:
         about = {"step": step, "processes": loop.processes, "base": run["base"]["weights"]}
         # The weights and Adam's two moments of them, and the same again for the last good ones.
@@ -157,6 +159,7 @@ def save_checkpoint(loop: PPOLoop, name: str, run: dict, metrics: dict) -> None:
         min_bytes = copies * sum(p.nbytes for p in loop.roles.trainable().values())
         publish(Path(loop.args.output_dir), name, write, about, min_bytes)
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
+    # The others wait, or one of them could look for the folder before it is there.
     loop.accelerator.wait_for_everyone()
 
 
@@ -165,6 +168,7 @@ def save_interrupted(loop: PPOLoop, start: Snapshot, run: dict, metrics: dict) -
 
     Returns: the checkpoint's path, or None before the first step is done.
     """
+    # Half a step is worth nothing: the resumed run makes it again from its start.
     restore(loop, start)
     if metrics["step"] == 0:
         return None
@@ -241,6 +245,7 @@ def copy_weights(parameters: list[nn.Parameter], optimizer) -> Copies:
     """
     state = {}
     for index, entry in optimizer.state_dict()["state"].items():
+        # The optimizer changes these tensors in place.
         state[index] = {key: value.clone() if torch.is_tensor(value) else value for key, value in entry.items()}
     return [p.detach().clone() for p in parameters], state
 

@@ -53,6 +53,7 @@ def update(
     Raises: FloatingPointError on a non-finite gradient, Interrupted on a signal to any process; parameters and
         optimizer are then as before the call.
     """
+    # The copies are for an update that ends half way.
     learner = Learner(roles, optimizer, sampling, args, accelerator, critic_only)
     everything = list(roles.trainable().values())
     before = copy_weights(everything, optimizer)

@@ -107,10 +107,12 @@ def run_script(main, parse_args) -> None:
     Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard,
     130 and 143 stopped by SIGINT and SIGTERM.
     """
+    # A wrong command line ends here, before any process is started.
     args = parse_args()
     silence_libraries()
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
     processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
+    # What only prints would print once for each process.
     looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
     if processes > 1 and not looks_only:
         sys.exit(_start_workers(processes))
@@ -120,6 +122,7 @@ def run_script(main, parse_args) -> None:
         listen()
 
     try:
+        # An error that a user can mend becomes one sentence and an exit code.
         main(args)
     except Interrupted as stop:
         _say_how_to_go_on(stop)
@@ -195,12 +198,14 @@ def _start_workers(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The workers get this very command line. Each sees that it was launched, and starts none of its own.
     print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
     # Each process would otherwise use every core for its own matrix products.
     cores = os.cpu_count() or 1
     threads = max(1, cores // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+    # One machine, any free port. A worker that fails is not started again: the same error would meet it.
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -212,6 +217,7 @@ def _start_workers(processes: int) -> int:
     )
 
     try:
+        # Unbuffered, so that the lines of several workers do not come late.
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:
         _, failure = error.get_first_failure()

@@ -27,6 +27,7 @@ class Eta:
 
     def left(self, done: int) -> str:
         """Time left as h:mm:ss after `done` steps."""
+        # Steps of an earlier process took time that this clock has not seen.
         steps = max(1, done - self.first)
         pace = (time.monotonic() - self.start) / steps
         return duration(pace * (self.total - done))
@@ -55,6 +56,7 @@ class MetricsLog:
         _cut_back(self.samples, done)
         self.last = records[-1] if records else {}
 
+        # A tracker is three functions, and without one they do nothing.
         tracking = _open_tracker(tracker, Path(output_dir), config or {})
         self._log, self._log_samples, self._close = tracking
 
@@ -64,6 +66,7 @@ class MetricsLog:
         with self.file.open("a", encoding="utf-8") as out:
             out.write(_json_lines([{key: plain(value) for key, value in record.items()}]))
 
+        # A tracker draws curves: texts are for the file alone.
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
         self._log(numbers)
 
@@ -89,6 +92,7 @@ def _cut_back(file: Path, done: int) -> list[dict]:
     """Keep the records of a file up to step `done`, if there is a file; returns them."""
     rows = [row for row in read_lines(file) if row.get("step", 0) <= done]
     if file.is_file():
+        # Rewritten whole: a line that a crash cut goes with those that are too late.
         file.write_text(_json_lines(rows), encoding="utf-8")
     return rows
 
@@ -105,8 +109,10 @@ def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
 
 def _open_wandb(output_dir: Path, config: dict):
     """Functions of wandb. Without a key or a host it works offline and says how to sync later."""
+    # An optional package: only a run that asks for it needs it.
     import wandb
 
+    # In the run's own directory, so that it is found again when it was offline.
     settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
     # By default it waits 90 seconds for a host that does not answer.
     if "WANDB_INIT_TIMEOUT" not in os.environ:

@@ -60,6 +60,7 @@ def forget() -> None:
 
 def agreed(device: torch.device | str = "cpu") -> int:
     """The number of a signal that any process got, or 0; the same number on all, so all must ask at the same point."""
+    # With several processes the signal may have reached one of them only.
     signum = torch.tensor([received()], device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(signum, dist.ReduceOp.MAX)

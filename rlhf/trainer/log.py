@@ -32,6 +32,7 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
     """metrics.jsonl cut back to the checkpoint, as later steps will be run again; None but on the first process."""
     if rank_and_size()[0] != 0:
         return None
+    # A fresh start must not append to the records of an earlier run in the same directory.
     done = 0
     if resume_from is None:
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -80,6 +81,7 @@ class StageLog(TrainerCallback):
         self.marked_step = 0
         self.epoch = 0.0
 
+    # Evaluations and saving end with this too, so that neither counts as training time.
     def _restart_clock(self, state) -> None:
         self.mark = time.monotonic()
         self.tokens = state.num_input_tokens_seen
@@ -87,11 +89,13 @@ class StageLog(TrainerCallback):
         self.epoch = state.epoch or 0.0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # Only here does the Trainer know how many steps there will be.
         self.work = flop_counts(model, model.config)
         self.eta = Eta(state.max_steps, state.global_step)
         self._restart_clock(state)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        # After a resume inside an epoch it is a fraction, such as 2.4 in the third.
         self.sampler.set_epoch(int(state.epoch))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -113,6 +117,7 @@ class StageLog(TrainerCallback):
             parameter.grad = None
 
     def on_step_end(self, args, state, control, **kwargs):
+        # Every process asks, at the same step: if one of them stopped alone, the others would wait for it forever.
         self.signum = agreed(args.device)
         if self.signum:
             control.should_save = True
@@ -122,9 +127,11 @@ class StageLog(TrainerCallback):
         return control
 
     def on_prediction_step(self, args, state, control, **kwargs):
+        # An evaluation can take long, and nothing of it is worth waiting for.
         stop_if_agreed(args.device)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        # The Trainer sends evaluations and the summary of the run here as well.
         if self.log is None or "loss" not in logs:
             return
         seconds = max(time.monotonic() - self.mark, 1e-9)
@@ -163,6 +170,7 @@ class StageLog(TrainerCallback):
         The output layer counts at every position of SFT, prompts too: at 7B that is 4 % too much at most.
         """
         tokens = state.num_input_tokens_seen - self.tokens
+        # The Trainer counts tokens and epochs, but no rows.
         rows = (state.epoch - self.epoch) * len(self.sampler.lengths)
         rates = {"tokens/s": round(tokens / seconds), "samples/s": rows / seconds}
 

@@ -32,8 +32,10 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
     )  # fmt: skip
     dtype = pick_dtype(args.bf16)
 
+    # What the flags say under other names, what the machine decides, and what is the same for every run.
     config = config_class(
         **{name: getattr(args, name) for name in same_name},
+        # A number below 1 is a share of all steps.
         warmup_steps=args.warmup_ratio,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
@@ -108,6 +110,7 @@ class StageTrainer:
         """Write adapter, tokenizer and run.json, but no pickled arguments beside them."""
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
+            # Under ZeRO-3 the model holds a piece of each weight here, and only `state_dict` has them whole.
             save_adapter(self.model, folder, state_dict=state_dict if is_zero3() else None)
             self.processing_class.save_pretrained(folder)
             write_run(folder, **self.about)

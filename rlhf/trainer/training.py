@@ -21,6 +21,7 @@ from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
 
 def bad_rows_file(args) -> Path | None:
     """File that --bad_rows skip writes malformed rows to; None where this process owns no output directory."""
+    # A look at the data, or an audit alone, must not write into a directory that may be another run's.
     idle = args.inspect_data or getattr(args, "audit_only", False) or rank_and_size()[0] != 0
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
 
@@ -42,6 +43,7 @@ def claim(args) -> None:
 
 def row_order(args, lengths: list[int]) -> LengthGroupedSampler:
     """Order of the training rows, with rows of like length in one batch of all processes; `lengths`: tokens a row."""
+    # Several processes need batches of their own at every step: blank rows fill the last group.
     processes = rank_and_size()[1]
     group_size = args.per_device_train_batch_size * processes
     return LengthGroupedSampler(lengths, group_size, args.seed, filled=processes > 1)
@@ -60,6 +62,7 @@ def resume_point(args, about: dict) -> str | None:
             say(f"no checkpoint in {args.output_dir} yet: starting fresh")
         return None
 
+    # Before the model is loaded, so that a wrong command fails early.
     refuse_changes(checkpoint, args, about, rank_and_size()[1])
     # Read here because the Trainer's own error names no damaged file.
     read_adapter(checkpoint)
@@ -86,12 +89,14 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
             trainer.state = state
             return
+        # A signal kept the run from an evaluation: it comes before the next step.
         if evaluation_pending(trainer, state):
             trainer.add_callback(CatchUp(trainer))
 
     # 2. Train; a signal ends it with a checkpoint.
     with saved_when_stopped(trainer), plain_tensors_only(resume_from):
         trainer.train(resume_from_checkpoint=resume_from)
+        # After a signal the Trainer ends as if all were done, so the exception has to come from here.
         if log.signum:
             raise Interrupted(log.signum)
 
@@ -116,13 +121,16 @@ def saved_when_stopped(trainer):
     except Interrupted as stop:
         name = f"{CHECKPOINT_PREFIX}{trainer.state.global_step}"
         folder = Path(trainer.args.output_dir) / name
+        # Before the first step there is nothing to save.
         if trainer.state.global_step == 0:
             raise
         missing = not folder.is_dir() or why_incomplete(folder) is not None
         # All processes have looked before the first of them writes.
         trainer.accelerator.wait_for_everyone()
         if missing:
+            # The signal came in an evaluation, before the Trainer had saved this step.
             trainer._save_checkpoint(trainer.model, trial=None)
+            # This writes the manifest, without which the folder counts as no checkpoint.
             trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         raise Interrupted(stop.signum, str(folder)) from None
 
@@ -152,6 +160,7 @@ def end(trainer) -> None:
     Python's global lock while gloo's threads wait for the same lock, and the process would hang instead of ending.
     """
     trainer.accelerator.wait_for_everyone()
+    # Trainer and accelerator both hold the wrapped model, so both have to let it go.
     trainer.model_wrapped = None
     trainer.accelerator.free_memory()
     gc.collect()
@@ -164,6 +173,7 @@ def final_evaluation(trainer) -> None:
     Raises: FloatingPointError where its loss is not finite.
     """
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    # Where --eval_steps divides the number of steps, this evaluation has been made.
     if trainer.state.global_step == 0 or trainer.state.global_step not in steps:
         with saved_when_stopped(trainer):
             trainer.evaluate()
