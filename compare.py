@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from rlhf.artefacts import adapters, run_json
+from rlhf.artefacts import adapters, fingerprints, run_json
+from rlhf.artefacts import files as files_on_disk
 from rlhf.compare import answers, tables
-from rlhf.data import dialogues, encoding, files, formats
+from rlhf.data import columns, dialogues, encoding, files, formats
 from rlhf.data.arguments import FormatFlags
 from rlhf.data.choose_format import choose_format, stored_format
 from rlhf.data.prompt_format import PromptFormat
@@ -162,7 +162,7 @@ def format_of(args: ScriptArguments, base_dir: str, tokenizer) -> PromptFormat:
         args.prompt_template = args.prompt_template or AUTO
         prompt_format = choose_format(args, tokenizer, base_dir)
 
-    base = run_json.base_fingerprint(base_dir)
+    base = fingerprints.base_fingerprint(base_dir)
     record = prompt_format.record()
     for flag_name, path, stages in adapters_of(args):
         adapters.check_adapter(
@@ -179,13 +179,16 @@ def read_prompts(values: list[str], template: str) -> list[dict]:
     rows = []
     for value in values:
         path = Path(value)
-        # A value with a space or another suffix is a prompt, not a file's name.
-        if path.suffix not in PROMPT_FILES or re.search(r"\s", value):
+        suffix = path.suffix.lower()
+        if not looks_like_file(path):
             rows.append({"prompt": value.strip()})
             continue
         if not path.is_file():
-            raise FileNotFoundError(f"--prompts {value} does not exist: give a file, or the prompts themselves")
-        if path.suffix == ".txt":
+            hint = files_on_disk.nearest(value)
+            raise FileNotFoundError(f"--prompts {value} does not exist{hint}: give a file, or the prompts themselves")
+        if suffix not in PROMPT_FILES:
+            raise ValueError(f"--prompts {value} is a file, but none of {', '.join(PROMPT_FILES)}: convert it")
+        if suffix == ".txt":
             made = [{"prompt": line.strip()} for line in _lines(path) if line.strip()]
         else:
             made = _rows(path, template)
@@ -196,6 +199,15 @@ def read_prompts(values: list[str], template: str) -> list[dict]:
     if not rows or not all(row["prompt"] for row in rows):
         raise ValueError("--prompts holds an empty prompt: leave the flag out for the built-in ones")
     return rows
+
+
+def looks_like_file(path: Path) -> bool:
+    """Return True for a file, and for what has the suffix of one: asking the model a file's name helps nobody."""
+    try:
+        return path.is_file() or path.suffix.lower() in PROMPT_FILES
+    # A long prompt is too long for a file's name.
+    except OSError:
+        return False
 
 
 def _lines(path: Path) -> list[str]:
@@ -218,8 +230,8 @@ def _rows(path: Path, template: str) -> list[dict]:
         try:
             if isinstance(row, dialogues.BadRow):
                 raise row
-            columns = set(row) if isinstance(row, dict) else set()
-            row_format = formats.find_format(columns, "prompt", {})
+            names = set(row) if isinstance(row, dict) else set()
+            row_format = columns.find_format(names, "prompt", {})
             prompts += formats.examples(row, row_format, template)
         except (dialogues.BadRow, dialogues.Unusable) as error:
             raise ValueError(f"{where}: {error}") from None
@@ -243,7 +255,7 @@ def encode_prompt(prompt_format: PromptFormat, row: dict, room: int) -> list[int
 
 def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
     """Tokens of a prompt that leave room for the longest answer within the positions of this base."""
-    positions = getattr(AutoConfig.from_pretrained(base_dir), "max_position_embeddings", None)
+    positions = getattr(loading.read_config(base_dir).get_text_config(), "max_position_embeddings", None)
     return sys.maxsize if positions is None else positions - max_new_tokens
 
 

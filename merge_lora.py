@@ -17,9 +17,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from rlhf.artefacts import adapters, files, foreign, output_dir, run_json
+from rlhf.artefacts import adapters, files, fingerprints, foreign, output_dir, run_json
 from rlhf.baichuan import to_fast_tokenizer, to_llama
 from rlhf.data import encoding
 from rlhf.data.choose_format import stored_format
@@ -78,7 +78,7 @@ def tokenizer_dir(args: ScriptArguments, base_dir: str, run: dict | None) -> str
 
 def check_format(base_dir: str, wanted: str | None) -> bool:
     """Return True if the weights must be turned into Llama's. Raises: ValueError where the base has no such format."""
-    kind = AutoConfig.from_pretrained(base_dir).model_type
+    kind = loading.read_config(base_dir).model_type
     if wanted not in (None, kind) and kind != "baichuan":
         raise ValueError(f"--format {wanted} does not fit a {kind} base: leave it out to keep the base's own format")
     return kind == "baichuan" and wanted == "llama"
@@ -86,7 +86,7 @@ def check_format(base_dir: str, wanted: str | None) -> bool:
 
 def is_baichuan(base_dir: str) -> bool:
     """Return True for the native Baichuan format."""
-    return AutoConfig.from_pretrained(base_dir).model_type == "baichuan"
+    return loading.read_config(base_dir).model_type == "baichuan"
 
 
 # ---- merging ----
@@ -102,7 +102,7 @@ def load_pair(base_dir: str, lora_path: str | None, dtype: str, device: str):
     model = loading.load_base(base_dir, getattr(torch, dtype), head=head, device=device).eval()
     model.config.use_cache = True
     # A new score head is random, but it is replaced by the adapter's below.
-    loading.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
+    files.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
     if config is None:
         return model
 
@@ -133,7 +133,7 @@ def untie(model: PreTrainedModel) -> None:
 def convert_adapter(args: ScriptArguments, target: Path) -> None:
     """Write the adapter for q, k and v in place of W_pack: for a base that was converted by --format llama."""
     config, weights = adapters.read_adapter(args.lora_path)
-    loading.refuse_nonfinite(weights, f"adapter {args.lora_path}")
+    files.refuse_nonfinite(weights, f"adapter {args.lora_path}")
     config, weights = to_llama.split_adapter(config, weights)
     # The base it was trained on has no q_proj: the one it now fits is the Llama-format copy, if given.
     config.base_model_name_or_path = args.base_model_name
@@ -148,10 +148,10 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     base_dir = loading.resolve_model(args.base_model_name, "--base_model_name")
     # 1. Refuse what cannot be merged, before any model is loaded.
     llama = check_format(base_dir, args.format)
-    fingerprint = run_json.base_fingerprint(base_dir)
+    fingerprint = fingerprints.base_fingerprint(base_dir)
     run = None
     if args.lora_path is not None:
-        loading.refuse_nonfinite(adapters.read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
+        files.refuse_nonfinite(adapters.read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
         stages = ("sft", "reward", "ppo")
         run = adapters.check_adapter(args.lora_path, stage=stages, base=fingerprint, flag="--lora_path")
     tokenizer = encoding.load_tokenizer(tokenizer_dir(args, base_dir, run))

@@ -19,7 +19,7 @@ from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
-from rlhf.artefacts import adapters, run_json
+from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
 from rlhf.data import encoding, reading
 from rlhf.data.arguments import DataArguments
@@ -110,7 +110,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[
         launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no pair to train on: {funnel.summary()}")
-    about = {"fingerprint": reading.data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
+    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
     return rows, eval_rows, about | {"funnel": funnel.as_dict()}
 
 
@@ -308,13 +308,13 @@ def main(args: ScriptArguments) -> None:
     if training.already_finished(args, "reward"):
         return
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
-    base = run_json.base_fingerprint(model_dir)
+    base = fingerprints.base_fingerprint(model_dir)
     if args.audit_only:
         audit_report.audit_adapter(args, model_dir, prompt_format, base, load_data(args, prompt_format)[1])
         return
 
     # 3. Data; from here on the output directory is ours.
-    training.claim(args)
+    old = training.claim(args)
     rows, eval_rows, about_data = load_data(args, prompt_format)
     if args.inspect_data:
         return
@@ -325,6 +325,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Model, log and trainer, from the start or from a checkpoint.
     resume_from = training.resume_point(args, about)
     model = build_model(args, model_dir)
+    output_dir.clear(old)
     file = open_log(args, resume_from)
     length = pairs.shared_length if args.share_prompt else pairs.pair_length
     order = training.row_order(args, [length(row) for row in rows])

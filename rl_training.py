@@ -18,7 +18,7 @@ from accelerate import Accelerator
 
 from rlhf import ppo
 from rlhf.arguments import CommonArguments, LoraArguments
-from rlhf.artefacts import adapters, checkpoint, output_dir, resume, run_json
+from rlhf.artefacts import adapters, checkpoint, fingerprints, output_dir, resume
 from rlhf.cost import flops, plan
 from rlhf.data import encoding, reading
 from rlhf.data.arguments import DataArguments
@@ -153,18 +153,19 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 # ---- start ----
 def check_inputs(args: ScriptArguments, prompt_format: PromptFormat) -> dict:
     """Refuse what does not belong together, before any model is loaded; return what run.json says of the inputs."""
-    base = run_json.base_fingerprint(args.base_model_name)
+    base = fingerprints.base_fingerprint(args.base_model_name)
     wanted = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
     sft = args.sft_model_lora_path
     reward = args.reward_model_lora_path
+    parents = {"sft": sft, "reward": reward} if sft else {"reward": reward}
     if sft:
         adapters.check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
     adapters.check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
     if args.merged_sft_model_path:
         adapters.check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
+        parents[resume.MERGED] = args.merged_sft_model_path
     gate.read_gate(reward, args.reward_gate)
 
-    parents = {"sft": sft, "reward": reward} if sft else {"reward": reward}
     if args.judge_lora_path:
         adapters.check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
         parents["judge"] = args.judge_lora_path
@@ -324,23 +325,23 @@ def main(args: ScriptArguments) -> None:
     # 3. Data; from here on the output directory is ours.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     writes = accelerator.is_main_process and not args.inspect_data
-    if writes:
-        output_dir.claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+    old = starting.claim(args) if writes else []
     accelerator.wait_for_everyone()
-    bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
-    prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows if writes else None)
+    bad_rows = Path(args.output_dir) / "bad_rows.jsonl" if writes else None
+    prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows)
     if args.inspect_data:
         encoding.inspect_rows(prompt_format, prompts, funnel)
         return
     if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
-    run["data"] = {"fingerprint": reading.data_fingerprint(prompts), **funnel.as_dict()}
+    run["data"] = reading.fingerprints(prompts, eval_prompts) | funnel.as_dict()
 
     # 4. Models, from the start or from a checkpoint.
     start = checkpoint.to_resume(args.resume_from_checkpoint, args.output_dir)
     if start:
         resume.refuse_changes(start, args, run, accelerator.num_processes)
     loop = make_loop(args, accelerator, prompt_format, (prompts, eval_prompts), start)
+    output_dir.clear(old)
     launch.say(f"{prompt_format.describe()}\n{funnel.table()}\n{metrics.batch_sizes(loop)}")
 
     # 5. Train, then save the policy.
@@ -351,8 +352,7 @@ def main(args: ScriptArguments) -> None:
     if accelerator.is_main_process:
         state.save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary, "best": loop.best})
         print(f"policy adapter saved in {args.output_dir}, chart in {args.output_dir}/chart.png", flush=True)
-        if loop.best:
-            print(evaluation.best_in_words(loop), flush=True)
+        evaluation.say_best(loop)
     accelerator.end_training()
 
 

@@ -19,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
-from rlhf.artefacts import adapters, run_json
+from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
 from rlhf.data import encoding, reading
 from rlhf.data.arguments import SFT_DATASET, DataArguments
@@ -97,7 +97,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no row to train on: {funnel.summary()}")
 
-    about = {"fingerprint": reading.data_fingerprint(texts), "rows": len(rows), "eval_rows": len(eval_rows)}
+    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
     return rows, eval_rows, eval_texts[:SAMPLES], about | {"funnel": funnel.as_dict()}
 
 
@@ -215,14 +215,14 @@ def main(args: ScriptArguments) -> None:
     if training.already_finished(args, "sft"):
         return
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
-    base = run_json.base_fingerprint(model_dir)
+    base = fingerprints.base_fingerprint(model_dir)
     identity = {"base": base, "tokenizer": tokenizer, "prompt_format": prompt_format.record()}
     previous = args.previous_lora_weights
     if previous:
         adapters.check_adapter(previous, stage=("sft", "ppo"), flag="--previous_lora_weights", **identity)
 
     # 3. Data; from here on the output directory is ours.
-    training.claim(args)
+    old = training.claim(args)
     rows, eval_rows, shown, about_data = load_data(args, prompt_format)
     if args.inspect_data:
         return
@@ -233,6 +233,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Model, log and trainer, from the start or from a checkpoint.
     resume_from = training.resume_point(args, about)
     model = build_model(args, model_dir)
+    output_dir.clear(old)
     untrained.warn_of_untrained(model.get_base_model(), prompt_format)
     file = open_log(args, resume_from)
     order = training.row_order(args, [len(row["input_ids"]) for row in rows])

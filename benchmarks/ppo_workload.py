@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from benchmarks.common import random_ids
 from benchmarks.model import BOS, EOS, PAD, VOCABULARY, causal_model, tokenizer
 from rlhf.artefacts.adapters import save_adapter
-from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.artefacts.fingerprints import base_fingerprint
+from rlhf.artefacts.run_json import write_run
 from rlhf.data.choose_format import text_format
 
 PROMPTS = 16

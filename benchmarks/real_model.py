@@ -26,6 +26,7 @@ import reward_modeling
 import rl_training
 from benchmarks.common import machine
 from rlhf.artefacts.files import read_object
+from rlhf.compare import tables
 from rlhf.data.choose_format import choose_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.data.template import turns_of
@@ -43,8 +44,8 @@ class Arguments:
     model: str = flag(REQUIRED, help="directory of a chat model")
     data: list[str] = flag(REQUIRED, help="files of preference pairs")
     output_dir: str = flag("runs/real_model", help="directory for what the stages leave; must not exist")
-    max_length: int = flag(512, help="tokens of query and answer; longer pairs are left out")
-    epochs: float = flag(2.0, help="passes over the pairs of a half")
+    max_length: int = flag(384, help="tokens of query and answer; longer pairs are left out")
+    epochs: float = flag(1.0, help="passes over the pairs of a half")
     pairs_at_once: int = flag(4, help="pairs a step of the reward models")
     ppo_steps: int = flag(20, help="steps of PPO")
     batch_size: int = flag(8, help="responses a step of PPO")
@@ -158,7 +159,7 @@ def train_policy(args: Arguments, data: Path, root: Path) -> None:
     records = read_metrics(root / "ppo")
     seconds = time.perf_counter() - start
     say("PPO, no SFT", seconds=seconds, steps=len(records), **{"time/step": records[-1]["time/step"]})
-    names = {"score": "raw_score/mean", "judge": "judge/mean", "KL": "kl/mean", "tokens": "len/mean"}
+    names = {"score": "score/mean", "judge": "judge/mean", "KL": "kl/mean", "tokens": "len/mean"}
 
     for record in records:
         for place, step in (("eval_start", 0), ("eval", record["step"])):
@@ -181,7 +182,7 @@ def show_answers(args: Arguments, data: Path, root: Path) -> None:
         table = list(csv.DictReader(file))
     for name, folder in (("base", args.model), ("ppo", merged)):
         answers = greedy(folder, questions, args.answer_tokens)
-        equal = sum(answer == row[name] for answer, row in zip(answers, table, strict=True))
+        equal = sum(tables.no_formula(answer) == row[name] for answer, row in zip(answers, table, strict=True))
         say(f"compare.py, column {name}", equal_to_plain_transformers=f"{equal} of {len(questions)} answers")
 
 

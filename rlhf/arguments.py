@@ -92,6 +92,9 @@ class CommonArguments(Flags):
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
 
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
+
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
 
@@ -198,8 +201,8 @@ class TrainerFlags(Flags):
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
 
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0")
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0 and at most 1")
 
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max_steps {self.max_steps} must be at least 1, or -1 to go by num_train_epochs")

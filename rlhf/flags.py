@@ -6,6 +6,7 @@ python -m rlhf.flags            writes docs/flags.md from the dataclasses of all
 import copy
 import dataclasses
 import importlib
+import math
 from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -57,11 +58,29 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# No count is larger, and no sum of a few of them overflows.
+MAX_COUNT = 2**31 - 1
+
+# Rows, ranks and tokens at once: beyond this nothing fits anywhere.
+MAX_SIZE = 10_000_000
+SIZES = ("batch_size", "rank", "length", "new_tokens", "tokens", "epochs", "limit", "prompts", "accumulation_steps")
+
+
 class Flags:
     """End of the chain of `super().__post_init__()`: each group of flags checks its own values, then the next."""
 
     def __post_init__(self):
-        """Check nothing."""
+        """Refuse numbers that no computation could use, in any flag. Raises: ValueError naming the flag."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            if not math.isfinite(value):
+                raise ValueError(f"--{field.name} {value} is no finite number")
+            most = MAX_SIZE if field.name.endswith(SIZES) else MAX_COUNT
+            # A seed may be any number of 32 bits.
+            if field.name != "seed" and abs(value) > most:
+                raise ValueError(f"--{field.name} {value:g} is out of range: {most:,} at most")
 
 
 def resume_rules(cls: type) -> dict[str, str]:

@@ -10,8 +10,19 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from rlhf.artefacts.files import ADAPTER_FILE, load_tensors, read_object, readable_when_full, write_json
-from rlhf.artefacts.run_json import adapter_hash, load_run, tokenizer_fingerprint
+from rlhf.artefacts.files import (
+    ADAPTER_FILE,
+    TOKEN,
+    follow_umask,
+    load_tensors,
+    nearest,
+    read_object,
+    readable_when_full,
+    refuse_written,
+    write_json,
+)
+from rlhf.artefacts.fingerprints import same_base, same_parent, tokenizer_fingerprint
+from rlhf.artefacts.run_json import load_run
 
 
 # ---- writing ----
@@ -30,7 +41,7 @@ def save_adapter(
 
     # In a folder of its own first: peft writes in place, and a reader could find half a file.
     with (
-        tempfile.TemporaryDirectory(dir=output_dir, prefix=".adapter.") as scratch,
+        tempfile.TemporaryDirectory(dir=output_dir, prefix=f".adapter.{TOKEN}") as scratch,
         readable_when_full(Path(scratch), "the adapter"),
     ):
         model.save_pretrained(
@@ -40,8 +51,9 @@ def save_adapter(
         if adapter_name != "default":
             saved = saved / adapter_name
 
-        # safetensors creates files that only their owner can read.
-        (saved / ADAPTER_FILE).chmod(0o644)
+        # Whatever asked for it: an adapter that is no number is never published.
+        refuse_written(saved / ADAPTER_FILE, "the adapter")
+        follow_umask(saved / ADAPTER_FILE)
         config = _sorted_lists(json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")))
         # The weights first, because a folder counts as an adapter from its config on.
         os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
@@ -87,7 +99,8 @@ def check_adapter(
     """
     # Most likely a path with a mistake in it.
     if not (Path(adapter_dir) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json")
+        hint = "" if Path(adapter_dir).is_dir() else nearest(str(adapter_dir))
+        raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json{hint}")
 
     # Without run.json there is nothing to compare by, and loading still refuses tensors of other shapes.
     run = load_run(adapter_dir)
@@ -106,7 +119,7 @@ def check_adapter(
 
     # An adapter of another base, tokenizer or format would run here without an error, and answer nonsense.
     their_base = run.get("base", {})
-    compared = [(f"base {name}", their_base.get(name), value) for name, value in base.items()]
+    compared = [(f"base {name}", *values) for name, values in same_base(their_base, base).items()]
     if tokenizer is not None:
         compared.append(("tokenizer", run.get("tokenizer"), tokenizer_fingerprint(tokenizer)))
     if prompt_format is not None:
@@ -141,14 +154,12 @@ def check_merged(model_dir: str | Path, *, base: dict, sft_dir: str | Path, flag
     if run is None or run.get("stage") != "merge":
         return
 
-    for name, value in base.items():
-        theirs = run["base"].get(name)
-        if theirs != value:
-            raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {theirs!r}")
+    for name, (theirs, _) in same_base(run["base"], base).items():
+        raise ValueError(f"{flag} {model_dir} was merged into another base: {name} is {theirs!r}")
 
     # By content, not by path: an SFT adapter that has been trained again is another one.
     parent = run["parents"].get("adapter", {})
-    if parent.get("adapter") != adapter_hash(sft_dir):
+    if not parent or not same_parent(parent, sft_dir):
         raise ValueError(
             f"{flag} {model_dir} was merged from {parent.get('path', 'no adapter at all')}, not from {sft_dir} as it "
             "is now: the KL would be measured from another model; merge again, or leave the flag out"

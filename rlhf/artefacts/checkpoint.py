@@ -1,7 +1,6 @@
 """Checkpoints: published complete with a manifest, verified before use, rotated, cleaned up after a crash."""
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -10,10 +9,32 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from rlhf.artefacts.files import readable_when_full, size_of, write_json
+from rlhf.artefacts.files import (
+    ADAPTER_FILE,
+    TOKEN,
+    follow_umask,
+    read_object,
+    readable_when_full,
+    size_of,
+    write_json,
+)
 
 # The last file to be written: a folder without it is no checkpoint.
 MANIFEST = "MANIFEST.json"
+
+
+# What a run cannot go on from exactly without, by the first part of its checkpoints' names. (Under DeepSpeed optimizer
+# and schedule have files of other names, so that only the Trainer's own state is required.)
+REQUIRED = {
+    "step": ("adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json", "run.json"),
+    "checkpoint": ("adapter_config.json", "adapter_model.safetensors", "trainer_state.json", "run.json"),
+}
+# Beside these, where no DeepSpeed folder is listed.
+TRAINER_STATE = ("optimizer.pt", "scheduler.pt")
+
+
+# Logs of a run, beside its checkpoints.
+LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
 # ---- writing ----
@@ -31,7 +52,7 @@ def publish(
     target = output_dir / name
     # What a checkpoint of this run took before, this one will take as well.
     min_bytes = max(min_bytes, size_of_another(target))
-    scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
+    scratch = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}.{TOKEN}"))
 
     try:
         # Under a hidden name until all is there, which `sweep` removes if the process is killed.
@@ -39,11 +60,10 @@ def publish(
             write(scratch)
             write_manifest(scratch, about)
 
-        # mkdtemp lets only its owner in.
-        scratch.chmod(0o755)
+        follow_umask(scratch)
         if target.exists():
             # The old one moves to a name that no reader looks at. After a crash in between, `sweep` moves it back.
-            old = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}."))
+            old = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{name}.{TOKEN}"))
             os.replace(target, old / name)
             os.replace(scratch, target)
             shutil.rmtree(old)
@@ -83,9 +103,15 @@ def size_of_another(folder: Path) -> int:
 
 def write_manifest(folder: Path, about: dict | None = None) -> None:
     """List the files of a finished checkpoint with size and sha256, after all of them have reached the disk."""
+    # Both logs first: with the manifest the checkpoint counts, and its rows have to be there.
+    for name in LOGS:
+        if (folder.parent / name).is_file():
+            _sync(folder.parent / name)
+
     paths = sorted(folder.rglob("*"))
     written = [path for path in paths if path.is_file() and path.name != MANIFEST]
-    for path in written:
+    # Folders too: a file is on the disk once its folder's list of names is.
+    for path in paths:
         _sync(path)
 
     files = {str(path.relative_to(folder)): _entry(path) for path in written}
@@ -93,6 +119,14 @@ def write_manifest(folder: Path, about: dict | None = None) -> None:
     manifest = {**(about or {}), "versions": versions, "files": files}
     write_json(folder / MANIFEST, manifest)
     _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def sync_directory(folder: Path) -> None:
+    """Wait until all files at the top of a finished run's directory, and their names, are on the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            _sync(path)
     _sync(folder)
 
 
@@ -113,6 +147,12 @@ def _entry(file: Path) -> dict:
 
 
 # ---- rotation ----
+def is_ours(folder: Path) -> bool:
+    """Return True for a folder that a run of ours has written, whole or in part."""
+    names = {path.name for path in folder.iterdir()}
+    return not names or bool(names & {MANIFEST, "run.json", ADAPTER_FILE, "trainer_state.json", "state.json"})
+
+
 def rotate(output_dir: str | Path, prefix: str, limit: int | None) -> None:
     """Remove the oldest checkpoints over `limit`, once the newest is known to be complete."""
     folders = numbered(output_dir, prefix)
@@ -123,9 +163,16 @@ def rotate(output_dir: str | Path, prefix: str, limit: int | None) -> None:
         return
 
     for folder in folders[:-limit]:
-        # The manifest goes first: if the process is killed half way, what is left is no checkpoint any more.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
+        # Of a link the link alone goes; a folder without a manifest is none that a run of ours has finished.
+        if folder.is_symlink():
+            folder.unlink()
+            continue
+        if not is_ours(folder):
+            continue
+        # Under a hidden name first: if the process is killed half way, `sweep` removes what is left.
+        doomed = Path(tempfile.mkdtemp(dir=output_dir, prefix=f".{folder.name}.{TOKEN}"))
+        os.replace(folder, doomed / "removed")
+        shutil.rmtree(doomed)
 
 
 def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
@@ -141,16 +188,30 @@ def numbered(output_dir: str | Path, prefix: str) -> list[Path]:
 
 # ---- reading ----
 def read_manifest(folder: Path) -> dict:
-    """Contents of MANIFEST.json: files, step, processes, versions."""
-    return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    """Contents of MANIFEST.json: files, step, processes, versions. Raises: ValueError where it is not readable."""
+    return read_object(folder / MANIFEST)
 
 
 def why_incomplete(folder: Path) -> str | None:
     """The reason why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
-        listed = dict(read_manifest(folder)["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError) as error:
         return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        return f"{MANIFEST} lists no files"
+
+    # A folder that is called step_3 holds step 3, and all that a run needs to go on exactly.
+    prefix, _, number = folder.name.rpartition("_" if "_" in folder.name else "-")
+    if number.isdigit() and manifest.get("step") != int(number):
+        return f"{MANIFEST} is of step {manifest.get('step')!r:.20}"
+    required = REQUIRED.get(prefix, ())
+    if prefix == "checkpoint" and not any("global_step" in name for name in listed):
+        required += TRAINER_STATE
+    missing = [name for name in required if name not in listed]
+    if missing:
+        return f"{MANIFEST} does not list {missing[0]}"
 
     for name, entry in listed.items():
         # A manifest may come from elsewhere: it must not have us read files outside its folder.

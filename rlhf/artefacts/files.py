@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -14,6 +15,16 @@ from safetensors.torch import load_file
 
 # With fewer free bytes than this, a failed write is blamed on the full disk.
 NEARLY_NONE = 1 << 16
+
+# Bytes of a JSON file of ours or of a model's, at most.
+MAX_JSON = 1 << 28
+
+# Part of the name of every temporary file and folder of ours: nobody else would write it.
+TOKEN = "rlhf-"
+
+# The umask can only be read by setting it; at import no other thread is at work.
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 # The disk is full, or the user's quota is used up.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -32,12 +43,22 @@ class DiskFull(OSError):
 
 
 # ---- writing ----
+def follow_umask(path: Path) -> None:
+    """Give a file or folder, and all in it, the permissions that the umask allows.
+
+    safetensors and mkdtemp create for their owner alone, whatever the user has asked for.
+    """
+    for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~UMASK)
+
+
 def write_json(path: Path | str, content: dict) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     text = json.dumps(content, ensure_ascii=False, indent=2, default=str)
     # In the same folder, for only within one file system is a rename a single step.
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part = path.with_name(f".{path.name}.{TOKEN}{os.getpid()}")
     try:
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
@@ -81,6 +102,17 @@ def size_of(folder: Path) -> int:
 
 
 # ---- reading ----
+def nearest(name: str) -> str:
+    """A hint for a path that does not exist: what of a similar name lies beside it, in brackets; else nothing."""
+    path = Path(name)
+    try:
+        names = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f" (did you mean {path.with_name(close[0])}?)" if close else ""
+
+
 def load_tensors(file: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file, or of an old .bin with weights_only=True, so that no pickle code runs.
 
@@ -90,9 +122,14 @@ def load_tensors(file: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         # Without weights_only, a .bin may run any code it holds.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    # torch's unpickler fails on rubbish in as many ways as a small interpreter can.
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError,
+            AttributeError) as error:  # fmt: skip
         raise ValueError(damaged(file, error)) from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{file} holds something else than tensors by name: train, download or copy it again")
+    return content
 
 
 def damaged(file: Path, error: Exception) -> str:
@@ -107,10 +144,31 @@ def damaged(file: Path, error: Exception) -> str:
 
 def read_object(file: Path) -> dict:
     """A JSON file that holds an object. Raises: ValueError in one sentence where it does not."""
+    # A pipe or a device would be read for ever.
+    if not file.is_file():
+        raise ValueError(f"{file} is no regular file: put the file itself there")
+    if file.stat().st_size > MAX_JSON:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes, more than a description ever has: copy it again")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
-    except ValueError as error:
+    # Brackets nested by the thousand end Python's parser in its own way.
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON ({error}): it is damaged, or was never finished") from error
     return content
+
+
+def refuse_nonfinite(weights: dict[str, torch.Tensor], owner: str) -> None:
+    """Raises: ValueError naming the first tensor that holds NaN or infinity."""
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{owner} holds NaN or infinity in {name}: its training diverged, or the file is damaged")
+
+
+def refuse_written(file: Path, owner: str) -> None:
+    """Refuse to publish tensors that are not finite. Raises: FloatingPointError naming the first of them."""
+    try:
+        refuse_nonfinite(load_file(file), owner)
+    except ValueError as error:
+        raise FloatingPointError(f"{error}; it is not saved, and earlier checkpoints are as they were") from None

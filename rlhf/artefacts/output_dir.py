@@ -9,18 +9,24 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.artefacts.files import ADAPTER_FILE, readable_when_full
+from rlhf.artefacts.checkpoint import is_ours
+from rlhf.artefacts.files import ADAPTER_FILE, TOKEN, follow_umask, readable_when_full
 
 # Files that a run leaves at the top of its directory. --overwrite_output_dir removes these and no other files.
-RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", "bad_rows.jsonl", ADAPTER_FILE)
+# bad_rows.jsonl is none of them: reading the data has written it anew, or removed it.
+RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", ADAPTER_FILE)
 
 # Temporary names of our writers. A process that is killed cannot remove its own.
 SCRATCH = re.compile(
-    r"\.(step_\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)\.\w+"
+    r"\.(step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)"
+    rf"\.{TOKEN}\w+"
 )
 
 # Folders of a run. Others, such as those of earlier stages, are left alone.
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
+
+# What a run, or a library for it, writes at the top of its directory.
+WRITTEN = re.compile(r".*\.(jsonl|safetensors|json|model|jinja|md|png)|merges\.txt|vocab\.txt")
 
 LOCK_FILE = ".lock"
 
@@ -38,7 +44,9 @@ def lock(folder: Path) -> None:
         return
 
     # Opened without being emptied: the number in it may be the holder's.
-    handle = (folder / LOCK_FILE).open("a+", encoding="utf-8")
+    # Not through a link, which would write into a file elsewhere.
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    handle = os.fdopen(descriptor, "a+", encoding="utf-8")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -84,10 +92,17 @@ def _in_use(path: Path) -> bool:
     return RUN_FOLDERS.fullmatch(path.name) is not None
 
 
-def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> Path:
-    """Make `output_dir` ready for a run; a directory in use needs `resume` or `overwrite`, and says so.
+def claim_output_dir(
+    output_dir: str | Path, resume: bool, overwrite: bool, inputs: dict[str, str | None] | None = None
+) -> list[Path]:
+    """Claim `output_dir` for a run; a directory in use needs `resume` or `overwrite`, and says so.
 
     Subfolders that hold other runs (runs/sft, runs/reward under runs/) do not count as use.
+
+    Args:
+        inputs: flag -> path of everything that the run reads.
+    Returns: what `clear` removes for `overwrite`, once every input has been read.
+    Raises: ValueError where that is, or holds, an input.
     """
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
@@ -98,6 +113,7 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         sweep(folder)
+        drop_links(folder)
     except OSError as error:
         # The refusal by `lock` is a sentence already. Errors of the system have a number.
         if error.errno is None:
@@ -111,31 +127,75 @@ def claim_output_dir(output_dir: str | Path, resume: bool, overwrite: bool) -> P
             "--overwrite_output_dir True to start over, or another directory"
         )
 
-    # Only now, when the directory is ours alone.
-    if overwrite:
-        _remove(used)
-    return folder
+    if not overwrite:
+        return []
+    # A file that no run writes stays; a folder that only looks like one of a run is somebody's.
+    old = [path for path in used if path.is_dir() or path.name in RUN_FILES]
+    foreign = [path for path in old if path.is_dir() and not is_ours(path)]
+    if foreign:
+        raise FileExistsError(
+            f"--output_dir {folder} holds {foreign[0].name}, which no run of this project has written: move it away, "
+            "or give another directory"
+        )
+    for flag, given in (inputs or {}).items():
+        _refuse_input(flag, given, folder, old)
+    return old
 
 
-def _remove(used: list[Path]) -> None:
-    """Remove the files and folders of a run; a file that no run writes stays."""
-    for path in used:
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name in RUN_FILES:
+def drop_links(folder: Path) -> None:
+    """Remove links among the files at the top of a run's directory: what a run writes replaces them.
+
+    Writing through a link would change a file elsewhere.
+    """
+    for path in folder.iterdir():
+        if path.is_symlink() and WRITTEN.fullmatch(path.name):
             path.unlink()
+
+
+def _refuse_input(flag: str, given: str | None, folder: Path, old: list[Path]) -> None:
+    """Raises: ValueError where --overwrite_output_dir would remove an input of the same command."""
+    if not given or not Path(given).exists() or not old:
+        return
+    place = Path(given).resolve()
+    # An adapter that lies in the directory itself is made of its files.
+    doomed = {path.resolve() for path in old} | {folder.resolve()} & {place}
+    if place in doomed or doomed & set(place.parents):
+        raise ValueError(
+            f"{flag} {given} lies in --output_dir {folder}, which --overwrite_output_dir True clears: give another "
+            "--output_dir"
+        )
+
+
+def clear(old: list[Path]) -> None:
+    """Remove what an earlier run left, as `claim_output_dir` found it."""
+    for path in old:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 # ---- checks before anything loads ----
 def refuse_used(output_dir: str) -> Path:
     """`output_dir` as a path. Raises: FileExistsError where something is there already."""
     target = Path(output_dir)
+    # Of a link its target is filled.
+    if target.is_symlink():
+        target = target.resolve()
+    _refuse_unwritable(target)
     if not target.exists():
         return target
     # An empty directory is as good as none.
     if not target.is_dir() or any(target.iterdir()):
         raise FileExistsError(f"--output_dir {target} is not empty: give a new directory")
     return target
+
+
+def _refuse_unwritable(target: Path) -> None:
+    """Raises: OSError where no directory could be made at `target`, before any work is done for it."""
+    parent = next(folder for folder in (target.parent, *target.parent.parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"--output_dir {target} cannot be written ({parent} does not allow it): give another")
 
 
 def sweep_killed(target: Path) -> None:
@@ -167,4 +227,5 @@ def staged(target: Path):
         # An empty directory may stand there; anything else has been refused.
         if target.exists():
             target.rmdir()
+        follow_umask(folder)
         os.replace(folder, target)

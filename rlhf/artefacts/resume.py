@@ -5,8 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.artefacts.checkpoint import read_manifest
-from rlhf.artefacts.run_json import adapter_hash, load_run
+from rlhf.artefacts.fingerprints import adapter_hash, same_base, same_parent, tokenizer_fingerprint
+from rlhf.artefacts.output_dir import RUN_FOLDERS
+from rlhf.artefacts.run_json import library_versions, load_run
 from rlhf.flags import resume_rules
+
+# The role of a merged reference among a run's parents.
+MERGED = "merged reference"
 
 
 def differences(then: dict, args, ignored: tuple[str, ...] = ("free",)) -> list[str]:
@@ -25,15 +30,29 @@ def differences(then: dict, args, ignored: tuple[str, ...] = ("free",)) -> list[
 
 
 def _other_inputs(before: dict, run: dict) -> list[str]:
-    """List the data, base and parents whose fingerprints have changed."""
-    pairs = [("the data", before["data"].get("fingerprint"), run["data"].get("fingerprint"))]
-    pairs.append(("the base", before["base"], run["base"]))
-    # Checkpoints of older versions hold no format; their text template is among the flags.
-    if before.get("prompt_format"):
-        pairs.append(("the prompt format", before["prompt_format"], run["prompt_format"]))
-    for role, path in run.get("parents", {}).items():
-        pairs.append((f"the {role} adapter", before["parents"].get(role, {}).get("adapter"), adapter_hash(path)))
-    return [name for name, then, now in pairs if then != now]
+    """List the data, base, format and parents whose contents have changed; older versions recorded fewer of them."""
+    changed = []
+    for name, words in (("fingerprint", "the data"), ("eval_fingerprint", "the evaluation rows")):
+        if before["data"].get(name) is not None and before["data"].get(name) != run["data"].get(name):
+            changed.append(words)
+    if same_base(before["base"], run["base"]):
+        changed.append("the base")
+    if before.get("prompt_format") and before["prompt_format"] != run["prompt_format"]:
+        changed.append("the prompt format")
+    tokenizer = run.get("tokenizer")
+    if tokenizer is not None and before.get("tokenizer") != tokenizer_fingerprint(tokenizer):
+        changed.append("the tokenizer")
+
+    # A role that is left out counts too: without its judge a run would compare scores of two kinds.
+    parents = run.get("parents", {})
+    for role in sorted(parents.keys() | before["parents"].keys()):
+        entry = before["parents"].get(role)
+        # A merged reference is among the parents since formats are recorded.
+        if entry is None and role == MERGED and not before.get("prompt_format"):
+            continue
+        if entry is None or role not in parents or not same_parent(entry, parents[role]):
+            changed.append(f"the {role} adapter")
+    return changed
 
 
 def _only_longer(changes: list[str], args) -> bool:
@@ -78,8 +97,27 @@ def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
             "draws would no longer be those of an uninterrupted run: give the old values, another --output_dir, or "
             "--allow_changes True"
         )
+    said = _other_versions(before)
+    if said:
+        print(f"going on from {folder} under other library versions: {', '.join(said)}", flush=True)
     if changes:
         print(f"going on from {folder} with changes, so not exactly: {', '.join(changes)}", flush=True)
+
+
+def _other_versions(before: dict) -> list[str]:
+    """List "torch (was 2.12.0, is 2.13.0)" for each library that has another version now."""
+    now = library_versions()
+    then = before.get("versions", {})
+    return [f"{name} (was {then[name]}, is {now[name]})" for name in now if name in then and then[name] != now[name]]
+
+
+def _refuse_other_stage(folder: Path, stage: str) -> None:
+    """Refuse to resume in the directory of another stage, finished or not. Raises: ValueError."""
+    inner = sorted(path for path in folder.glob("*") if RUN_FOLDERS.fullmatch(path.name))
+    for place in (folder, *inner):
+        run = load_run(place)
+        if run is not None and run.get("stage") != stage:
+            raise ValueError(f"--output_dir {folder} holds a run of stage {run.get('stage')}: give another directory")
 
 
 def finished_run(args, stage: str) -> dict | None:
@@ -87,11 +125,15 @@ def finished_run(args, stage: str) -> dict | None:
 
     Raises: ValueError naming what differs where output_dir holds the finished run of another command.
     """
-    run = load_run(args.output_dir) if args.resume_from_checkpoint == "True" else None
+    if args.resume_from_checkpoint != "True":
+        return None
+    _refuse_other_stage(Path(args.output_dir), stage)
+    run = load_run(args.output_dir)
     if run is None:
         return None
-    if run["stage"] != stage:
-        raise ValueError(f"--output_dir {args.output_dir} holds a run of stage {run['stage']}: give another directory")
+    # Finished means that its files are there.
+    if run["stage"] == stage and adapter_hash(args.output_dir) is None:
+        return None
 
     # Paths count here: of a finished run nothing is compared by content.
     changes = differences(run["arguments"], args)

@@ -121,7 +121,10 @@ def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tupl
 
 
 def write_csv(path: Path, prompts: list[str], columns: Columns) -> None:
-    """Write the table for programs: texts unchanged, then tokens, ended and (if known) score of each version."""
+    """Write the table for programs: the texts, then tokens, ended and (if known) score of each version.
+
+    A spreadsheet would run a text that begins like a formula: an apostrophe in front of it keeps it a text.
+    """
     # Either every answer has a score or none has.
     extras = ["tokens", "ended"]
     first = next(iter(columns.values()))
@@ -135,9 +138,14 @@ def write_csv(path: Path, prompts: list[str], columns: Columns) -> None:
         writer.writerow(["prompt", *columns, *titles])
         for number, prompt in enumerate(prompts):
             cells = [cells[number] for cells in columns.values()]
-            texts = [cell.text for cell in cells]
+            texts = [no_formula(cell.text) for cell in cells]
             numbers = [getattr(cell, extra) for extra, cell in product(extras, cells)]
-            writer.writerow([prompt, *texts, *numbers])
+            writer.writerow([no_formula(prompt), *texts, *numbers])
+
+
+def no_formula(text: str) -> str:
+    """`text` as a spreadsheet takes it for a text."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def print_table(prompts: list[str], columns: Columns) -> None:

@@ -194,7 +194,7 @@ def ppo_needs(
     length = sizes.query + sizes.response
     roles = {
         "base": weight_bytes(shape, precision),
-        **({"merged reference": (bases - 1) * precision.size * shape.parameters} if bases > 1 else {}),
+        **({"merged reference": (bases - 1) * weight_bytes(shape, precision)} if bases > 1 else {}),
         **{f"{role} adapter": FP32 * parameters for role, parameters in adapters.items()},
         "gradients and optimizer": trained_bytes(trained),
         "key-value cache": cache_bytes(shape, precision, sizes.rows_sampled, length),

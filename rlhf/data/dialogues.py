@@ -1,5 +1,7 @@
 """Dialogues: turns from text with tags, from one message or from a list of messages, each checked."""
 
+import ast
+import json
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -17,7 +19,17 @@ HH_TAG = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant)[:：][ \t]*")
 # Unicode categories of what leaves no mark: control, format (zero-width) and separators.
 UNSEEN = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
+# Roles of turns that call tools or answer for them: no text of a person or of the model.
+TOOL_ROLES = ("tool", "function", "function_call", "function_response", "observation", "ipython", "tool_call")
+
+# Belle writes its turns with one new line, as text of one instruction.
+BELLE_TAG = re.compile(r"(?:\A\s*|\n)(Human|Assistant)[:：][ \t]*")
+
 Turn = tuple[str, str]
+
+
+class Unlearnt(str):
+    """Text of an answer that is context only: its turn has weight 0."""
 
 
 class BadRow(ValueError):
@@ -36,7 +48,11 @@ class Unusable(ValueError):
 def turns(value, field: str, default_role: str) -> list[Turn]:
     """(role, text) of a text (HH-style tags split), of one message, or of a list of messages (OpenAI or ShareGPT)."""
     if isinstance(value, str):
-        return _hh_turns(text_of(value, field), default_role)
+        # A table stores a list of messages as its text.
+        stored = stored_list(value)
+        if stored is None:
+            return _hh_turns(text_of(value, field), default_role)
+        value = stored
     if isinstance(value, dict):
         return [_message(value, field)]
     if not isinstance(value, list):
@@ -53,6 +69,8 @@ def _message(message, field: str) -> Turn:
 
     role_key = first_of(("role", "from"), message)
     text_key = first_of(("content", "value", "text"), message)
+    if (role_key is not None and message[role_key] in TOOL_ROLES) or message.get("tool_calls"):
+        raise Unusable("a turn of a tool")
     if role_key is None or text_key is None:
         raise BadRow(f"a message of field '{field}' needs role and content, or from and value")
 
@@ -62,14 +80,44 @@ def _message(message, field: str) -> Turn:
         raise BadRow(f"a message of field '{field}' has {type_name(role)} for its role")
     if role not in ROLES:
         raise BadRow(f"a message of field '{field}' has the unknown role {role!r:.40}")
-    return ROLES[role], text_of(message[text_key], field)
+    said = text_of(_joined_parts(message[text_key], field), field)
+    # OpenAI's format for fine-tuning: a turn of weight 0 is context.
+    return ROLES[role], Unlearnt(said) if message.get("weight") == 0 else said
+
+
+def _joined_parts(content, field: str):
+    """The text of a content that is a list of parts, as OpenAI's API has it; any other content as it is."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    if any(part.get("type") != "text" for part in content):
+        raise Unusable(f"{field} holds more than text")
+    texts = [part.get("text") for part in content]
+    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def stored_list(text: str) -> list | None:
+    """The list of messages whose text this is (JSON, or Python's own), or None."""
+    if not re.match(r"\s*\[\s*\{", text):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list) and all(
+            isinstance(item, dict) and ("role" in item or "from" in item) for item in value
+        ):
+            return value
+    return None
 
 
 def _hh_turns(text: str, default_role: str) -> list[Turn]:
     """Turns of `\\n\\nHuman: ...\\n\\nAssistant: ...`; text that begins with no tag is one of `default_role`."""
     if not HH_TAG.match(text):
         return [(default_role, text)]
-    pieces = HH_TAG.split(text)[1:]
+    # One new line before a tag counts where no tag has two.
+    tag = HH_TAG if len(HH_TAG.findall(text)) > 1 else BELLE_TAG
+    pieces = tag.split(text)[1:]
     tagged = zip(pieces[::2], pieces[1::2], strict=True)
     dialogue = [(ROLES[tag], stripped(said)) for tag, said in tagged]
     # A prompt ends with an open "Assistant:", which the template's own end replaces.

@@ -6,41 +6,28 @@ apart from it.
 """
 
 import codecs
-import csv
-import io
+import gzip
 import json
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.data.dialogues import BadRow
-from rlhf.run.terminal import printable
+from rlhf.data.located import Located, first_sentence, not_utf8, twice
+from rlhf.data.tables import csv_rows, parquet_rows
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
-# Decoding with surrogateescape turns every byte that is no UTF-8 into one of these.
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
+# Beside these: a prompt a line (given by its name, never found in a directory), and any text file compressed.
+TEXT = ".txt"
+COMPRESSED = ".gz"
 
-Located = tuple[str, object]
+# What stands in place of a file that Git LFS keeps elsewhere.
+LFS_POINTER = b"version https://git-lfs.github.com/spec"
 
-
-def row_or_bad(read: Callable[[], object]) -> object:
-    """A row of a table, or a BadRow where Python cannot hold it: text that is no UTF-8, dates beyond the calendar."""
-    try:
-        return read()
-    except UnicodeDecodeError as error:
-        return BadRow(not_utf8(error.object.decode("utf-8", "surrogateescape")))
-    except (ValueError, OverflowError) as error:
-        return BadRow(f"the row cannot be read ({first_sentence(error)})")
-
-
-def first_sentence(error: Exception) -> str:
-    """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
-    said = str(error).strip()
-    first = said.splitlines()[0] if said else type(error).__name__
-    return printable(first[:200].rstrip("."))
+# Bytes that a compressed file may unpack to.
+MAX_UNPACKED = 1 << 33
 
 
 # ---- files ----
@@ -48,37 +35,44 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     """Rows of one data file. Raises: ValueError where it is empty, of another kind, or not text at all."""
     # 1. Refuse what is no data file at all.
     label = label or str(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    suffix = kind_of(path)
+    if suffix not in (*SUFFIXES, TEXT):
         raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
     try:
         size = path.stat().st_size
-        data = b"" if suffix == ".parquet" else path.read_bytes()
+        data = b"" if suffix == ".parquet" else _bytes_of(path, label)
     # A failing disk's error does not name the file.
     except OSError as error:
         raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
 
     if size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
+    if data.startswith(LFS_POINTER):
+        raise ValueError(f"{label} is a Git LFS pointer, not the data: run git lfs pull where it was cloned")
 
     # 2. Parquet is binary and read piece by piece; nothing of what follows concerns it.
     if suffix == ".parquet":
-        yield from _parquet_rows(path, label)
+        yield from parquet_rows(path, label)
         return
 
     # UTF-16 without a byte order mark shows by a zero in its first two bytes, as files nearly always begin with ASCII.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
 
-    if data.startswith(codecs.BOM_UTF8):
-        yield f"{label}:1", BadRow("the file begins with a byte order mark: save it as UTF-8 without BOM")
-        data = data.removeprefix(codecs.BOM_UTF8)
+    # Editors on Windows put it there; it is no part of the text.
+    data = data.removeprefix(codecs.BOM_UTF8)
 
     # 3. Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     text = data.decode("utf-8", "surrogateescape")
     if suffix == ".csv":
-        yield from _csv_rows(text, label)
+        yield from csv_rows(text, label)
+        return
+    if suffix == TEXT:
+        for number, line in enumerate(text.split("\n"), start=1):
+            if line.strip():
+                reason = not_utf8(line)
+                yield f"{label}:{number}", BadRow(reason, line) if reason else line
         return
 
     # The contents decide between an array and lines: many a .json holds one object a line.
@@ -87,6 +81,26 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
         yield from _array_rows(text, label)
     else:
         yield from _line_rows(text, label)
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read: that of "rows.jsonl.gz" is ".jsonl"."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == COMPRESSED else suffix
+
+
+def _bytes_of(path: Path, label: str) -> bytes:
+    """Contents of a file, unpacked where it is compressed. Raises: ValueError where that fails or has no end."""
+    if path.suffix.lower() != COMPRESSED:
+        return path.read_bytes()
+    try:
+        with gzip.open(path) as content:
+            data = content.read(MAX_UNPACKED + 1)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{label} is no whole gzip file ({first_sentence(error)}): download it again") from None
+    if len(data) > MAX_UNPACKED:
+        raise ValueError(f"{label} unpacks to more than {MAX_UNPACKED:,} bytes: unpack it, and cut it into parts")
+    return data
 
 
 def _begins_with_a_whole_line(text: str) -> bool:
@@ -100,13 +114,8 @@ def _object(pairs: list[tuple[str, object]]) -> object:
     made = dict(pairs)
     if len(made) == len(pairs):
         return made
-    repeated = _twice(name for name, _ in pairs)
+    repeated = twice(name for name, _ in pairs)
     return BadRow(f"an object that names {repeated!r:.40} twice", pairs)
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    counts = Counter(names)
-    return next((name for name, count in counts.items() if count > 1), None)
 
 
 def _line_rows(text: str, label: str) -> Iterator[Located]:
@@ -129,7 +138,22 @@ def _line_rows(text: str, label: str) -> Iterator[Located]:
         else:
             # Wrong bytes inside a text make valid JSON.
             reason = not_utf8(line)
-            yield where, BadRow(reason, line) if reason else row
+            table = None if reason or len(lines) > 2 else _table_of_columns(row)
+            if table:
+                yield from ((f"{label}:row {place}", made) for place, made in enumerate(table, start=1))
+            else:
+                yield where, BadRow(reason, line) if reason else row
+
+
+def _table_of_columns(row) -> list[dict] | None:
+    """The rows of an object that holds a whole table, a list for each column; None for any other object."""
+    if not isinstance(row, dict) or not row or not all(isinstance(value, list) for value in row.values()):
+        return None
+    counts = {len(value) for value in row.values()}
+    # A single row may hold lists too: those of messages, or of one answer.
+    if len(counts) != 1 or counts < {2} or any(isinstance(value[0], dict) for value in row.values()):
+        return None
+    return [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]
 
 
 def _is_cut(line: str) -> bool:
@@ -176,98 +200,6 @@ def _array_rows(text: str, label: str) -> Iterator[Located]:
         reason = not_utf8(element)
         yield where, BadRow(reason, element) if reason else row
         at = end
-
-
-def _csv_rows(text: str, label: str) -> Iterator[Located]:
-    # The default limit of 131,072 characters a cell would stop at a long answer; `strict` reports unclosed quotes.
-    csv.field_size_limit(2**31 - 1)
-    lines = list(io.StringIO(text, newline=""))
-    reader = csv.reader(lines, strict=True)
-    header: list[str] | None = None
-
-    while True:
-        before = reader.line_num
-        where = f"{label}:{before + 1}"
-        try:
-            # A record may span lines: its place is the line after the last one read.
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            # An unclosed quote takes all lines after it: the message says how many.
-            reason = f"not CSV ({error})"
-            if header is None:
-                raise ValueError(f"{where}: {reason}: mend the column names") from None
-            if reader.line_num > before + 1:
-                reason += f"; nothing from here to line {reader.line_num} can be read"
-            unread = "".join(lines[before : reader.line_num])
-            yield where, BadRow(reason, unread[:2000])
-            continue
-
-        # The first line that is not blank holds the column names.
-        reason = not_utf8(",".join(cells))
-        if header is None:
-            header = _header(cells, reason, where) if cells else None
-        elif reason or len(cells) not in (0, len(header)):
-            yield where, BadRow(reason or f"{len(cells)} cells under {len(header)} column names", cells)
-        elif cells:
-            yield where, dict(zip(header, cells, strict=True))
-
-
-def _header(cells: list[str], reason: str | None, where: str) -> list[str]:
-    """Column names. Raises: ValueError where one is no UTF-8 or stands twice (unnamed columns may be many)."""
-    twice = _twice(name for name in cells if name)
-    if reason or twice is not None:
-        raise ValueError(f"{where}: {reason or f'column name {twice!r:.40} stands twice: rename one of them'}")
-    return cells
-
-
-def _parquet_rows(path: Path, label: str) -> Iterator[Located]:
-    number = 0
-    for batch in _parquet_batches(path, label):
-        if twice := _twice(batch.schema.names):
-            raise ValueError(f"{label}: column name {twice!r:.40} stands twice: rename one of them")
-        # Row by row, as one value that Python cannot hold would make the whole batch unreadable.
-        for index in range(batch.num_rows):
-            number += 1
-            read = partial(_first_row, batch.slice(index, 1))
-            yield f"{label}:{number}", row_or_bad(read)
-
-
-def _first_row(batch) -> dict:
-    return batch.to_pylist()[0]
-
-
-def _parquet_batches(path: Path, label: str) -> Iterator:
-    # Imported where needed: `--help` should not wait for it.
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        yield from pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{label} is no readable Parquet file ({first_sentence(error)}): download it again") from None
-
-
-def not_utf8(text: str) -> str | None:
-    """The reason why text decoded with surrogateescape was no UTF-8, with a hint at GB18030; None if it was UTF-8."""
-    match = NOT_UTF8.search(text)
-    if not match:
-        return None
-
-    reason = f"byte 0x{ord(match[0]) - 0xDC00:02x} is not UTF-8"
-    # A short row of Chinese UTF-8 with one wrong byte often decodes as GB18030 by chance: most of it is whole then.
-    whole = sum("\u0800" <= character < "\ud800" for character in text)
-
-    try:
-        # Incremental, because `text` may end within a character.
-        codecs.getincrementaldecoder("gb18030")().decode(text.encode("utf-8", "surrogateescape"))
-    except UnicodeError:
-        return f"{reason}: the text is damaged"
-
-    if whole > len(NOT_UTF8.findall(text)):
-        return f"{reason}: the text is damaged"
-    return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
 
 
 def _not_json(error: Exception) -> str:

@@ -1,134 +1,20 @@
-"""Row formats: from a dataset's columns to {"prompt", "answer"}, {"prompt", "chosen", "rejected"} or {"prompt"}.
+"""One row of any format as {"prompt", "answer"}, {"prompt", "chosen", "rejected"} or {"prompt"}.
 
-`find_format` recognises a format by its columns; `examples` turns a row of any format into a list of examples. Every
-answer of an SFT dialogue makes an example; a preference is about the last answer. template.py folds earlier turns.
+`columns.find_format` recognises a format by its columns; `examples` turns a row into a list of examples. Every answer
+of an SFT dialogue makes an example; a preference is about the last answer. template.py folds earlier turns.
 """
 
+import contextlib
 import math
-from dataclasses import dataclass
 
-from rlhf.data.dialogues import BadRow, Turn, Unusable, first_of, text_of, turns, type_name
+from rlhf.data.columns import RANKED_FIELD, Format
+from rlhf.data.dialogues import ROLES, BadRow, Turn, Unlearnt, Unusable, text_of, turns, type_name
 from rlhf.data.template import joined_turns, prompt_of, up_to_last_question
-
-# Usual names of the columns; the first one that the data has is taken.
-PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "q", "user", "problem", "input", "text")
-
-ANSWER_FIELDS = (
-    "answer",
-    "response",
-    "output",
-    "a",
-    "completion",
-    "target",
-    "assistant",
-    "chatgpt_answers",
-    "answers",
-)
-
-DIALOGUE_FIELDS = ("conversations", "messages", "conversation", "dialogue")
-
-CHOSEN_FIELDS = ("chosen", "response_chosen", "preferred")
-
-REJECTED_FIELDS = ("rejected", "response_rejected", "dispreferred")
-
-# Columns that extend a prompt where they hold something: `input` after an `instruction`, the others before the prompt.
-EXTRA_FIELDS = ("input", "system", "history")
 
 # Tokenizing millions of characters takes minutes, and no --max_length would keep such a row.
 MAX_CHARACTERS = 200_000
 
 
-@dataclass(frozen=True)
-class Format:
-    """The column of every role; None for a role that the data lacks. `dialogue` takes the place of `prompt`."""
-
-    kind: str
-    prompt: str | None = None
-    dialogue: str | None = None
-    extras: tuple[str, ...] = ()
-    answer: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    margin: str | None = None
-
-    def __str__(self) -> str:
-        names = (self.dialogue, self.prompt, *self.extras, self.answer, self.chosen, self.rejected, self.margin)
-        return f"{self.kind} rows from " + " + ".join(name for name in names if name)
-
-
-# ---- which columns ----
-def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> Format:
-    """Choose the columns for rows of `kind` ("sft", "preference" or "prompt").
-
-    Args:
-        columns: names that the data has.
-        named: columns the user gave under "prompt", "answer", "chosen", "rejected" (None: find it) and "margin" (None:
-            none is read); they must exist.
-    Raises: ValueError naming the columns there are, and the flags that say which is which.
-    """
-    for role, name in named.items():
-        if name and name not in columns:
-            raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
-
-    # Columns by the names that the user gave, else by the usual ones.
-    prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
-    dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
-    # "context" is too common a word to be taken for a dialogue where any other column fits.
-    if kind == "preference" and not dialogue and not prompt:
-        dialogue = first_of(("context",), columns)
-
-    answer_names = [name for name in ANSWER_FIELDS if name != prompt]
-    answer = named.get("answer") or first_of(answer_names, columns)
-    chosen = named.get("chosen") or first_of(CHOSEN_FIELDS, columns)
-    rejected = named.get("rejected") or first_of(REJECTED_FIELDS, columns)
-    # An answer column that the user named wins over the dialogue.
-    if kind == "sft" and (named.get("answer") or not dialogue):
-        dialogue = None
-
-    # The columns that extend the prompt: system, history, input.
-    extras = () if dialogue or not prompt else _extras(columns, prompt)
-    asked = {"prompt": None if dialogue else prompt, "dialogue": dialogue, "extras": extras}
-    if kind == "preference" and chosen and rejected:
-        return Format(kind, **asked, chosen=chosen, rejected=rejected, margin=named.get("margin"))
-
-    if kind == "sft" and (dialogue or (prompt and answer)):
-        return Format(kind, **asked, answer=None if dialogue else answer)
-
-    if kind == "prompt" and (dialogue or prompt):
-        return Format(kind, **asked)
-
-    # HH-style preferences have no prompt column: the chosen side holds the whole dialogue.
-    if kind == "prompt" and chosen:
-        return Format(kind, chosen=chosen)
-
-    raise _no_format(columns, kind)
-
-
-def _no_format(columns: set[str], kind: str) -> ValueError:
-    """The error where no columns fit; it names the flags that would settle it."""
-    needed = {
-        "sft": ("prompt", "answer"),
-        "preference": ("prompt", "chosen", "rejected"),
-        "prompt": ("prompt",),
-    }
-    flags = ", ".join(f"--{role}_field" for role in needed[kind])
-    return ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
-
-
-def _extras(columns: set[str], prompt: str) -> tuple[str, ...]:
-    present = [name for name in EXTRA_FIELDS if name in columns]
-    # `input` belongs to an `instruction`; beside another prompt it may be anything.
-    if prompt != "instruction":
-        present = [name for name in present if name != "input"]
-    return tuple(present)
-
-
-def _listed(columns: set[str]) -> str:
-    # A damaged file may have names that no terminal can print, or thousands of characters long: repr escapes them.
-    return ", ".join(repr(name)[1:-1][:40] for name in sorted(columns)[:20])
-
-
-# ---- one row ----
 def examples(row, fmt: Format, template: str) -> list[dict]:
     """The examples of one row, texts stripped at both ends; an answer may be empty.
 
@@ -148,34 +34,71 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
         return _answered(context, template)
 
     if fmt.kind == "sft":
-        asked = prompt_of(up_to_last_question(context), template)
-        answers = _answers(_value(row, fmt.answer), fmt.answer)
-        return [{**asked, "answer": answer} for answer in answers]
+        return _with_answers(row, fmt, context, template)
 
     # What is left is a prompt, here or inside the chosen side of a preference.
-    if fmt.chosen:
-        context = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
+    if fmt.chosen and (not context or isinstance(row.get(fmt.chosen), list)):
+        side = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
+        context = _before_answer(side, context)
+    # A data set of single messages holds answers too (OpenAssistant).
+    if isinstance(row.get("role"), str) and ROLES.get(row["role"]) not in (None, "user"):
+        raise Unusable("a message that is no prompt")
     return [prompt_of(up_to_last_question(context), template)]
+
+
+def _with_answers(row: dict, fmt: Format, context: list[Turn], template: str) -> list[dict]:
+    """Examples of a prompt and its answers; an answer that is a whole dialogue has its own context."""
+    value = _value(row, fmt.answer)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        dialogue = turns(value, fmt.answer, "assistant")
+        if dialogue[0][0] != "assistant":
+            return _answered([*_systems(context), *dialogue], template)
+
+    asked = prompt_of(up_to_last_question(context), template)
+    answers = _answers(value, fmt.answer)
+    # A list under this name is ranked, the best first; other lists are equally good answers.
+    if fmt.answer == RANKED_FIELD and len(answers) > 1:
+        answers = answers[:1]
+    return [{**asked, "answer": answer} for answer in answers]
+
+
+def _systems(context: list[Turn]) -> list[Turn]:
+    return [turn for turn in context if turn[0] == "system"]
+
+
+def _before_answer(side: list[Turn], context: list[Turn]) -> list[Turn]:
+    """The turns before the last answer of a side.
+
+    A side that is a whole dialogue holds its own context (a system message may stand beside it); a bare answer
+    continues the prompt's.
+    """
+    before = side[:-1] if side and side[-1][0] == "assistant" else side
+    is_dialogue = bool(side) and side[0][0] != "assistant"
+    if not is_dialogue:
+        return context + before
+    return before if before[:1] and before[0][0] == "system" else _systems(context) + before
 
 
 def _context(row: dict, fmt: Format) -> list[Turn]:
     """The turns before the answer: the dialogue column, or system + history + prompt + input."""
-    if fmt.dialogue:
-        return turns(_value(row, fmt.dialogue), fmt.dialogue, "user")
-    if not fmt.prompt:
-        return []
-
-    asked = turns(_value(row, fmt.prompt), fmt.prompt, "user")
     # An empty or missing extra is usual, a 0 or False in place of text a mistake.
     extras = {name: row[name] for name in fmt.extras if row.get(name) not in (None, "", [])}
-    if "input" in extras:
-        role, said = asked[-1]
-        given = text_of(extras["input"], "input")
-        asked[-1] = (role, f"{said}\n{given}".strip())
-
     system = []
     if "system" in extras:
         system = [("system", text_of(extras["system"], "system"))]
+    if fmt.dialogue:
+        dialogue = turns(_value(row, fmt.dialogue), fmt.dialogue, "user")
+        # A dialogue's own system message wins.
+        return dialogue if dialogue[0][0] == "system" else system + dialogue
+    if not fmt.prompt:
+        return system
+
+    asked = turns(_value(row, fmt.prompt), fmt.prompt, "user")
+    for name in ("input", "context"):
+        if name in extras:
+            role, said = asked[-1]
+            given = text_of(extras[name], name)
+            asked[-1] = (role, f"{said}\n{given}".strip())
     return system + _history(extras.get("history", [])) + asked
 
 
@@ -191,20 +114,37 @@ def _history(pairs) -> list[Turn]:
     return history
 
 
+def _sides(row: dict, fmt: Format) -> dict[str, tuple[str, object]]:
+    """ "chosen" and "rejected" -> (field, value), by their columns, by a label, or by their rank."""
+    if fmt.labelled:
+        first, second, label, _, better = fmt.labelled
+        winner = better(_value(row, label))
+        if winner is None:
+            raise Unusable("neither answer is preferred")
+        names = (first, second) if winner == 0 else (second, first)
+        return {side: (name, _value(row, name)) for side, name in zip(("chosen", "rejected"), names, strict=True)}
+
+    if fmt.ranked:
+        ranked = _value(row, fmt.ranked)
+        if not isinstance(ranked, list) or len(ranked) < 2:
+            raise BadRow(
+                f"field '{fmt.ranked}' must be a list of answers, the best first, or give chosen and rejected"
+            )
+        return {"chosen": (fmt.ranked, ranked[0]), "rejected": (fmt.ranked, ranked[1])}
+    return {"chosen": (fmt.chosen, _value(row, fmt.chosen)), "rejected": (fmt.rejected, _value(row, fmt.rejected))}
+
+
 def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> dict:
     answers = {}
     prompts = {}
 
     # Each side gives an answer, and the prompt that it answers.
-    for name, field in (("chosen", fmt.chosen), ("rejected", fmt.rejected)):
-        side = turns(_value(row, field), field, "assistant")
+    for name, (field, value) in _sides(row, fmt).items():
+        side = turns(value, field, "assistant")
         if side[-1][0] != "assistant" or not side[-1][1]:
             raise Unusable(f"empty {name}")
-        # A side that is a whole dialogue holds its own context; a bare answer continues the prompt's.
-        is_dialogue = side[0][0] != "assistant"
-        before = side[:-1] if is_dialogue else context + side[:-1]
         answers[name] = side[-1][1]
-        prompts[name] = prompt_of(up_to_last_question(before), template)
+        prompts[name] = prompt_of(up_to_last_question(_before_answer(side, context)), template)
 
     # Scores of answers to different prompts cannot be compared.
     if prompts["chosen"]["prompt"] != prompts["rejected"]["prompt"]:
@@ -221,6 +161,10 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
 
 def _margin(row: dict, field: str) -> float:
     value = _value(row, field)
+    # A table of texts, such as CSV, holds numbers as texts.
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     # Python counts true and false among its integers.
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):
@@ -260,7 +204,11 @@ def _answered(dialogue: list[Turn], template: str) -> list[dict]:
         # A prompt that is too long to be kept grows no further, or a dialogue of 10,000 turns would fill the memory.
         if len(asking["prompt"]) <= MAX_CHARACTERS:
             asking = prompt_of(joined[:number], template)
-        made.append({**asking, "answer": joined[number][1]})
+        # A turn of weight 0 is context, and teaches nothing.
+        if not isinstance(joined[number][1], Unlearnt):
+            made.append({**asking, "answer": joined[number][1]})
+    if not made:
+        raise Unusable("every answer has weight 0")
     return made
 
 

@@ -12,7 +12,7 @@ import hashlib
 
 from jinja2 import TemplateError
 
-from rlhf.artefacts.run_json import padding_id
+from rlhf.artefacts.fingerprints import padding_id
 from rlhf.data.control_tokens import PROBE, ControlTokens, after, encode
 from rlhf.data.dialogues import Turn, Unusable
 from rlhf.data.template import AUTO, CHAT, fold, merged_turns, render

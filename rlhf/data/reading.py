@@ -8,18 +8,20 @@ Every row that is read is kept or counted under a reason in the `Funnel`.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.data.columns import find_format
 from rlhf.data.dialogues import BadRow, Unusable
-from rlhf.data.files import Located
-from rlhf.data.formats import MAX_CHARACTERS, examples, find_format
+from rlhf.data.files import TEXT, kind_of
+from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
+from rlhf.data.located import Located, write_bad_rows
 from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
+from rlhf.run.environment import read_launch
 
 
 # ---- reading ----
@@ -120,11 +122,20 @@ class _Reader:
 
     def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
         """The good rows of a split. Raises: ValueError where it is missing, or holds no row of this kind."""
+        # A data set of several kinds of rows calls its splits train_sft, train_prefs and so on.
+        alike = [name for name in splits if name.startswith(f"{split}_")]
+        if split not in splits and len(alike) == 1:
+            split = alike[0]
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
         # All rows first: only together do they show which columns are usual.
         located = list(splits[split])
+        # Texts alone are prompts.
+        if self.kind == "prompt" and all(isinstance(row, str) for _, row in located):
+            located = [(where, {"prompt": text}) for where, text in located]
+        elif kind_of(Path(source)) == TEXT:
+            raise ValueError(f"{source}: a text file holds prompts, a line each: SFT and pairs need rows with columns")
         columns = _usual_columns(located)
         try:
             fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
@@ -205,9 +216,13 @@ class _Reader:
             raise ValueError(f"malformed rows: {first}{more}: mend them, or leave them out with --bad_rows skip")
 
         # All processes read the rows; one of them writes.
-        is_first = os.environ.get("RANK", "0") == "0"
-        if self.malformed and self.bad_rows_file and is_first:
-            _write_rows(Path(self.bad_rows_file), self.malformed)
+        is_first = read_launch().rank == 0
+        if self.bad_rows_file and is_first:
+            # Those of an earlier run are not this one's.
+            if self.malformed:
+                write_bad_rows(Path(self.bad_rows_file), self.malformed)
+            else:
+                Path(self.bad_rows_file).unlink(missing_ok=True)
 
 
 def _usual_columns(located: list[Located]) -> set[str]:
@@ -234,20 +249,9 @@ def _hint(located: list[Located]) -> str:
     return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
 
 
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    # Under another name first: a reader never sees half of the rows.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text("".join(_as_line(row) for row in rows), encoding="utf-8")
-    os.replace(part, path)
-
-
-def _as_line(row: dict) -> str:
-    try:
-        return json.dumps(row, default=str) + "\n"
-    # Writing recurses a little deeper than reading did.
-    except RecursionError:
-        return _as_line({**row, "row": "brackets nested by the thousand"})
+def fingerprints(rows: list[dict], eval_rows: list[dict]) -> dict[str, str]:
+    """What run.json keeps to know the rows again: hashes of the training and of the evaluation rows."""
+    return {"fingerprint": data_fingerprint(rows), "eval_fingerprint": data_fingerprint(eval_rows)}
 
 
 def data_fingerprint(rows: Iterable[dict]) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from rlhf.data.files import SUFFIXES, Located, first_sentence, read_file, row_or_bad
+from rlhf.artefacts.files import nearest
+from rlhf.data.files import SUFFIXES, kind_of, read_file
+from rlhf.data.located import Located, first_sentence, row_or_bad
 
 # Usual names of a split for evaluation, the likeliest first.
 EVAL_SPLITS = ("test", "validation", "valid", "val", "eval", "dev")
@@ -41,7 +43,9 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     # A mistyped path must not be looked up on the hub: that would end in a message about the network.
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith(".")
     if path.suffix.lower() in SUFFIXES or not is_hub_id:
-        raise FileNotFoundError(f"{flag} {source} does not exist: give a local file, a directory or a hub id")
+        raise FileNotFoundError(
+            f"{flag} {source} does not exist{nearest(source)}: give a local file, a directory or a hub id"
+        )
     return _hub_splits(source, config, flag)
 
 
@@ -65,17 +69,23 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
 
 def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
     files: dict[str, list[Path]] = {}
-    # Path.rglob would silently leave out a directory that may not be read.
-    walked = os.walk(path, onerror=_raise)
+    # Path.rglob would silently leave out a directory that may not be read, or one that is a link.
     every_file = []
-    for folder, _, names in walked:
+    walked: set[str] = set()
+    for folder, inner, names in os.walk(path, onerror=_raise, followlinks=True):
+        # A link to a directory above would be walked for ever.
+        real = os.path.realpath(folder)
+        if real in walked:
+            inner.clear()
+            continue
+        walked.add(real)
         every_file += [Path(folder, name) for name in names]
 
     # Sorted, as the order of a file system differs from machine to machine and the rows' order would follow it.
     for file in sorted(every_file):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
-        if file.suffix.lower() in SUFFIXES and not hidden:
+        if kind_of(file) in SUFFIXES and not hidden:
             files.setdefault(_split_of(inside), []).append(file)
 
     if not files:
@@ -91,6 +101,10 @@ def _raise(error: OSError) -> None:
 
 def _split_of(file: Path) -> str:
     """The split a data file belongs to, by the first split name among the words of its path; else "train"."""
+    # Files of the hub are called after their split and their number: train_prefs-00000-of-00001.parquet.
+    numbered = re.fullmatch(r"(\w+?)-\d{5}-of-\d{5}(-\w+)?\..*", file.name)
+    if numbered:
+        return numbered[1]
     words = re.split(r"[^a-z]+", str(file).lower())
     return next((word for word in words if word in SPLITS), "train")
 

@@ -10,7 +10,7 @@ the tokenizer's own chat template the turns stay turns (prompt_format.py), and a
 
 from pathlib import Path
 
-from rlhf.data.dialogues import Turn, Unusable
+from rlhf.data.dialogues import Turn, Unlearnt, Unusable
 
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 
@@ -61,7 +61,8 @@ def joined_turns(dialogue: list[Turn]) -> list[Turn]:
         if joined and joined[-1][0] == role:
             earlier = joined[-1][1]
             # Stripped, because either of the two may be empty.
-            joined[-1] = (role, f"{earlier}\n\n{said}".strip())
+            both = f"{earlier}\n\n{said}".strip()
+            joined[-1] = (role, Unlearnt(both) if isinstance(said, Unlearnt) else both)
         else:
             joined.append((role, said))
     return joined

@@ -196,6 +196,11 @@ def _states(backbone: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return backbone(**inputs, use_cache=False).last_hidden_state[0].float()
 
 
+def scatter_by_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] like `mask` with the N `values` at its True entries, in order, and 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
 # ---- only where it is asked for ----
 @contextmanager
 def mlp_only_at(backbone: nn.Module, pick):

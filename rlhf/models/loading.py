@@ -1,14 +1,15 @@
 """Loading models: from hub or directory to a model in an explicit dtype or in 4 bits."""
 
-import os
 import re
 import warnings
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import Tensor, nn
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
@@ -20,7 +21,13 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
+from rlhf.artefacts.files import nearest, read_object
 from rlhf.models.kernels import fuse_norms
+from rlhf.run.environment import read_launch
+
+# Sizes in a config.json above which it is damaged or malicious: a skeleton of them alone would fill the memory.
+SIZE_LIMITS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_local_experts"), 10_000)
+SIZE_LIMITS |= dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "vocab_size"), 50_000_000)
 
 # Decoders that recur through all layers; hybrids with some attention are trained like any other model.
 WITHOUT_ATTENTION = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
@@ -32,15 +39,24 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
 
     Raises: FileNotFoundError in one sentence where neither exists.
     """
+    name = _snapshot_of(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise FileNotFoundError(f"{flag} {name} has no config.json: give the directory of a base model")
+        # transformers would put such an adapter on the base unasked, and compare's base column would not be the base.
+        if (Path(name) / "adapter_config.json").exists():
+            raise ValueError(
+                f"{flag} {name} holds an adapter (adapter_config.json) beside the base's files: move it to a "
+                "directory of its own"
+            )
         # A kind of model that cannot be trained here is refused before anything else is looked at.
         read_config(str(name))
         return str(name)
 
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{flag} {name} does not exist: give a model directory or a hub id (owner/name)")
+        raise FileNotFoundError(
+            f"{flag} {name} does not exist{nearest(name)}: give a model directory or a hub id (owner/name)"
+        )
 
     try:
         # Weights twice, as safetensors and as .bin, would double the download.
@@ -53,6 +69,15 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
             "download the model once, or give its directory"
         ) from error
     return folder
+
+
+def _snapshot_of(name: str) -> str:
+    """The snapshot in a directory of the hub's cache (models--owner--name); any other name as it is."""
+    newest = Path(name) / "refs" / "main"
+    if not newest.is_file():
+        return name
+    folder = Path(name) / "snapshots" / newest.read_text(encoding="utf-8").strip()
+    return str(folder) if folder.is_dir() else name
 
 
 # ---- loading ----
@@ -105,7 +130,16 @@ def load_base(
 
 def read_config(model_dir: str) -> PretrainedConfig:
     """The configuration of a decoder-only language model. Raises: ValueError, in one sentence, for any other model."""
-    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    file = Path(model_dir) / "config.json"
+    if file.is_file():
+        _refuse_strange(read_object(file), file)
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    # A damaged description may hold a value of any type in any place.
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError,
+            StrictDataclassError) as error:  # fmt: skip
+        first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise ValueError(f"{file} cannot be used ({first}): copy or download it again") from None
     text = config.get_text_config()
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -116,6 +150,18 @@ def read_config(model_dir: str) -> PretrainedConfig:
             "attention"
         )
     return config
+
+
+def _refuse_strange(content: dict, file: Path) -> None:
+    """Refuse a config.json that asks for code of its own, or for sizes that no model has. Raises: ValueError."""
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = ", and its own code (auto_map) is never run here" if "auto_map" in content else ""
+        raise ValueError(f"{file}: model_type {kind!r:.60} is unknown to this version of transformers{own}")
+    for name, limit in SIZE_LIMITS.items():
+        value = content.get(name)
+        if isinstance(value, int | float) and value > limit:
+            raise ValueError(f"{file} says {name} {value:g}, which no model has: copy or download it again")
 
 
 def refuse_small_base(model_dir: str, tokenizer, tokens: int, flags: str) -> None:
@@ -131,6 +177,14 @@ def refuse_small_base(model_dir: str, tokenizer, tokens: int, flags: str) -> Non
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the base {model_dir} only {text.vocab_size}: they do not "
             "belong together"
+        )
+    # Their positions are scaled by the longest row of a batch: a row would depend on the rows beside it.
+    rope = getattr(text, "rope_parameters", None) or {}
+    switch = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in ("longrope", "dynamic") and switch and tokens > switch:
+        raise ValueError(
+            f"{flags}: a row may have {tokens} tokens, but beyond {switch} this base computes all positions of a "
+            "batch otherwise: give less"
         )
     positions = _learnt_positions(config)
     if positions is not None and tokens > positions:
@@ -175,7 +229,7 @@ def score_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def _in_four_bits(dtype: torch.dtype, device) -> dict:
     """Arguments of `from_pretrained` for NF4 with double quantisation, on `device` or this process's own."""
     if device is None:
-        device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+        device = read_launch().local_rank if torch.cuda.is_available() else "cpu"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -193,11 +247,3 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-
-
-# ---- proof ----
-def refuse_nonfinite(weights: dict[str, Tensor], owner: str) -> None:
-    """Raises: ValueError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{owner} holds NaN or infinity in {name}: its training diverged, or the file is damaged")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.artefacts.adapters import read_adapter
+from rlhf.artefacts.files import refuse_nonfinite
 from rlhf.artefacts.foreign import MERGE_IT, refuse_unshareable
 
 # Every linear layer of the decoder blocks, as --lora_target_models has it.
@@ -73,7 +74,13 @@ def _linear_in_blocks(model: PreTrainedModel, linear: list[str]) -> list[str]:
 
 
 def lora_config(args, model: PreTrainedModel, task_type: str | None, dropout: float = 0.0) -> LoraConfig:
-    """The shape of a new adapter as the flags of `LoraArguments` say."""
+    """The shape of a new adapter as the flags of `LoraArguments` say.
+
+    Raises: ValueError for a rank above the base's width.
+    """
+    width = model.config.get_text_config().hidden_size
+    if args.lora_rank > width:
+        raise ValueError(f"--lora_rank {args.lora_rank} is more than the base's width of {width}")
     return LoraConfig(
         task_type=task_type,
         r=args.lora_rank,
@@ -116,6 +123,7 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     """
     config, weights = read_adapter(adapter_dir)
     refuse_unshareable(config, weights, f"adapter {adapter_dir}")
+    refuse_nonfinite(weights, f"adapter {adapter_dir}")
     config = copy.deepcopy(config)
     # The stored weights replace whatever it would begin with.
     config.init_lora_weights = True

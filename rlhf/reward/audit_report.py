@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf.artefacts.adapters import check_adapter
-from rlhf.artefacts.run_json import adapter_hash
+from rlhf.artefacts.fingerprints import adapter_config_hash, adapter_hash
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
@@ -47,7 +47,7 @@ def audit_model(
     )
 
     # The adapter's hash lets a later stage see that the audit is of another state of the adapter.
-    write_audit(results | {"adapter": adapter_hash(folder)}, folder)
+    write_audit(results | {"adapter": adapter_hash(folder), "config": adapter_config_hash(folder)}, folder)
     say(table(results), f"audit written to {folder}/audit.md")
 
     # Numbers alone go into run.json; the tables are in the audit's own files.
@@ -267,7 +267,6 @@ def write_audit(results: dict, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     # NaN is no JSON: other programs could not read the file.
     content = json.dumps(results, ensure_ascii=False, allow_nan=False)
-    # The gate before PPO reads this file alone; the other two are for people.
     (folder / "audit.json").write_text(content + "\n", encoding="utf-8")
     (folder / "audit.md").write_text(markdown(results), encoding="utf-8")
     draw(results, folder / "audit.png")

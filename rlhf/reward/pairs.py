@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.data.batches import pad
-from rlhf.models.forward import accepts, backbone_of
+from rlhf.models.forward import TOLERANCE, accepts, backbone_of
 from rlhf.models.scoring import apply_head, last_states, score_in_parts
 
 
@@ -91,8 +91,8 @@ QUERY = 1
 CHOSEN = 2
 REJECTED = 3
 
-# Limit on the relative difference of hidden states: above bfloat16's rounding, below what a wrong attention causes.
-MAX_DIFFERENCE = 0.1
+# Limit on the relative difference of hidden states, by dtype: above rounding, below what a wrong attention causes.
+MAX_DIFFERENCE = TOLERANCE
 
 
 class SharedPromptCollator:
@@ -225,8 +225,8 @@ def check_shareable(backbone: nn.Module, row: dict, pad_id: int) -> None:
     relative = (shared - apart).norm(dim=1) / apart.norm(dim=1)
     difference = relative.max().item()
     # Written this way round, the comparison refuses NaN, too.
-    if not difference <= MAX_DIFFERENCE:
+    if not difference <= MAX_DIFFERENCE[backbone.dtype]:
         raise ValueError(
-            f"--share_prompt True: the hidden states of {kind} differ by {difference:.0%} from those of separate rows "
+            f"--share_prompt True: the hidden states of {kind} differ by {difference:.2%} from those of separate rows "
             "(a sliding window?): leave it out"
         )

@@ -172,6 +172,8 @@ class UpdateFlags(Flags):
     forward_batch_size: int = flag(32, help="rows per pass without gradient", group="machine", expert=True)
 
     def __post_init__(self):
+        if not 0 < self.learning_rate <= 1:
+            raise ValueError(f"--learning_rate {self.learning_rate} must be above 0 and at most 1")
         at_least(self, 1, "steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
                  "forward_batch_size")  # fmt: skip
         at_least(self, 0, "lr_warmup_steps", "critic_warmup_steps")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf.artefacts.files import TOKEN
 from rlhf.run.log import read_metrics
 from rlhf.run.pictures import pyplot
 
@@ -41,7 +42,7 @@ def draw_run(output_dir: str | Path) -> Path | None:
 
     # A reader of chart.png sees the old chart or the new one, never half of one.
     file = Path(output_dir) / "chart.png"
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.{TOKEN}{os.getpid()}")
     try:
         figure.savefig(part, dpi=100, format="png")
         os.replace(part, file)
@@ -94,12 +95,18 @@ def draw_steps(axes: list, rows: list[dict]) -> None:
     axes[-1].set_xlabel("PPO step" + (" (dashed: the guard stepped in)" if guarded else ""))
 
 
+# Metrics of an evaluation that the law of over-optimisation is drawn from.
+EVALUATED = ("kl/mean", "score/mean", "judge/mean")
+
+
 def overoptimization(rows: list[dict]) -> Curves:
     """{"proxy" and, with a judge, "judge": (sqrt(KL) [N], gain over the SFT model [N])} of a run's evaluations."""
     # The first step's record holds the SFT model's evaluation.
     first = rows[0].items()
     start = {name.removeprefix("eval_start/"): value for name, value in first if "eval_start/" in name}
-    evaluations = [row for row in rows if "eval/kl/mean" in row]
+    # metrics.jsonl holds NaN and Inf as strings: such an evaluation has no place in the picture.
+    measured = [row for row in rows if "eval/kl/mean" in row]
+    evaluations = [row for row in measured if not any(isinstance(row.get(f"eval/{key}"), str) for key in EVALUATED)]
     if not start or not evaluations:
         return {}
 

@@ -169,4 +169,13 @@ def check_start(loop: PPOLoop, fresh: bool) -> None:
     rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
     for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
         warnings.warn(warning, stacklevel=2)
-    say("check: log-probabilities, scores, reference and stop token are as they should be")
+    if rollout.ended(loop.sampling.stop_ids).any():
+        say("check: log-probabilities, scores, reference and stop token are as they should be")
+        return
+    warnings.warn(
+        f"none of the {len(prompts)} answers of the check ended within --output_max_length "
+        f"{loop.args.output_max_length}: a model that never stops is scored on cut answers; raise the limit, or look "
+        "whether its training ended answers with a stop token of this format",
+        stacklevel=2,
+    )
+    say("check: log-probabilities, scores and reference are as they should be; no answer ended")

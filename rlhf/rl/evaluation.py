@@ -69,6 +69,9 @@ def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
     """Return True if this evaluation is the best so far (judge, or score within the KL budget), and remember it."""
     name = criterion(loop)
     value = metrics[f"eval/{name}/mean"]
+    # NaN is not larger than anything, and nothing is larger than NaN.
+    if not math.isfinite(value):
+        return False
 
     # The reward model's own score rises with the KL whether or not answers get better; a judge's needs no such limit.
     if name == "score" and metrics["eval/kl/mean"] > loop.args.best_kl_budget:
@@ -88,6 +91,12 @@ def is_best(loop: PPOLoop, metrics: dict, step: int) -> bool:
 def criterion(loop: PPOLoop) -> str:
     """Name of what best/ is chosen by: "judge" where there is one, else "score"."""
     return "judge" if loop.args.judge_lora_path else "score"
+
+
+def say_best(loop: PPOLoop) -> None:
+    """Say which evaluation was the best, if there was any."""
+    if loop.best:
+        print(best_in_words(loop), flush=True)
 
 
 def best_in_words(loop: PPOLoop) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.artefacts.run_json import adapter_hash
+from rlhf.artefacts.fingerprints import same_parent
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.generation import Rollout
@@ -23,7 +23,7 @@ def stored_audit(reward_dir: str | Path) -> dict | None:
     """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
     audit = read_audit(reward_dir)
     # An adapter that was trained again since then has another hash.
-    if audit is None or audit.get("adapter") != adapter_hash(reward_dir):
+    if audit is None or "adapter" not in audit or not same_parent(audit, reward_dir):
         return None
     return audit
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.artefacts.adapters import save_adapter
-from rlhf.artefacts.files import load_tensors
-from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack
+from rlhf.artefacts.files import follow_umask, load_tensors, refuse_written
+from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack, scatter_by_mask
 from rlhf.models.generation import Rollout, Sampling, by_length
 from rlhf.models.kernels import fuse_linears
 from rlhf.models.loading import disable_dropout, load_base
@@ -211,6 +211,8 @@ def save_critic(roles: Roles, output_dir: str | Path) -> None:
     weights = roles.value_head.state_dict()
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
+    refuse_written(Path(output_dir) / VALUE_HEAD_FILE, "the value head")
+    follow_umask(Path(output_dir) / VALUE_HEAD_FILE)
     if roles.value_adapter:
         # In a folder of its own, because the policy's adapter is at the root.
         save_adapter(roles.peft_model, Path(output_dir) / VALUE_ADAPTER_DIR, "value")
@@ -231,11 +233,6 @@ def response_logprobs(model: PreTrainedModel, rollout: Rollout, sampling: Sampli
     processed = sampling.process(logits, t)
     logprobs = selective_logprobs(processed, rollout.response_ids[rollout.mask])
     return scatter_by_mask(logprobs, rollout.mask), hidden
-
-
-def scatter_by_mask(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] like `mask` with the N `values` at its True entries, in order, and 0 elsewhere."""
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def response_hidden(model: PreTrainedModel, rollout: Rollout) -> Tensor:
@@ -273,7 +270,6 @@ def role_logprobs(
     with roles.use(role) as model:
         for rows in by_length(rollout, rows_at_once):
             part = rollout.rows(rows)
-            # `part` is as wide as its longest response.
             width = part.mask.shape[1]
             part_logprobs, hidden = response_logprobs(model, part, sampling)
             logprobs[rows, :width] = part_logprobs

@@ -1,7 +1,9 @@
 """Before the first step of a PPO run: what the policy starts from, its first evaluation, the checks and the gate."""
 
 import warnings
+from pathlib import Path
 
+from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.data.template import CHAT
 from rlhf.models.untrained import warn_of_untrained
 from rlhf.rl import evaluation
@@ -9,6 +11,14 @@ from rlhf.rl.check import check_start
 from rlhf.rl.gate import quick_gate, stored_audit
 from rlhf.rl.loop import PPOLoop
 from rlhf.run.launch import say
+
+
+def claim(args) -> list[Path]:
+    """Claim the output directory; returns what an earlier run left, for `clear` once every input has been read."""
+    names = ("sft_model_lora_path", "reward_model_lora_path", "judge_lora_path", "merged_sft_model_path")
+    names += ("base_model_name", "dataset_name", "eval_dataset_name", "chat_template")
+    inputs = {f"--{name}": getattr(args, name) for name in names}
+    return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
 def say_start(loop: PPOLoop) -> None:

@@ -188,6 +188,10 @@ def save_interrupted(loop: PPOLoop, start: Snapshot, run: dict, metrics: dict) -
 def resume(loop: PPOLoop, folder: Path) -> int:
     """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
     state = load_state(folder, loop.optimizer)
+    if state["step"] > loop.total_steps:
+        raise ValueError(
+            f"--steps {loop.args.steps} asks for {loop.total_steps} steps, but {state['step']} are done: ask for more"
+        )
     _put_back(loop, state)
     loop.last_good = load_last_good(folder, loop.accelerator.device)
     if loop.accelerator.is_main_process and loop.args.resume_from_checkpoint == "True":

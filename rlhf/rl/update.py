@@ -12,9 +12,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import Adafactor
 
+from rlhf.models.forward import scatter_by_mask
 from rlhf.models.generation import Rollout, Sampling
 from rlhf.ppo import policy_loss, value_loss
-from rlhf.rl.roles import Roles, response_hidden, response_logprobs, scatter_by_mask
+from rlhf.rl.roles import Roles, response_hidden, response_logprobs
 from rlhf.rl.state import copy_weights, restore_weights
 from rlhf.run.stopping import Interrupted, explain_out_of_memory, received
 

@@ -1,5 +1,6 @@
 """From command line to exit code: one process or one per GPU, optional packages, errors as one sentence."""
 
+import ctypes
 import json
 import os
 import shlex
@@ -16,7 +17,9 @@ import torch
 import transformers
 
 from rlhf.artefacts.files import NO_ROOM
+from rlhf.run.environment import LAUNCHER_VARIABLES, leave_aside, read_launch
 from rlhf.run.stopping import Collapse, Interrupted, listen
+from rlhf.run.terminal import printable
 
 # Flag -> the package it needs, in the version that was tried.
 NEEDED = {"load_in_4bit": ("bitsandbytes", "0.50.2"), "deepspeed": ("deepspeed", "0.19.8")}
@@ -64,15 +67,10 @@ def check_deepspeed(file: str) -> None:
 
 
 # ---- processes ----
-# What torchrun and its like set for each process they start.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-
-
 def rank_and_size() -> tuple[int, int]:
     """(rank, number of processes) as the launcher says, before any process group exists."""
-    rank = int(os.environ.get("RANK", "0"))
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    return rank, size
+    launch = read_launch()
+    return launch.rank, launch.size
 
 
 def say(*lines: str) -> None:
@@ -81,11 +79,9 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
-def is_launched() -> bool:
-    """Return True if torchrun, accelerate or the like has started this process already."""
-    if any(name in os.environ for name in LAUNCHER_VARIABLES):
-        return True
-    return any(name.startswith("ACCELERATE_") for name in os.environ)
+def is_launched(nproc: int = 0) -> bool:
+    """Return True if torchrun, accelerate or the like has started this process; --nproc wins over a single one."""
+    return read_launch(nproc).launched
 
 
 def wanted_processes(nproc: int) -> int:
@@ -107,11 +103,20 @@ def run_script(main, parse_args) -> None:
     Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard,
     130 and 143 stopped by SIGINT and SIGTERM.
     """
+    _print_whatever_comes()
     # A wrong command line ends here, before any process is started.
     args = parse_args()
     silence_libraries()
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
-    processes = 1 if is_launched() else wanted_processes(getattr(args, "nproc", 1))
+    nproc = getattr(args, "nproc", 1)
+    try:
+        processes = 1 if is_launched(nproc) else wanted_processes(nproc)
+    except ValueError as error:
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    _follow_parent()
+    for setting in leave_aside():
+        say(f"{setting} in the environment is left aside: the flags decide")
     # What only prints would print once for each process.
     looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
     if processes > 1 and not looks_only:
@@ -138,10 +143,33 @@ def run_script(main, parse_args) -> None:
         sys.exit(3 if isinstance(error, Collapse) else 1)
 
 
+def _print_whatever_comes() -> None:
+    """Let a terminal of GBK or ASCII show what it cannot print as an escape: a character must not end a training."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+# The launcher of this project leaves its number here, for its workers to end with it.
+PARENT = "RLHF_LAUNCHER"
+
+
+def _follow_parent() -> None:
+    """Let a worker get SIGTERM when the launcher that started it is gone: it saves itself, and frees its directory."""
+    if os.environ.get(PARENT) != str(os.getppid()) or sys.platform != "linux":
+        return
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    # It may have died before that was set.
+    if os.environ[PARENT] != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def sentence(error: Exception, args) -> str:
     """An error in one line; a full disk always in the same words, whichever file met it."""
     if getattr(error, "errno", None) not in NO_ROOM:
-        return " ".join(str(error).split("\n"))
+        # It may name files and hold contents that are not ours.
+        return printable(" ".join(str(error).split("\n")))
 
     # The directory may not be there yet.
     folder = getattr(args, "output_dir", ".")
@@ -175,16 +203,17 @@ def _say_how_to_go_on(stop: Interrupted) -> None:
 def _without_values(words: list[str]) -> list[str]:
     """A command line without the flags that say how to start, and their values."""
     kept = []
-    words = iter(words)
-    for word in words:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         # "--output-dir", "--output_dir" and "--output_dir=x" all name one flag.
         flag = word.replace("-", "_").lstrip("_")
         name, equals, _ = flag.partition("=")
         if name not in ("overwrite_output_dir", "resume_from_checkpoint"):
             kept.append(word)
-        elif not equals:
-            # Its value is the next word.
-            next(words, None)
+        elif not equals and rest and not rest[0].startswith("--"):
+            # Its value is the next word; a switch may stand without one.
+            rest.pop(0)
     return kept
 
 
@@ -198,6 +227,10 @@ def _start_workers(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # A single process of another launcher gives way to --nproc.
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ[PARENT] = str(os.getpid())
     # The workers get this very command line. Each sees that it was launched, and starts none of its own.
     print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
     # Each process would otherwise use every core for its own matrix products.

@@ -7,6 +7,8 @@ import time
 import warnings
 from pathlib import Path
 
+from rlhf.artefacts.files import TOKEN
+
 # Answers with text that go to a tracker at one step, at most: a tracker's page is not for reading all of them.
 TRACKED_SAMPLES = 16
 
@@ -92,19 +94,47 @@ def _cut_back(file: Path, done: int) -> list[dict]:
     """Keep the records of a file up to step `done`, if there is a file; returns them."""
     rows = [row for row in read_lines(file) if row.get("step", 0) <= done]
     if file.is_file():
-        # Rewritten whole: a line that a crash cut goes with those that are too late.
-        file.write_text(_json_lines(rows), encoding="utf-8")
+        # Rewritten whole, beside it and then in its place: a crash half way leaves the old one.
+        part = file.with_name(f".{file.name}.{TOKEN}{os.getpid()}")
+        part.write_text(_json_lines(rows), encoding="utf-8")
+        os.replace(part, file)
     return rows
 
 
 # ---- trackers ----
 def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
     """Functions (log numbers, log samples, close) of a tracker."""
-    if tracker == "wandb":
-        return _open_wandb(output_dir, config)
-    if tracker == "tensorboard":
-        return _open_tensorboard(output_dir)
+    if tracker is None:
+        return _no_tracker()
+    try:
+        functions = _open_wandb(output_dir, config) if tracker == "wandb" else _open_tensorboard(output_dir)
+    # Whatever a tracker does wrong, the run goes on: metrics.jsonl is the record.
+    except Exception as error:
+        return _no_tracker(f"{tracker} could not be started ({type(error).__name__}: {error})")
+    return tuple(_forgiving(function, tracker) for function in functions)
+
+
+def _no_tracker(reason: str | None = None):
+    """Three functions that do nothing; `reason` is said once."""
+    if reason:
+        warnings.warn(f"{' '.join(reason.split())[:300]}: the run goes on with metrics.jsonl alone", stacklevel=2)
     return (lambda record: None), (lambda rows: None), (lambda: None)
+
+
+def _forgiving(function, tracker: str):
+    """`function` of a tracker, left alone after its first failure, which is a warning."""
+    failed = []
+
+    def call(*given):
+        if failed:
+            return
+        try:
+            function(*given)
+        except Exception as error:
+            failed.append(error)
+            _no_tracker(f"{tracker} failed ({type(error).__name__}: {error})")
+
+    return call
 
 
 def _open_wandb(output_dir: Path, config: dict):
@@ -166,7 +196,10 @@ def read_lines(file: Path) -> list[dict]:
         return []
 
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    # Not by splitlines, which also cuts at separators that an answer may hold, such as U+2028.
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
         try:
             rows.append(json.loads(line))
         except ValueError:

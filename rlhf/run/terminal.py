@@ -18,16 +18,23 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
+# Marks that turn the direction of writing: behind one of them a text shows in another order than it has.
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
 def printable(text: str) -> str:
-    """`text` with control characters other than a new line made visible: an answer must not steer the terminal."""
+    """Foreign text, safe to show: what would steer a terminal, a page or the order of letters is made visible.
+
+    All output of text that is not ours goes through here: answers, prompts, file names, contents of files.
+    """
     # A tab is a control character, too, but only stands for spaces.
     return "".join(map(_shown, text.expandtabs(4)))
 
 
 def _shown(character: str) -> str:
-    if character == "\n" or unicodedata.category(character) != "Cc":
-        return character
-    return "\ufffd"
+    # Control characters but for the new line; separators of lines and paragraphs; half a surrogate pair.
+    unsafe = character in BIDI or unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs")
+    return "\ufffd" if unsafe and character != "\n" else character
 
 
 def wrap(text: str, columns: int) -> list[str]:

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts.adapters import read_adapter
-from rlhf.artefacts.checkpoint import rotate, to_resume, why_incomplete
+from rlhf.artefacts.checkpoint import read_manifest, rotate, to_resume, why_incomplete
 from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.artefacts.resume import finished_run, refuse_changes
 from rlhf.data.batches import LengthGroupedSampler
@@ -35,10 +35,16 @@ def already_finished(args, stage: str) -> bool:
     return True
 
 
-def claim(args) -> None:
-    """Claim the output directory for this run, on the first process; a run that only looks at data claims nothing."""
-    if rank_and_size()[0] == 0 and not args.inspect_data:
-        claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir)
+def claim(args) -> list[Path]:
+    """Claim the output directory for this run, on the first process; a run that only looks at data claims nothing.
+
+    Returns: what an earlier run left, for `clear` to remove once every input has been read.
+    """
+    if rank_and_size()[0] != 0 or args.inspect_data:
+        return []
+    names = ("previous_lora_weights", "dataset_name", "eval_dataset_name", "model_name", "chat_template")
+    inputs = {f"--{name}": getattr(args, name, None) for name in names}
+    return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
 def row_order(args, lengths: list[int]) -> LengthGroupedSampler:
@@ -64,6 +70,9 @@ def resume_point(args, about: dict) -> str | None:
 
     # Before the model is loaded, so that a wrong command fails early.
     refuse_changes(checkpoint, args, about, rank_and_size()[1])
+    done = read_manifest(checkpoint).get("step", 0)
+    if 0 < args.max_steps < done:
+        raise ValueError(f"--max_steps {args.max_steps} is less than the {done} steps that are done: ask for more")
     # Read here because the Trainer's own error names no damaged file.
     read_adapter(checkpoint)
     if rank_and_size()[0] == 0 and args.resume_from_checkpoint == "True":

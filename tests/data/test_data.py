@@ -12,7 +12,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from rlhf.artefacts.run_json import padding_id
+from rlhf.artefacts.fingerprints import padding_id
 from rlhf.data import sources
 from rlhf.data.arguments import SFT_DATASET, DataArguments
 from rlhf.data.batches import LengthGroupedSampler, collate_prompts
@@ -208,7 +208,8 @@ def test_files_that_are_no_data_at_all_say_so(tmp_path):
         "utf16.json": ("[]".encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         "object.json": (b'{\n "data": []\n}', "one indented JSON object: give a list of rows"),
         "a.parquet": (b"PAR1....PAR1", "no readable Parquet file"),
-        "a.txt": (b"text", "is none of .json, .jsonl, .csv, .parquet"),
+        "a.docx": (b"text", "is none of .json, .jsonl, .csv, .parquet"),
+        "a.txt": (b"text", "a text file holds prompts, a line each: SFT and pairs need"),
     }
     for name, (content, reason) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -216,12 +217,10 @@ def test_files_that_are_no_data_at_all_say_so(tmp_path):
             load_rows(str(tmp_path / name), "sft")
 
 
-def test_a_byte_order_mark_is_refused_or_by_flag_left_out(tmp_path):
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_bytes("\ufeffprompt,answer\n一,二\n".encode())
-    with pytest.raises(ValueError, match=r"a.csv:1: the file begins with a byte order mark"):
-        load_rows(str(path), "sft")
-    assert texts(load_rows(str(path), "sft", args=SKIP)[0]) == [{"prompt": "一", "answer": "二"}]
+    assert texts(load_rows(str(path), "sft")[0]) == [{"prompt": "一", "answer": "二"}]
 
 
 def test_a_cut_or_broken_array_keeps_what_came_before(tmp_path):

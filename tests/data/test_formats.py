@@ -2,8 +2,9 @@
 
 import pytest
 
+from rlhf.data.columns import find_format
 from rlhf.data.dialogues import BadRow, Unusable
-from rlhf.data.formats import examples, find_format
+from rlhf.data.formats import examples
 from rlhf.data.template import DEFAULT_TEMPLATE, first_question, fold, render
 
 

@@ -7,7 +7,7 @@ import pytest
 from chat_tokenizers import CHAT_FAMILIES, TEXT_FAMILIES, make
 from transformers import AutoTokenizer
 
-from rlhf.artefacts.run_json import padding_id
+from rlhf.artefacts.fingerprints import padding_id
 from rlhf.data.arguments import DataArguments
 from rlhf.data.choose_format import choose_format, generation_stop_ids, stored_format, text_format
 from rlhf.data.dialogues import Unusable

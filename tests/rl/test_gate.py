@@ -15,7 +15,8 @@ from test_rl_training import arguments as ppo_arguments
 
 import reward_modeling
 import rl_training
-from rlhf.artefacts.run_json import adapter_hash, load_run
+from rlhf.artefacts.fingerprints import adapter_hash
+from rlhf.artefacts.run_json import load_run
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer, preference_rows

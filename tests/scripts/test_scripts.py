@@ -99,7 +99,8 @@ def test_the_recipe_of_a_chat_model_plans_and_trains_both_stages_in_its_own_form
     folder, environment = world
     sizes = " ".join([*SIZES, "--max_length", "64"])
     ppo = "--steps 8 --batch_size 8 --output_max_length 6 --eval_size 4 --eval_freq 0 --reward_gate warn"
-    environment |= {"BASE": tiny_chat, "RM_FLAGS": f"{sizes} --per_device_eval_batch_size 4", "PPO_FLAGS": ppo}
+    more = {"BASE": tiny_chat, "RM_FLAGS": f"{sizes} --per_device_eval_batch_size 4", "PPO_FLAGS": ppo}
+    environment = environment | more
     paths = {"DATA": "pairs.jsonl", "RUNS": "chat"}
     planned = bash((folder, environment), "train_chat.sh", "--plan", **paths)
     assert planned.count("fits a card of") == 2 and not (folder / "chat").exists()

@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf.artefacts.adapters import save_adapter
-from rlhf.artefacts.run_json import base_fingerprint, write_run
+from rlhf.artefacts.fingerprints import base_fingerprint
+from rlhf.artefacts.run_json import write_run
 from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.models.loading import load_base
