@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.artefacts import adapters, files, fingerprints, foreign, output_dir, run_json
+from rlhf.artefacts import adapters, damage, files, fingerprints, foreign, output_dir, run_json
 from rlhf.baichuan import to_fast_tokenizer, to_llama
 from rlhf.data import encoding
 from rlhf.data.choose_format import stored_format
@@ -102,7 +102,7 @@ def load_pair(base_dir: str, lora_path: str | None, dtype: str, device: str):
     model = loading.load_base(base_dir, getattr(torch, dtype), head=head, device=device).eval()
     model.config.use_cache = True
     # A new score head is random, but it is replaced by the adapter's below.
-    files.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
+    damage.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
     if config is None:
         return model
 
@@ -112,11 +112,9 @@ def load_pair(base_dir: str, lora_path: str | None, dtype: str, device: str):
     with warnings.catch_warnings():
         # peft looks for a name in the base's config, and warns of tied embeddings, which are untied here.
         warnings.simplefilter("ignore")
-        try:
+        # Tensors of other shapes raise; layers that the base does not have are left out without a word.
+        with damage.refused(f"adapter {lora_path} on this base", "it belongs to another one"):
             wrapped = PeftModel.from_pretrained(model, lora_path).eval()
-        # Of tensors with other shapes; layers that the base does not have are left out without a word.
-        except RuntimeError as error:
-            raise ValueError(f"adapter {lora_path} does not fit this base: {error}"[:400]) from None
     loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     lora.refuse_misfit(lora.lora_weights(weights), lora.lora_weights(loaded), f"adapter {lora_path}")
     return wrapped
@@ -133,7 +131,7 @@ def untie(model: PreTrainedModel) -> None:
 def convert_adapter(args: ScriptArguments, target: Path) -> None:
     """Write the adapter for q, k and v in place of W_pack: for a base that was converted by --format llama."""
     config, weights = adapters.read_adapter(args.lora_path)
-    files.refuse_nonfinite(weights, f"adapter {args.lora_path}")
+    damage.refuse_nonfinite(weights, f"adapter {args.lora_path}")
     config, weights = to_llama.split_adapter(config, weights)
     # The base it was trained on has no q_proj: the one it now fits is the Llama-format copy, if given.
     config.base_model_name_or_path = args.base_model_name
@@ -151,7 +149,7 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     fingerprint = fingerprints.base_fingerprint(base_dir)
     run = None
     if args.lora_path is not None:
-        files.refuse_nonfinite(adapters.read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
+        damage.refuse_nonfinite(adapters.read_adapter(args.lora_path)[1], f"adapter {args.lora_path}")
         stages = ("sft", "reward", "ppo")
         run = adapters.check_adapter(args.lora_path, stage=stages, base=fingerprint, flag="--lora_path")
     tokenizer = encoding.load_tokenizer(tokenizer_dir(args, base_dir, run))

@@ -273,23 +273,22 @@ def last_metrics(args: ScriptArguments) -> dict[str, float]:
 def finish(
     args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: list[dict]
 ) -> None:
-    """Write tokenizer, adapter and audit, and last of all run.json, which says that the stage is done."""
-    prompt_format.tokenizer.save_pretrained(args.output_dir)
-    adapters.save_adapter(model, args.output_dir)
-    adapters.check_saved(model, args.output_dir)
-
+    """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
     metrics = last_metrics(args)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    if args.audit and stage_trainer.is_zero3():
-        launch.say(
-            f"no audit: under ZeRO-3 one process alone cannot make it; --audit_only True does, of {args.output_dir}"
-        )
-    elif args.audit and eval_rows:
-        inner = model.get_base_model()
-        backbone = forward.backbone_of(inner)
-        metrics |= audit_report.audit_model(args, backbone, inner.score, prompt_format, eval_rows, args.output_dir)
+    with output_dir.finished_together(args.output_dir) as folder:
+        prompt_format.tokenizer.save_pretrained(folder)
+        adapters.save_adapter(model, folder)
+        adapters.check_saved(model, folder)
+        if args.audit and stage_trainer.is_zero3():
+            launch.say("no audit: under ZeRO-3 one process alone cannot make it; --audit_only True can, later")
+        elif args.audit and eval_rows:
+            inner = model.get_base_model()
+            backbone = forward.backbone_of(inner)
+            metrics |= audit_report.audit_model(args, backbone, inner.score, prompt_format, eval_rows, folder)
+            launch.say(f"audit written to {args.output_dir}/audit.md")
+        run_json.write_run(folder, **about, metrics=metrics)
 
-    run_json.write_run(args.output_dir, **about, metrics=metrics)
     launch.say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
 
 
@@ -305,7 +304,7 @@ def main(args: ScriptArguments) -> None:
     model_dir = loading.resolve_model(args.model_name)
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or model_dir)
     prompt_format = choose_format(args, tokenizer, model_dir)
-    if training.already_finished(args, "reward"):
+    if launch.already_finished(args, "reward"):
         return
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = fingerprints.base_fingerprint(model_dir)
@@ -323,6 +322,8 @@ def main(args: ScriptArguments) -> None:
     about = {"stage": "reward", "args": args, **identity, "data": about_data}
 
     # 4. Model, log and trainer, from the start or from a checkpoint.
+    if launch.already_finished(args, "reward", about):
+        return
     resume_from = training.resume_point(args, about)
     model = build_model(args, model_dir)
     output_dir.clear(old)

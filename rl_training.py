@@ -316,8 +316,8 @@ def main(args: ScriptArguments) -> None:
         args.merged_sft_model_path = loading.resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or args.base_model_name)
     prompt_format = choose_format(args, tokenizer, args.base_model_name)
-    if not args.inspect_data and resume.finished_run(args, "ppo"):
-        return print(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again", flush=True)
+    if launch.already_finished(args, "ppo"):
+        return
     longest = args.max_prompt_length + args.output_max_length
     loading.refuse_small_base(args.base_model_name, tokenizer, longest, "--max_prompt_length, --output_max_length")
     run = check_inputs(args, prompt_format)
@@ -327,19 +327,19 @@ def main(args: ScriptArguments) -> None:
     writes = accelerator.is_main_process and not args.inspect_data
     old = starting.claim(args) if writes else []
     accelerator.wait_for_everyone()
-    bad_rows = Path(args.output_dir) / "bad_rows.jsonl" if writes else None
-    prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows)
+    bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
+    prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows if writes else None)
     if args.inspect_data:
-        encoding.inspect_rows(prompt_format, prompts, funnel)
-        return
+        return encoding.inspect_rows(prompt_format, prompts, funnel)
     if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
     run["data"] = reading.fingerprints(prompts, eval_prompts) | funnel.as_dict()
+    if launch.already_finished(args, "ppo", run):
+        return
 
     # 4. Models, from the start or from a checkpoint.
     start = checkpoint.to_resume(args.resume_from_checkpoint, args.output_dir)
-    if start:
-        resume.refuse_changes(start, args, run, accelerator.num_processes)
+    resume.refuse_changes(start, args, run, accelerator.num_processes)
     loop = make_loop(args, accelerator, prompt_format, (prompts, eval_prompts), start)
     output_dir.clear(old)
     launch.say(f"{prompt_format.describe()}\n{funnel.table()}\n{metrics.batch_sizes(loop)}")
@@ -350,7 +350,7 @@ def main(args: ScriptArguments) -> None:
     starting.measure_start(loop, fresh=start is None)
     summary = train(loop, done, run)
     if accelerator.is_main_process:
-        state.save_stage(loop, Path(args.output_dir), run, {"steps": loop.total_steps, **summary, "best": loop.best})
+        state.save_finished(loop, run, {"steps": loop.total_steps, **summary, "best": loop.best})
         print(f"policy adapter saved in {args.output_dir}, chart in {args.output_dir}/chart.png", flush=True)
         evaluation.say_best(loop)
     accelerator.end_training()

@@ -191,10 +191,13 @@ def before_and_after(args: ScriptArguments) -> dict[str, float]:
     return {"eval_loss_before": losses[0], "eval_loss_after": losses[-1]} if losses else {}
 
 
-def finish(args: ScriptArguments, about: dict, log: MetricsLog) -> None:
-    """Write run.json, which says that the stage is done, and say what the evaluation loss was before and after."""
+def finish(args: ScriptArguments, model, about: dict, log: MetricsLog) -> None:
+    """Write the adapter and all that belongs to it, and say what the evaluation loss was before and after."""
     metrics = before_and_after(args)
-    run_json.write_run(args.output_dir, **about, metrics=metrics)
+    with output_dir.finished_together(args.output_dir) as folder:
+        about["tokenizer"].save_pretrained(folder)
+        adapters.save_adapter(model, folder)
+        run_json.write_run(folder, **about, metrics=metrics)
     log.close()
     shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     launch.say(f"SFT adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
@@ -212,7 +215,7 @@ def main(args: ScriptArguments) -> None:
     model_dir = loading.resolve_model(args.model_name)
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or model_dir)
     prompt_format = choose_format(args, tokenizer, model_dir)
-    if training.already_finished(args, "sft"):
+    if launch.already_finished(args, "sft"):
         return
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = fingerprints.base_fingerprint(model_dir)
@@ -231,6 +234,8 @@ def main(args: ScriptArguments) -> None:
     about = {"stage": "sft", "args": args, **identity, "data": about_data, "parents": parents}
 
     # 4. Model, log and trainer, from the start or from a checkpoint.
+    if launch.already_finished(args, "sft", about):
+        return
     resume_from = training.resume_point(args, about)
     model = build_model(args, model_dir)
     output_dir.clear(old)
@@ -251,10 +256,7 @@ def main(args: ScriptArguments) -> None:
     # 6. The adapter, and last of all run.json.
     with stage_trainer.gathered(model):
         if file is not None:
-            tokenizer.save_pretrained(args.output_dir)
-            adapters.save_adapter(model, args.output_dir)
-    if file is not None:
-        finish(args, about, file)
+            finish(args, model, about, file)
     training.end(trainer)
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from rlhf.artefacts.damage import refuse_types, refused
 from rlhf.artefacts.files import (
     ADAPTER_FILE,
     TOKEN,
@@ -69,15 +70,44 @@ def _sorted_lists(config: dict) -> dict:
 
 
 # ---- reading and checking ----
+# What an adapter_config.json holds, of the fields that decide what is computed. None stands for a default.
+NONE = type(None)
+CONFIG_KINDS = {
+    "peft_type": str, "task_type": (str, NONE), "r": int, "lora_alpha": float, "lora_dropout": float, "bias": str,
+    "target_modules": (str, list, NONE), "exclude_modules": (str, list, NONE), "modules_to_save": (list, NONE),
+    "layers_to_transform": (int, list, NONE), "layers_pattern": (str, list, NONE), "rank_pattern": (dict, NONE),
+    "alpha_pattern": (dict, NONE), "fan_in_fan_out": bool, "use_rslora": bool, "use_dora": bool,
+    "inference_mode": bool, "init_lora_weights": (bool, str),
+}  # fmt: skip
+
+
+def _refuse_strange_config(file: Path) -> None:
+    """Raises: ValueError naming the field of an adapter_config.json that no adapter could have been saved with."""
+    content = refuse_types(read_object(file), file, CONFIG_KINDS)
+    for name, value in content.items():
+        if isinstance(value, list) and name != "layers_to_transform":
+            words = {f"{name} {number}": word for number, word in enumerate(value)}
+            refuse_types(words, file, dict.fromkeys(words, str))
+        # Settings of a way to initialise, or of another library.
+        if name.endswith("_config"):
+            refuse_types(content, file, {name: (dict, NONE)})
+        if name.endswith("_pattern") and isinstance(value, dict):
+            kind = int if name == "rank_pattern" else float
+            named = {f"{name}: {key}": number for key, number in value.items()}
+            refuse_types(named, file, dict.fromkeys(named, kind))
+
+
 def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
     """Config and weights of an adapter; an old .bin is read with weights_only=True, so no pickle code runs."""
     folder = Path(adapter_dir)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
 
-    # Only for its message: peft's own on a damaged file does not name it.
-    read_object(folder / "adapter_config.json")
-    config = PeftConfig.from_pretrained(str(folder))
+    # peft takes whatever stands there, and fails much later.
+    file = folder / "adapter_config.json"
+    _refuse_strange_config(file)
+    with refused(f"{folder}/adapter_config.json"):
+        config = PeftConfig.from_pretrained(str(folder))
 
     # Where both are there, the one that can hold no code counts.
     for name in (ADAPTER_FILE, "adapter_model.bin"):

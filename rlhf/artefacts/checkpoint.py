@@ -235,6 +235,29 @@ def newest_complete(output_dir: str | Path, prefix: str = "step_") -> Path | Non
     return None
 
 
+@contextmanager
+def listed_files(folder: Path | None):
+    """A checkpoint's folder without what its manifest does not list: as it is, or as links elsewhere; None for None.
+
+    A library that is given a folder reads every file whose name it knows, whoever has put it there.
+    """
+    if folder is None:
+        yield None
+        return
+    listed = read_manifest(folder)["files"]
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    if present <= {*listed, MANIFEST}:
+        yield folder
+        return
+
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.") as name:
+        for file in listed:
+            link = Path(name) / file
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((folder / file).resolve())
+        yield Path(name)
+
+
 def to_resume(asked: str | None, output_dir: str | Path, prefix: str = "step_") -> Path | None:
     """The checkpoint of `--resume_from_checkpoint`: newest complete one for "True" (None if there is none), or a path.
 

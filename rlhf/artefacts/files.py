@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import resource
 import shutil
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+
+from rlhf.artefacts.damage import damaged, refuse_nonfinite
 
 # With fewer free bytes than this, a failed write is blamed on the full disk.
 NEARLY_NONE = 1 << 16
@@ -68,7 +71,7 @@ def write_json(path: Path | str, content: dict) -> None:
 
 @contextmanager
 def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = GO_ON):
-    """Turn what libraries raise on a full disk (OSError, SafetensorError, RuntimeError) into one `DiskFull`.
+    """Turn whatever libraries raise on a full disk, or at the shell's limit for files, into one `DiskFull`.
 
     Args:
         folder: what is being filled; it will be removed when that fails. name: of the whole, in the message.
@@ -76,7 +79,10 @@ def readable_when_full(folder: Path, name: str, min_bytes: int = 0, mend: str = 
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    # tokenizers raise a bare Exception, safetensors and torch errors of their own.
+    except Exception as error:
+        if is_too_large(error):
+            raise DiskFull(f"{name}: {limit_of_files()}; what was begun is removed. {mend}") from error
         if not is_full(error, folder.parent):
             raise
 
@@ -94,6 +100,22 @@ def is_full(error: Exception, folder: Path) -> bool:
         return True
     # Some libraries only pass on the words, and torch.save not even those.
     return "No space left" in str(error) or shutil.disk_usage(folder).free < NEARLY_NONE
+
+
+def is_too_large(error: Exception) -> bool:
+    """Return True if a file grew beyond what the shell allows (ulimit -f), whichever library says so and how."""
+    if getattr(error, "errno", None) == errno.EFBIG or "File too large" in str(error):
+        return True
+    # torch.save says only that it could not write.
+    limited = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return limited and isinstance(error, RuntimeError) and "writ" in str(error)
+
+
+def limit_of_files() -> str:
+    """Half a sentence on the shell's limit for the size of a file, and how to raise it."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    allowed = f" of {limit:,} bytes" if limit != resource.RLIM_INFINITY else ""
+    return f"a file would be larger than this shell's limit{allowed}: raise it with ulimit -f unlimited"
 
 
 def size_of(folder: Path) -> int:
@@ -132,16 +154,6 @@ def load_tensors(file: Path, mmap: bool = False) -> dict[str, torch.Tensor]:
     return content
 
 
-def damaged(file: Path, error: Exception) -> str:
-    """One sentence on a file that no tensors can be read from."""
-    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error).lower():
-        return f"{file} holds more than tensors, and no code of it was run: train or download it as safetensors"
-
-    # Libraries go on for several lines; an error without words is named by its class.
-    why = str(error).partition("\n")[0] or type(error).__name__
-    return f"{file} is damaged ({why}): train, download or copy it again"
-
-
 def read_object(file: Path) -> dict:
     """A JSON file that holds an object. Raises: ValueError in one sentence where it does not."""
     # A pipe or a device would be read for ever.
@@ -157,13 +169,6 @@ def read_object(file: Path) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not readable JSON ({error}): it is damaged, or was never finished") from error
     return content
-
-
-def refuse_nonfinite(weights: dict[str, torch.Tensor], owner: str) -> None:
-    """Raises: ValueError naming the first tensor that holds NaN or infinity."""
-    for name, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{owner} holds NaN or infinity in {name}: its training diverged, or the file is damaged")
 
 
 def refuse_written(file: Path, owner: str) -> None:

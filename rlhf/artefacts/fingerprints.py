@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from rlhf.artefacts.files import ADAPTER_FILE, damaged, load_tensors, read_object
+from rlhf.artefacts.damage import damaged
+from rlhf.artefacts.files import ADAPTER_FILE, load_tensors, read_object
 
 # Fields of a model's configuration in which different models are likely to differ.
 SHAPE_FIELDS = (

@@ -5,6 +5,10 @@ of the base, or changes them when it is put on, would change every other role to
 what plain peft computes with the adapter alone.
 """
 
+import re
+import signal
+import threading
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 
 from peft import LoraConfig, PeftConfig
@@ -23,6 +27,10 @@ ANY_VALUE = {
 # of the base's own weights.
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
+# CPU seconds that an expression may take on so many names of modules; a usual one takes microseconds.
+PATTERN_SECONDS = 2.0
+PATTERN_NAMES = 200
+
 MERGE_IT = "merge it into a base of its own with merge_lora.py, and give that as the base"
 
 
@@ -35,6 +43,7 @@ def refuse_unshareable(config: PeftConfig, weights: dict[str, Tensor], owner: st
     """
     refuse_other_methods(config, owner)
     refuse_absurd_ranks(config, weights, owner)
+    refuse_slow_patterns(config, weights, owner)
 
     init = config.init_lora_weights
     if not any(init is known or init == known for known in HARMLESS_INITS):
@@ -65,6 +74,7 @@ def refuse_unmergeable(config: PeftConfig, weights: dict[str, Tensor], model, ow
     """
     refuse_other_methods(config, owner)
     refuse_absurd_ranks(config, weights, owner)
+    refuse_slow_patterns(config, weights, owner)
     if config.bias != "none" or config.lora_bias:
         raise ValueError(f"{owner} trains biases, which this base has no place for: train it with bias none")
     if config.layer_replication or config.trainable_token_indices:
@@ -105,6 +115,54 @@ def refuse_absurd_ranks(config: LoraConfig, weights: dict[str, Tensor], owner: s
         raise ValueError(
             f"{owner}: adapter_config.json says rank {max(ranks)}, but its largest tensor has rank {stored}"
         )
+
+
+def refuse_slow_patterns(config: LoraConfig, weights: dict[str, Tensor], owner: str) -> None:
+    """Refuse a regular expression that is none, or that takes for ever on a name, before every module is tried on it.
+
+    Raises: ValueError naming the field of adapter_config.json.
+    """
+    patterns = [(name, getattr(config, name)) for name in ("target_modules", "exclude_modules")]
+    patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns += [(name, key) for key in getattr(config, name) or {}]
+    layers = config.layers_pattern or []
+    patterns += [("layers_pattern", value) for value in ([layers] if isinstance(layers, str) else layers)]
+
+    # A name that almost fits is what costs most.
+    names = [name.split(".lora_")[0] for name in sorted(weights)[:PATTERN_NAMES]]
+    for field, pattern in patterns:
+        try:
+            with within_cpu_seconds(PATTERN_SECONDS):
+                for name in names:
+                    re.fullmatch(pattern, f"{name}!")
+        except (re.error, TypeError, RecursionError, OverflowError) as error:
+            raise ValueError(f"{owner}: {field} {pattern!r:.60} is no regular expression ({error})") from None
+        except TimeoutError:
+            raise ValueError(
+                f"{owner}: the regular expression in {field}, {pattern!r:.60}, takes for ever on the name of a "
+                "module: write it without a repetition inside a repetition"
+            ) from None
+
+
+@contextmanager
+def within_cpu_seconds(seconds: float):
+    """Raise TimeoutError if the block computes for longer; regular expressions look for signals on their way."""
+
+    def stop(signum, frame):
+        raise TimeoutError
+
+    # Only the main thread may set a handler, and only there are adapters read.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _default(field):

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.artefacts.checkpoint import is_ours
+from rlhf.artefacts.checkpoint import is_ours, sync_directory
 from rlhf.artefacts.files import ADAPTER_FILE, TOKEN, follow_umask, readable_when_full
 
 # Files that a run leaves at the top of its directory. --overwrite_output_dir removes these and no other files.
@@ -18,7 +18,7 @@ RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetenso
 
 # Temporary names of our writers. A process that is killed cannot remove its own.
 SCRATCH = re.compile(
-    r"\.(step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)"
+    r"\.(finished|step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)"
     rf"\.{TOKEN}\w+"
 )
 
@@ -208,6 +208,36 @@ def sweep_killed(target: Path) -> None:
 
 
 # ---- filling ----
+# These last, in this order: with a config a folder counts as an adapter, with run.json as a finished run.
+LAST = (ADAPTER_FILE, "adapter_config.json", "run.json")
+
+
+@contextmanager
+def finished_together(output_dir: str | Path):
+    """A hidden folder to fill with what a finished run leaves; its files move to the top of the run's directory at the
+    end of the block. Where one of them finds no room there is none of them."""
+    target = Path(output_dir)
+    if not target.is_dir():
+        raise FileNotFoundError(f"--output_dir {target} was removed while the run was going on: nothing can be saved")
+
+    scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".finished.{TOKEN}"))
+    try:
+        with readable_when_full(scratch, "the result"):
+            yield scratch
+            follow_umask(scratch)
+            sync_directory(scratch)
+
+        # A rename takes no room.
+        names = sorted(path.name for path in scratch.iterdir())
+        for name in [name for name in names if name not in LAST] + [name for name in LAST if name in names]:
+            if (target / name).is_dir():
+                shutil.rmtree(target / name)
+            os.replace(scratch / name, target / name)
+        sync_directory(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 @contextmanager
 def staged(target: Path):
     """A folder beside `target` to fill, which takes its place once all is done."""

@@ -1,6 +1,7 @@
 """Resuming: which flags and inputs may differ from the checkpoint's, and how a finished run is recognised."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -55,6 +56,18 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
     return changed
 
 
+def _other_paths(then: dict, args) -> bool:
+    """Return True if a flag names another file or directory than it did, as far as the names tell."""
+    rules = resume_rules(type(args))
+    names = [name for name, rule in rules.items() if rule == "path" and name in then and name != "output_dir"]
+    return any(_place(then[name]) != _place(getattr(args, name)) for name in names)
+
+
+def _place(path: str | None) -> str | None:
+    """A path without what may be spelled in several ways; a hub id or None as it is."""
+    return os.path.realpath(path) if isinstance(path, str) and os.path.exists(path) else path
+
+
 def _only_longer(changes: list[str], args) -> bool:
     """Return True if only the run's length differs; it counts where the learning rate depends on the length."""
     rules = resume_rules(type(args))
@@ -64,16 +77,18 @@ def _only_longer(changes: list[str], args) -> bool:
     return args.lr_scheduler_type == "constant" and all(rules[name] == "longer" for name in names)
 
 
-def refuse_changes(folder: Path, args, run: dict, processes: int) -> None:
+def refuse_changes(folder: Path | None, args, run: dict, processes: int) -> None:
     """Refuse to go on from a checkpoint that was made under other flags, data or processes.
 
     A run may be made longer. Everything else is refused unless --allow_changes True, and then said aloud.
 
     Args:
-        folder: a complete checkpoint. processes: of this run.
+        folder: a complete checkpoint; None for a fresh start, which nothing is refused of. processes: of this run.
         run: what this command would write into run.json; its fingerprints are compared.
     Raises: ValueError naming what differs.
     """
+    if folder is None:
+        return
     # Flags of another stage could not be compared at all.
     before = load_run(folder)
     stage = run.get("stage", "ppo")
@@ -120,8 +135,8 @@ def _refuse_other_stage(folder: Path, stage: str) -> None:
             raise ValueError(f"--output_dir {folder} holds a run of stage {run.get('stage')}: give another directory")
 
 
-def finished_run(args, stage: str) -> dict | None:
-    """run.json of this very run if it ended before and --resume_from_checkpoint True asks for it again, else None.
+def finished_run(args, stage: str, now: dict | None = None) -> dict | None:
+    """run.json of this very run if it ended before, else None; also where only `now` could tell, and is None.
 
     Raises: ValueError naming what differs where output_dir holds the finished run of another command.
     """
@@ -135,8 +150,11 @@ def finished_run(args, stage: str) -> dict | None:
     if run["stage"] == stage and adapter_hash(args.output_dir) is None:
         return None
 
-    # Paths count here: of a finished run nothing is compared by content.
-    changes = differences(run["arguments"], args)
+    changes = differences(run["arguments"], args, ignored=("free", "path"))
+    if now is not None:
+        changes += _other_inputs(run, now)
+    elif not changes and _other_paths(run["arguments"], args):
+        return None
     # A longer run goes on from the newest checkpoint, if there is one.
     if changes and _only_longer(changes, args):
         return None

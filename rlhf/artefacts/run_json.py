@@ -6,8 +6,22 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+from rlhf.artefacts.damage import refuse_types
 from rlhf.artefacts.files import read_object, write_json
 from rlhf.artefacts.fingerprints import parent_entry, tokenizer_fingerprint
+
+# What a run.json of ours holds, whichever version wrote it. Older versions lack some of it.
+KINDS = {
+    "stage": str, "arguments": dict, "base": dict, "tokenizer": (str, type(None)), "data": dict, "parents": dict,
+    "metrics": dict, "versions": dict, "prompt_template": (str, type(None)), "prompt_format": (dict, type(None)),
+}  # fmt: skip
+FORMAT_KINDS = {
+    "prompt_template": str, "sha256": str, "text": str, "chat_template_kwargs": (dict, type(None)),
+    "system_prompt": (str, type(None)), "bos": bool, "stop_tokens": list, "stop_ids": list,
+}  # fmt: skip
+
+# Of a format, what a later stage could not do without.
+FORMAT_NEEDED = ("prompt_template", "text", "chat_template_kwargs", "system_prompt", "bos", "stop_ids")
 
 
 # ---- writing ----
@@ -67,8 +81,20 @@ def _git_commit() -> str | None:
 
 # ---- reading ----
 def load_run(adapter_dir: str | Path) -> dict | None:
-    """run.json of a stage's directory, or None for an adapter that was trained elsewhere."""
+    """run.json of a stage's directory, or None for an adapter that was trained elsewhere.
+
+    Raises: ValueError naming the field that this project would not have written so.
+    """
     file = Path(adapter_dir) / "run.json"
     if not file.is_file():
         return None
-    return read_object(file)
+    run = refuse_types(read_object(file), file, KINDS, required=("stage",))
+    for entry in run.setdefault("parents", {}).values():
+        refuse_types({"parents": entry}, file, {"parents": dict})
+        refuse_types(entry, file, {"path": str, "adapter": (str, type(None)), "config": (str, type(None))})
+    prompt_format = run.get("prompt_format")
+    if prompt_format is not None:
+        refuse_types(prompt_format, file, FORMAT_KINDS, required=FORMAT_NEEDED)
+        if not all(type(token) is int for token in prompt_format["stop_ids"]):
+            raise ValueError(f"{file}: its stop_ids are no token ids: it is damaged, or was changed by hand")
+    return {"arguments": {}, "base": {}, "data": {}, "metrics": {}, "versions": {}} | run

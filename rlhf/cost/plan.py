@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.arguments import LoraArguments
+from rlhf.artefacts.adapters import read_adapter
+from rlhf.artefacts.foreign import refuse_unshareable
 from rlhf.cost.memory import (
     GIB,
     MemoryNeeds,
@@ -74,7 +75,8 @@ def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
     """Parameters of the adapter in a directory; of a usual one where the stage before has yet to write it."""
     if not (Path(folder) / "adapter_config.json").is_file():
         return adapter_parameters(model, default_rank, None)
-    config = PeftConfig.from_pretrained(folder)
+    config, weights = read_adapter(folder)
+    refuse_unshareable(config, weights, f"adapter {folder}")
     return adapter_parameters(model, config.r, config.target_modules)
 
 

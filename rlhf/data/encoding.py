@@ -7,6 +7,7 @@ from itertools import groupby
 from transformers import AutoTokenizer
 
 import rlhf.baichuan  # noqa: F401  (registers the Baichuan classes with the Auto classes)
+from rlhf.artefacts.damage import refused
 from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
@@ -17,15 +18,16 @@ from rlhf.run.terminal import printable
 # ---- tokenizer ----
 def load_tokenizer(name_or_path: str):
     """The tokenizer as its files define it. Raises: ValueError, in one sentence, where it is missing or damaged."""
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    # SentencePiece raises RuntimeError for a file that it cannot parse.
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        said = str(error).strip()
-        first = said.splitlines()[0][:200] if said else type(error).__name__
-        raise ValueError(
-            f"no tokenizer could be loaded from {name_or_path} ({first}): give a directory with its files or a hub id"
-        ) from None
+    with refused(f"the tokenizer of {name_or_path}", "give a directory with all its files, or a hub id"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        except OSError as error:
+            raise ValueError(str(error)) from error
+        # Some damage shows at the first use only.
+        ids = tokenizer("问：1+1?", add_special_tokens=True)["input_ids"]
+        tokenizer.decode(ids, skip_special_tokens=True)
+        tokenizer.get_vocab()
+    return tokenizer
 
 
 # ---- rows ----

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -21,6 +20,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
+from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import nearest, read_object
 from rlhf.models.kernels import fuse_norms
 from rlhf.run.environment import read_launch
@@ -111,7 +111,8 @@ def load_base(
         options |= _in_four_bits(dtype, device)
         device = None
 
-    model, loaded = auto.from_pretrained(model_dir, output_loading_info=True, **options)
+    with refused(f"the base {model_dir}", "install what it needs, or download it again"):
+        model, loaded = auto.from_pretrained(model_dir, output_loading_info=True, **options)
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
     if missing:
         raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
@@ -133,13 +134,8 @@ def read_config(model_dir: str) -> PretrainedConfig:
     file = Path(model_dir) / "config.json"
     if file.is_file():
         _refuse_strange(read_object(file), file)
-    try:
+    with refused(str(file), "copy or download it again"):
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
-    # A damaged description may hold a value of any type in any place.
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError,
-            StrictDataclassError) as error:  # fmt: skip
-        first = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise ValueError(f"{file} cannot be used ({first}): copy or download it again") from None
     text = config.get_text_config()
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

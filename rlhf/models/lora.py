@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.artefacts.adapters import read_adapter
-from rlhf.artefacts.files import refuse_nonfinite
-from rlhf.artefacts.foreign import MERGE_IT, refuse_unshareable
+from rlhf.artefacts.damage import refuse_nonfinite, refused
+from rlhf.artefacts.foreign import MERGE_IT, PATTERN_SECONDS, refuse_unshareable, within_cpu_seconds
 
 # Every linear layer of the decoder blocks, as --lora_target_models has it.
 ALL_LINEAR = "all-linear"
@@ -45,9 +45,12 @@ def lora_targets(model: PreTrainedModel, spec: str | None) -> list[str] | str:
 
     # peft matches an expression with the whole name of a module.
     try:
-        matches = any(re.fullmatch(spec, name) for name in linear)
-    except re.error as error:
+        with within_cpu_seconds(PATTERN_SECONDS):
+            matches = any(re.fullmatch(spec, name) for name in linear)
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"--lora_target_models {spec} is no regular expression ({error})") from None
+    except TimeoutError:
+        raise ValueError(f"--lora_target_models {spec} takes for ever on the name of a module: name them") from None
     if not matches:
         raise ValueError(f"--lora_target_models {spec} matches no linear layer; there is {linear[0]}, for one")
     return spec
@@ -133,13 +136,11 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     config.lora_dropout = 0.0
     lora = lora_weights(weights)
 
-    try:
+    with refused(f"adapter {adapter_dir} on this base"):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:
             model = PeftModel(model, config, adapter_name=name)
-    except ValueError as error:
-        raise ValueError(f"adapter {adapter_dir} does not fit this base: {error}") from error
 
     # Without the embeddings, which peft adds where an adapter is on one of them.
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -188,7 +189,8 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
     config.init_lora_weights = True
     config.task_type = "CAUSAL_LM"
     config.inference_mode = False
-    model = get_peft_model(model, config)
+    with refused(f"--previous_lora_weights {adapter_dir} on this base"):
+        model = get_peft_model(model, config)
 
     refuse_misfit(weights, get_peft_model_state_dict(model), f"--previous_lora_weights {adapter_dir}")
     set_peft_model_state_dict(model, weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from rlhf.artefacts.adapters import check_adapter
+from rlhf.artefacts.files import read_object
 from rlhf.artefacts.fingerprints import adapter_config_hash, adapter_hash
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
@@ -48,7 +49,7 @@ def audit_model(
 
     # The adapter's hash lets a later stage see that the audit is of another state of the adapter.
     write_audit(results | {"adapter": adapter_hash(folder), "config": adapter_config_hash(folder)}, folder)
-    say(table(results), f"audit written to {folder}/audit.md")
+    say(table(results))
 
     # Numbers alone go into run.json; the tables are in the audit's own files.
     shares = {f"audit/{kind}": result["share"] for kind, result in _tried(results).items()}
@@ -74,6 +75,7 @@ def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict,
     model, rest = add_lora(model, folder, "reward", trainable=False)
     head = score_head_of(rest, folder).to(model.device)
     audit_model(args, backbone_of(model.get_base_model()), head, prompt_format, eval_rows, folder)
+    say(f"audit written to {folder}/audit.md")
 
 
 def _tried(results: dict) -> dict[str, dict]:
@@ -273,8 +275,6 @@ def write_audit(results: dict, folder: str | Path) -> None:
 
 
 def read_audit(folder: str | Path) -> dict | None:
-    """Read what `write_audit` wrote in `folder`; None where there is none."""
+    """Read what `write_audit` wrote in `folder`; None where there is none. Raises: ValueError if damaged."""
     file = Path(folder) / "audit.json"
-    if not file.is_file():
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_object(file) if file.is_file() else None

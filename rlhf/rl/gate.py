@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from rlhf.artefacts.damage import refuse_types
 from rlhf.artefacts.fingerprints import same_parent
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.generation import Rollout
-from rlhf.reward.audit import attack_results, consequence, make_attacks, row_scorer, winning_attacks
+from rlhf.reward.audit import CONSEQUENCES, attack_results, consequence, make_attacks, row_scorer, winning_attacks
 from rlhf.reward.audit_report import read_audit
 from rlhf.rl.experience import sample_responses
 from rlhf.rl.loop import PPOLoop, seeded
@@ -20,11 +21,22 @@ QUICK_PROMPTS = 64
 
 
 def stored_audit(reward_dir: str | Path) -> dict | None:
-    """The audit in a reward adapter's directory, if it was made of the adapter as it is now."""
+    """The audit in a reward adapter's directory, if it was made of the adapter as it is now.
+
+    Raises: ValueError where the part that the gate decides by is not as an audit writes it.
+    """
     audit = read_audit(reward_dir)
     # An adapter that was trained again since then has another hash.
     if audit is None or "adapter" not in audit or not same_parent(audit, reward_dir):
         return None
+
+    file = Path(reward_dir) / "audit.json"
+    verdict = refuse_types(audit, file, {"verdict": dict}, required=("verdict",))["verdict"]
+    winning = refuse_types(verdict, file, {"winning": dict}, required=("winning",))["winning"]
+    refuse_types(winning, file, dict.fromkeys(winning, float))
+    unknown = sorted(winning.keys() - CONSEQUENCES.keys())
+    if unknown:
+        raise ValueError(f"{file} names an attack {unknown[0]!r:.40} that is none: audit the reward model again")
     return audit
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.artefacts.adapters import save_adapter
+from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import follow_umask, load_tensors, refuse_written
 from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack, scatter_by_mask
 from rlhf.models.generation import Rollout, Sampling, by_length
@@ -194,7 +195,9 @@ def _value_head(hidden_size: int, policy_dir: str | Path | None) -> nn.Linear:
     """The fp32 value head [hidden] -> [1]: of a PPO directory, or zeros."""
     head = nn.Linear(hidden_size, 1)
     if policy_dir is not None:
-        head.load_state_dict(load_tensors(Path(policy_dir) / VALUE_HEAD_FILE))
+        file = Path(policy_dir) / VALUE_HEAD_FILE
+        with refused(str(file)):
+            head.load_state_dict(load_tensors(file))
         return head
 
     # Random values would be noise in the first advantages.

@@ -6,28 +6,21 @@ On disk: `save_checkpoint` and `save_interrupted` write a run, and `resume` read
 """
 
 import copy
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.checkpoint import publish, rotate, why_incomplete
-from rlhf.artefacts.files import load_tensors, write_json
+from rlhf.artefacts.output_dir import finished_together
 from rlhf.artefacts.run_json import write_run
 from rlhf.rl.loop import PPOLoop
 from rlhf.rl.roles import save_critic
+from rlhf.rl.state_file import Copies, load_last_good, load_state, save_last_good, save_state
 from rlhf.run.launch import say
 from rlhf.run.stopping import Collapse
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-
-STATE_FILE = "state.json"
-
-GOOD_FILE = "good.safetensors"
 
 # KL penalty after a roll back of a run that had none to double.
 FIRST_KL_PENALTY = 0.1
@@ -35,63 +28,8 @@ FIRST_KL_PENALTY = 0.1
 # Fields of the PPOLoop that snapshots and checkpoints hold as they are: all are JSON.
 KEPT = ("reward_stats", "baseline", "best", "rollbacks", "left_out")
 
-# Copies of all trained parameters, in their order, and of the optimizer's state (parameter index -> key -> value).
-Copies = tuple[list[Tensor], dict]
-
 
 # ---- files ----
-def save_state(folder: Path, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Write the optimizer's tensors as safetensors ("<parameter index>.<key>") and `state` as JSON."""
-    # As plain tensors: reading a checkpoint from elsewhere must run no code.
-    save_file(_flat(optimizer.state_dict()["state"]), folder / OPTIMIZER_FILE)
-    write_json(folder / STATE_FILE, state)
-
-
-def load_state(folder: Path, optimizer: torch.optim.Optimizer) -> dict:
-    """Put what `save_state` wrote back into the optimizer (same parameters, same order); returns `state`."""
-    tensors = load_tensors(folder / OPTIMIZER_FILE)
-    # Learning rate and betas follow from the flags: they are the new optimizer's.
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": _nested(tensors)})
-    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-
-
-def save_last_good(folder: Path, good: Copies) -> None:
-    """Write the copies of weights and optimizer state (of `copy_weights`) that `roll_back` would put back."""
-    weights, optimizer_state = good
-    parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(weights)}
-    save_file(parameters | _flat(optimizer_state), folder / GOOD_FILE)
-
-
-def load_last_good(folder: Path, device: torch.device) -> Copies | None:
-    """Read what `save_last_good` wrote, or return None for a run that never rolls back."""
-    if not (folder / GOOD_FILE).is_file():
-        return None
-    tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / GOOD_FILE).items()}
-
-    # By number, not in the file's order, in which 10 stands before 2. The rest is the optimizer's.
-    count = sum(name.startswith("parameter.") for name in tensors)
-    parameters = [tensors.pop(f"parameter.{index}") for index in range(count)]
-    return parameters, _nested(tensors)
-
-
-def _flat(state: dict[int, dict]) -> dict[str, Tensor]:
-    """An optimizer's state under the names "<parameter index>.<key>", on the CPU; its numbers become tensors."""
-    tensors = {}
-    for index, entry in state.items():
-        for key, value in entry.items():
-            tensors[f"{index}.{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
-
-
-def _nested(tensors: dict[str, Tensor]) -> dict[int, dict]:
-    """The inverse of `_flat`: parameter index -> key -> tensor."""
-    state: dict[int, dict] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    return state
-
-
 def save_stage(loop: PPOLoop, folder: Path, run: dict, metrics: dict) -> None:
     """Write the policy's adapter, its critic, tokenizer and run.json: all that later stages and other tools need."""
     # The tokenizer, often the largest, first: a full disk then leaves no adapter that looks like a finished run's.
@@ -99,6 +37,12 @@ def save_stage(loop: PPOLoop, folder: Path, run: dict, metrics: dict) -> None:
     save_adapter(loop.roles.peft_model, folder, "policy")
     save_critic(loop.roles, folder)
     write_run(folder, stage="ppo", args=loop.args, tokenizer=loop.tokenizer, metrics=metrics, **run)
+
+
+def save_finished(loop: PPOLoop, run: dict, metrics: dict) -> None:
+    """Save what a finished run leaves at the top of its directory: all of it or nothing."""
+    with finished_together(loop.args.output_dir) as folder:
+        save_stage(loop, folder, run, metrics)
 
 
 # ---- undoing a step ----

@@ -1,6 +1,5 @@
 """From command line to exit code: one process or one per GPU, optional packages, errors as one sentence."""
 
-import ctypes
 import json
 import os
 import shlex
@@ -8,7 +7,6 @@ import shutil
 import signal
 import sys
 import traceback
-import uuid
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,13 +14,19 @@ from pathlib import Path
 import torch
 import transformers
 
-from rlhf.artefacts.files import NO_ROOM
-from rlhf.run.environment import LAUNCHER_VARIABLES, leave_aside, read_launch
+from rlhf.artefacts.damage import is_out_of_memory
+from rlhf.artefacts.files import NO_ROOM, is_too_large, limit_of_files
+from rlhf.artefacts.resume import finished_run
+from rlhf.run import workers
+from rlhf.run.environment import leave_aside, read_launch
 from rlhf.run.stopping import Collapse, Interrupted, listen
 from rlhf.run.terminal import printable
 
 # Flag -> the package it needs, in the version that was tried.
 NEEDED = {"load_in_4bit": ("bitsandbytes", "0.50.2"), "deepspeed": ("deepspeed", "0.19.8")}
+
+# What becomes a sentence, beside a lack of memory in whichever form it comes.
+MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, Collapse)
 
 
 def require_optional(args) -> None:
@@ -79,6 +83,21 @@ def say(*lines: str) -> None:
         print(*lines, sep="\n", flush=True)
 
 
+def already_finished(args, stage: str, run: dict | None = None) -> bool:
+    """Return True, and say so, if --resume_from_checkpoint True asks for this very run again after its end.
+
+    Asked twice: before anything is loaded, and again with `run` (what this command would write into run.json) where a
+    path is spelled otherwise, so that only what it holds can tell.
+
+    Raises: ValueError naming what differs where output_dir holds the finished run of another command.
+    """
+    looks_only = args.inspect_data or getattr(args, "audit_only", False)
+    if looks_only or not finished_run(args, stage, run):
+        return False
+    say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
+    return True
+
+
 def is_launched(nproc: int = 0) -> bool:
     """Return True if torchrun, accelerate or the like has started this process; --nproc wins over a single one."""
     return read_launch(nproc).launched
@@ -114,14 +133,16 @@ def run_script(main, parse_args) -> None:
     except ValueError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         sys.exit(1)
-    _follow_parent()
+    workers.follow_parent()
     for setting in leave_aside():
         say(f"{setting} in the environment is left aside: the flags decide")
     # What only prints would print once for each process.
     looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
     if processes > 1 and not looks_only:
-        sys.exit(_start_workers(processes))
+        sys.exit(workers.start(processes))
 
+    if not looks_only:
+        workers.meet()
     # Only a run that can be resumed stops in order; any other ends at the signal.
     if hasattr(args, "resume_from_checkpoint"):
         listen()
@@ -135,8 +156,10 @@ def run_script(main, parse_args) -> None:
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, FloatingPointError, MemoryError, Collapse) as error:
+    except Exception as error:
         # Errors that a user can mend. Any other is a bug, and keeps its traceback.
+        if not isinstance(error, MENDABLE) and not is_out_of_memory(error):
+            raise
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
@@ -150,23 +173,16 @@ def _print_whatever_comes() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-# The launcher of this project leaves its number here, for its workers to end with it.
-PARENT = "RLHF_LAUNCHER"
-
-
-def _follow_parent() -> None:
-    """Let a worker get SIGTERM when the launcher that started it is gone: it saves itself, and frees its directory."""
-    if os.environ.get(PARENT) != str(os.getppid()) or sys.platform != "linux":
-        return
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    # It may have died before that was set.
-    if os.environ[PARENT] != str(os.getppid()):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def sentence(error: Exception, args) -> str:
     """An error in one line; a full disk always in the same words, whichever file met it."""
+    if is_out_of_memory(error) and not isinstance(error, MemoryError):
+        # Where a step ran out of it the sentence names the batch (rlhf/run/stopping.py).
+        why = str(error).strip().partition("\n")[0][:120]
+        return (
+            f"this machine's memory is used up ({why}): end other programs, or lower --max_length and the batch sizes"
+        )
+    if is_too_large(error):
+        return f"{error.filename or 'a file'}: {limit_of_files()}"
     if getattr(error, "errno", None) not in NO_ROOM:
         # It may name files and hold contents that are not ours.
         return printable(" ".join(str(error).split("\n")))
@@ -215,49 +231,3 @@ def _without_values(words: list[str]) -> list[str]:
             # Its value is the next word; a switch may stand without one.
             rest.pop(0)
     return kept
-
-
-def _start_workers(processes: int) -> int:
-    """Run this command line in `processes` workers of torch's launcher.
-
-    Returns: 0, or the exit code of the worker that failed first (128 + the number of the signal that ended it).
-    """
-    # Imported here: a single process needs none of it.
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # A single process of another launcher gives way to --nproc.
-    for name in LAUNCHER_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ[PARENT] = str(os.getpid())
-    # The workers get this very command line. Each sees that it was launched, and starts none of its own.
-    print(f"starting {processes} processes, one for each GPU (--nproc 1 for one)", flush=True)
-    # Each process would otherwise use every core for its own matrix products.
-    cores = os.cpu_count() or 1
-    threads = max(1, cores // processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-
-    # One machine, any free port. A worker that fails is not started again: the same error would meet it.
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-
-    try:
-        # Unbuffered, so that the lines of several workers do not come late.
-        elastic_launch(config, sys.executable)("-u", *sys.argv)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        code = failure.exitcode
-        # torch gives -n for a process that signal n has ended, where a shell says 128 + n.
-        return code if code > 0 else 128 - code
-    except SignalException as stop:
-        # The workers got the same signal and have saved what there was to save.
-        return 128 + stop.sigval
-    return 0

@@ -7,6 +7,7 @@ import time
 import warnings
 from pathlib import Path
 
+from rlhf.artefacts.damage import refuse_types
 from rlhf.artefacts.files import TOKEN
 
 # Answers with text that go to a tracker at one step, at most: a tracker's page is not for reading all of them.
@@ -35,6 +36,10 @@ class Eta:
         return duration(pace * (self.total - done))
 
 
+# Fields of a record that are no measured number.
+LOGGED = {"step": int, "guard": str}
+
+
 def plain(value):
     """A JSON-safe value: non-finite numbers become the strings "nan", "inf", "-inf", so every line stays JSON."""
     if not isinstance(value, float):
@@ -49,13 +54,23 @@ def _json_lines(rows: list[dict]) -> str:
 class MetricsLog:
     """The log of one run: appends a JSON object a step to metrics.jsonl and hands its numbers to a tracker, if any."""
 
-    def __init__(self, output_dir: str | Path, tracker: str | None = None, config: dict | None = None, done: int = 0):
-        """Cut metrics.jsonl and samples.jsonl back to the first `done` steps (of a resumed run), then append."""
+    def __init__(
+        self,
+        output_dir: str | Path,
+        tracker: str | None = None,
+        config: dict | None = None,
+        done: int = 0,
+        samples_done: int | None = None,
+    ):
+        """Cut metrics.jsonl and samples.jsonl back to the first `done` steps (of a resumed run), then append.
+
+        `samples_done`: the last step whose samples stay, where the end of the run will show those of `done` again.
+        """
         self.file = Path(output_dir) / "metrics.jsonl"
         self.samples = Path(output_dir) / "samples.jsonl"
         # Steps after the checkpoint that a run goes on from will be written once more.
-        records = _cut_back(self.file, done)
-        _cut_back(self.samples, done)
+        records = _refuse_strange(_cut_back(self.file, done), self.file)
+        _cut_back(self.samples, done if samples_done is None else samples_done)
         self.last = records[-1] if records else {}
 
         # A tracker is three functions, and without one they do nothing.
@@ -191,22 +206,59 @@ def _open_tensorboard(output_dir: Path):
 
 # ---- reading ----
 def read_lines(file: Path) -> list[dict]:
-    """The records of a .jsonl file, in order; none where it does not exist. A line cut by a crash ends it."""
+    """The records of a .jsonl file, in order; none where it does not exist. A last line cut by a crash is left out.
+
+    Raises: ValueError naming the line that holds something else than a record.
+    """
     if not file.is_file():
         return []
 
-    rows = []
     # Not by splitlines, which also cuts at separators that an answer may hold, such as U+2028.
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        if not line:
-            continue
+    # A byte that is no UTF-8 spoils its own line only.
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
+    rows = []
+    for number, line in numbered:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            rows.append(_record(line))
+        except (ValueError, RecursionError) as error:
+            # A crash may cut the last line, and nothing before it.
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{file}:{number} is no record of a run ({error}): take the line out, or give another directory"
+            ) from error
     return rows
 
 
+def _refuse_strange(rows: list[dict], file: Path) -> list[dict]:
+    """`rows` of a metrics.jsonl. Raises: ValueError naming what no run could have logged."""
+    for row in rows:
+        refuse_types(row, file, {name: kind for name, kind in LOGGED.items() if name in row}, required=("step",))
+        numbers = {name: _number(value) for name, value in row.items() if name not in LOGGED}
+        refuse_types(numbers, file, dict.fromkeys(numbers, (int, float, bool, type(None))))
+    return rows
+
+
+def _number(value):
+    """A number that was written as text, because JSON has no NaN, as a number again; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _record(line: str) -> dict:
+    """A line of a log. Raises: ValueError where it is no object, or names no step that could be one."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no object")
+    if type(row.get("step", 0)) is not int:
+        raise ValueError(f"step {row['step']!r:.40}")
+    return row
+
+
 def read_metrics(output_dir: str | Path) -> list[dict]:
-    """The records of metrics.jsonl, in order."""
-    return read_lines(Path(output_dir) / "metrics.jsonl")
+    """The records of metrics.jsonl, in order. Raises: ValueError naming what no run could have logged."""
+    file = Path(output_dir) / "metrics.jsonl"
+    return _refuse_strange(read_lines(file), file)

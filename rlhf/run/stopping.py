@@ -2,12 +2,15 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from rlhf.artefacts.damage import is_out_of_memory
 
 
 # ---- reasons to stop ----
@@ -28,29 +31,46 @@ class Interrupted(Exception):
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher: together they count as one.
 SAME_WISH_SECONDS = 1.0
 
-# Number and time of the first signal; empty until it comes.
-_first: dict[str, float] = {}
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+# Number of the first signal; empty until it comes.
+_first: dict[str, int] = {}
 
 
 def listen() -> None:
     """Note the first SIGTERM or SIGINT from now on; let the next, a second later or more, end the process."""
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in STOPS:
         signal.signal(signum, _note)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_next, args=(reader,), daemon=True).start()
 
 
 def _note(signum: int, frame) -> None:
     # Only noted: a step, or a checkpoint, must not be left half done.
     if not _first:
-        _first.update(signum=signum, time=time.monotonic())
+        _first.update(signum=signum)
         print(f"{signal.Signals(signum).name}: stopping at the next safe point; once more stops at once", flush=True)
-    elif time.monotonic() - _first["time"] >= SAME_WISH_SECONDS:
-        # Without a clean-up, which could hang on other processes.
-        os._exit(128 + signum)
+
+
+def _end_at_the_next(reader: int) -> None:
+    """End the process at the second signal."""
+    # In a thread of its own: where the main one waits for other processes, below Python, no handler is called.
+    first = None
+    while True:
+        for signum in os.read(reader, 64):
+            if signum not in STOPS:
+                continue
+            first = first or time.monotonic()
+            if time.monotonic() - first >= SAME_WISH_SECONDS:
+                # Without a clean-up, which could hang on other processes.
+                os._exit(128 + signum)
 
 
 def received() -> int:
     """The number of the signal this process got, or 0."""
-    return int(_first.get("signum", 0))
+    return _first.get("signum", 0)
 
 
 def forget() -> None:
@@ -75,10 +95,6 @@ def stop_if_agreed(device: torch.device | str = "cpu") -> None:
 
 
 # ---- out of memory ----
-# Words of PyTorch's error where its class says nothing: on a CPU, or from a library below it (CUDA).
-SIGNS = ("can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory")
-
-
 @contextmanager
 def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
     """Turn a failed allocation into a MemoryError that names the batch's shape and the flags to lower.
@@ -89,8 +105,7 @@ def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in SIGNS)
-        if not out_of_memory:
+        if not is_out_of_memory(error):
             raise
 
         rows, longest = shape

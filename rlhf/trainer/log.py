@@ -39,7 +39,8 @@ def open_log(args, resume_from: str | None) -> MetricsLog | None:
             (Path(args.output_dir) / name).unlink(missing_ok=True)
     else:
         done = read_manifest(Path(resume_from))["step"]
-    return MetricsLog(args.output_dir, args.log_with, asdict(args), done)
+    # Answers are shown before the first step and after the last: a checkpoint of the last one may stand before them.
+    return MetricsLog(args.output_dir, args.log_with, asdict(args), done, samples_done=min(0, done))
 
 
 def gradients_are_finite(model, engine) -> bool:

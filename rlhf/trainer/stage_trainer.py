@@ -9,6 +9,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.checkpoint import complete_or_gone, why_incomplete
+from rlhf.artefacts.damage import refuse_other_shapes, refused
 from rlhf.artefacts.run_json import write_run
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.models.forward import forked_rng
@@ -65,6 +66,10 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
     return config
 
 
+# What to do about a checkpoint that cannot be gone on from.
+GO_BACK = "remove this checkpoint, and the run goes on from an earlier one"
+
+
 # ---- the Trainer ----
 class StageTrainer:
     """Mixin for the Trainer of a stage: our order of rows, complete checkpoints, out of memory in one sentence.
@@ -94,6 +99,21 @@ class StageTrainer:
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
+
+    # The Trainer's own errors on a damaged checkpoint name no file.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with refused(f"the adapter of {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with refused(f"the optimizer state of {checkpoint}", GO_BACK):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                refuse_other_shapes(self.optimizer)
+
+    def _load_rng_state(self, checkpoint):
+        with refused(f"the random state of {checkpoint}", GO_BACK):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, model, trial):
         """Let the Trainer write into an empty folder, which is removed if the writing fails."""

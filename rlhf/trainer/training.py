@@ -2,21 +2,29 @@
 
 import gc
 import math
-import pickle
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from rlhf.artefacts.adapters import read_adapter
-from rlhf.artefacts.checkpoint import read_manifest, rotate, to_resume, why_incomplete
+from rlhf.artefacts.checkpoint import listed_files, read_manifest, rotate, to_resume, why_incomplete
+from rlhf.artefacts.damage import refuse_types, refused
+from rlhf.artefacts.files import read_object
 from rlhf.artefacts.output_dir import claim_output_dir
-from rlhf.artefacts.resume import finished_run, refuse_changes
+from rlhf.artefacts.resume import refuse_changes
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
+
+# What trainer_state.json holds, of the fields that training goes on by.
+STATE_KINDS = {
+    "global_step": int, "max_steps": int, "num_train_epochs": int, "epoch": float, "log_history": list,
+    "num_input_tokens_seen": int, "total_flos": float, "stateful_callbacks": dict,
+}  # fmt: skip
 
 
 def bad_rows_file(args) -> Path | None:
@@ -27,14 +35,6 @@ def bad_rows_file(args) -> Path | None:
 
 
 # ---- start ----
-def already_finished(args, stage: str) -> bool:
-    """Return True, and say so, if --resume_from_checkpoint True asks for this very run again after its end."""
-    if args.inspect_data or getattr(args, "audit_only", False) or not finished_run(args, stage):
-        return False
-    say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
-    return True
-
-
 def claim(args) -> list[Path]:
     """Claim the output directory for this run, on the first process; a run that only looks at data claims nothing.
 
@@ -75,11 +75,30 @@ def resume_point(args, about: dict) -> str | None:
         raise ValueError(f"--max_steps {args.max_steps} is less than the {done} steps that are done: ask for more")
     # Read here because the Trainer's own error names no damaged file.
     read_adapter(checkpoint)
+    read_trainer_state(checkpoint)
     if rank_and_size()[0] == 0 and args.resume_from_checkpoint == "True":
         # What a run killed between its last checkpoint and the rotation left over.
         rotate(args.output_dir, CHECKPOINT_PREFIX, args.save_total_limit)
     say(f"going on from {checkpoint}")
     return str(checkpoint)
+
+
+def read_trainer_state(checkpoint: Path) -> TrainerState:
+    """trainer_state.json of a checkpoint. Raises: ValueError naming what the Trainer would not have written so."""
+    file = checkpoint / TRAINER_STATE_NAME
+    content = refuse_types(read_object(file), file, STATE_KINDS, required=tuple(STATE_KINDS))
+    # Other fields have the kind of their default, where that says one.
+    defaults = asdict(TrainerState())
+    for name, value in defaults.items():
+        if name in content and name not in STATE_KINDS and value is not None:
+            refuse_types(content, file, {name: float if type(value) in (int, float) else (type(value), type(None))})
+    refuse_types(content, file, {"train_batch_size": (int, type(None)), "best_metric": (int, float, type(None))})
+    entries = {f"log_history {number}": entry for number, entry in enumerate(content["log_history"])}
+    refuse_types(entries, file, dict.fromkeys(entries, dict))
+    for entry in entries.values():
+        refuse_types(entry, file, {"step": int, "eval_loss": (int, float)}, required=("step",))
+    with refused(str(file)):
+        return TrainerState.load_from_json(str(file))
 
 
 def train(trainer, resume_from: str | None, log: StageLog) -> None:
@@ -92,7 +111,7 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
     trainer.add_callback(log)
     if resume_from is not None:
         # 1. A checkpoint made after the last step has nothing left to train.
-        state = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME))
+        state = read_trainer_state(Path(resume_from))
         planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= planned:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
@@ -103,23 +122,11 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             trainer.add_callback(CatchUp(trainer))
 
     # 2. Train; a signal ends it with a checkpoint.
-    with saved_when_stopped(trainer), plain_tensors_only(resume_from):
-        trainer.train(resume_from_checkpoint=resume_from)
+    with saved_when_stopped(trainer), listed_files(resume_from and Path(resume_from)) as folder:
+        trainer.train(resume_from_checkpoint=folder and str(folder))
         # After a signal the Trainer ends as if all were done, so the exception has to come from here.
         if log.signum:
             raise Interrupted(log.signum)
-
-
-@contextmanager
-def plain_tensors_only(resume_from: str | None):
-    """One sentence where the Trainer, which reads its optimizer and random states safely, finds code in them."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{resume_from} holds more than tensors in its optimizer or random states, and no code of it was run: go "
-            "on from a checkpoint of your own"
-        ) from error
 
 
 @contextmanager

@@ -246,7 +246,7 @@ def test_a_tracker_without_a_host_costs_seconds_and_no_secret_is_written_anywher
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("ppo", "rlhf.rl.state:save_file"), ("sft", "transformers:TrainerState.save_to_json")],
+    [("ppo", "rlhf.rl.state_file:save_file"), ("sft", "transformers:TrainerState.save_to_json")],
 )
 def test_a_full_disk_is_said_plainly_and_costs_no_earlier_checkpoint(zygote, stages, whole, tmp_path, name, target):
     out = tmp_path / "out"

@@ -61,7 +61,7 @@ PPO_BLOWS = {
     "after the adapter": {"target": "rlhf.rl.state:save_adapter", "when": "after", "call": 2},
     "after the head": {"target": "rlhf.rl.state:save_critic", "when": "after", "call": 2},
     "after run.json": {"target": "rlhf.rl.state:write_run", "when": "after", "call": 2},
-    "after the optimizer": {"target": "rlhf.rl.state:save_file", "when": "after", "call": 3},
+    "after the optimizer": {"target": "rlhf.rl.state_file:save_file", "when": "after", "call": 3},
     "after the state": {"target": "rlhf.rl.state:save_state", "when": "after", "call": 2},
     "after the last good weights": {"target": "rlhf.rl.state:save_last_good", "when": "after", "call": 2},
     "before the manifest": {"target": "rlhf.artefacts.checkpoint:write_manifest", "when": "before", "call": 3},

@@ -9,6 +9,8 @@ Jobs come as JSON lines on stdin: {"script", "argv", "log"}. More keys of a job:
     call         which call of the target (1)
     caller       only calls from the function of this name count
     delay        without a target: seconds from the child's start
+    seconds      after which the child gets SIGALRM, and bytes: of address space that it may take
+    file_bytes   that a file may grow to, as under ulimit -f; the log is such a file too
     environment  variables of the child
     ranks, port  that many processes of one gloo group
     rank         the process that gets the signal (0)
@@ -21,6 +23,7 @@ import errno
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -88,6 +91,10 @@ def strike_before(job: dict) -> None:
 def child(job: dict, rank: int) -> None:
     """Run a stage script as from its command line; does not return."""
     os.environ.update(job.get("environment", {}))
+    signal.alarm(job.get("seconds", 0))
+    for name, limit in (("bytes", resource.RLIMIT_AS), ("file_bytes", resource.RLIMIT_FSIZE)):
+        if name in job:
+            resource.setrlimit(limit, (job[name], resource.getrlimit(limit)[1]))
     # What a launcher would set.
     if "ranks" in job:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job["ranks"], "MASTER_PORT": job["port"]}
@@ -160,7 +167,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in ("sft_training", "reward_modeling", "rl_training", "rlhf.run.launch"):
+    for name in ("sft_training", "reward_modeling", "rl_training", "merge_lora", "compare", "rlhf.run.launch"):
         importlib.import_module(name)
     print("ready", flush=True)
 
