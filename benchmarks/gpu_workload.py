@@ -19,7 +19,7 @@ from rlhf.arguments import LoraArguments
 from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
 from rlhf.models import loading
-from rlhf.models.kernels import fuse_norms
+from rlhf.models.fusing import fuse
 from rlhf.models.lora import lora_targets
 from rlhf.rl import roles
 
@@ -81,7 +81,7 @@ def random_model(config: BaichuanConfig, head: str, device: str, dtype: torch.dt
 
     # As in `load_base`.
     model.config.use_cache = False
-    fuse_norms(model)
+    fuse(model)
     return model
 
 

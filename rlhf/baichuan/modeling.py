@@ -33,9 +33,10 @@ class BaichuanAttention(LlamaAttention):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend over `hidden_states` [B, L, hidden] and the cache; returns ([B, L, hidden], attention weights)."""
         shape = hidden_states.shape[:-1]
-        # [B, L, 3, heads, head_dim] becomes [B, heads, 3, L, head_dim], of which attention takes the thirds.
-        packed = self.W_pack(hidden_states).view(*shape, 3, -1, self.head_dim)
-        query, key, value = packed.transpose(1, 3).unbind(2)
+        # [B, L, 3, heads, head_dim] into three of [B, heads, L, head_dim]. Taken apart before they are transposed, or
+        # their gradients would be put together in one order and copied into another.
+        thirds = self.W_pack(hidden_states).view(*shape, 3, -1, self.head_dim).unbind(2)
+        query, key, value = (third.transpose(1, 2) for third in thirds)
         # A key goes into the cache with its position in it, and is not turned again.
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:

@@ -12,6 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf.models.forward import accepts, forward, parts_by_length, position_ids
+from rlhf.models.fusing import cache_kernels, kernels_available
 from rlhf.models.kernels import BY_ROW
 
 # A multiple that attention kernels like, for the room of a static cache.
@@ -39,20 +40,21 @@ def supports_static_cache(model: PreTrainedModel) -> bool:
     return all(type(layer) is StaticLayer for layer in layers)
 
 
-def next_logits(model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None):
+def next_logits(
+    model: PreTrainedModel, tokens: Tensor, mask: Tensor, cache: Cache, positions: Tensor | None = None, **more
+) -> tuple[Tensor, Tensor]:
     """Logits [B, V] and hidden [B, H] after the new tokens [B, L].
 
     Args:
         mask: [B, whole length] of rows padded on the left; or, with positions [B, L], [B, 1, L, room] as attention
-            takes it.
+            takes it. more: for the model's attention.
     """
     if positions is None:
         positions = position_ids(mask)[:, -tokens.shape[1] :]
         mask = mask.long()
     inputs = {"position_ids": positions} if accepts(type(model), "position_ids") else {}
-    return forward(
-        model, (slice(None), -1), tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **inputs
-    )
+    inputs |= {"attention_mask": mask, "past_key_values": cache, "use_cache": True} | more
+    return forward(model, (slice(None), -1), tokens, **inputs)
 
 
 # ---- a cache written in place ----
@@ -154,12 +156,31 @@ class GrowingDecoder:
 
 
 # ---- static shapes ----
+class ColumnLayer(StaticLayer):
+    """A static cache layer that writes the newest token's keys and values in one kernel.
+
+    column: [1] int32 on the GPU, where they go; its decoder moves it on.
+    """
+
+    def __init__(self, room: int, column: Tensor):
+        super().__init__(max_cache_len=room)
+        self.column = column
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write keys and values [B, heads, new, dim]; returns the whole room, of which attention reads a part."""
+        if not self.is_initialized or key_states.shape[2] > 1:
+            return super().update(key_states, value_states, *args, **kwargs)
+        cache_kernels().write_cache(key_states, value_states, self.keys, self.values, self.column)
+        return self.keys, self.values
+
+
 class StaticDecoder:
     """For a GPU: every step has the same shapes and addresses, so that one recorded CUDA graph plays all of them.
 
     A decoding step of 7B is over a thousand small kernels, which a GPU gets through faster than Python launches them.
     Rows that have ended go on being computed until half are left; then the rest moves into a cache of its own and is
-    recorded anew.
+    recorded anew. Attention reads the columns that are used and no others where the model takes our kernel for it;
+    otherwise a mask of the cache's whole room leaves the others out.
     """
 
     every = 8
@@ -171,10 +192,16 @@ class StaticDecoder:
         self.query_mask = query_mask
         room = -(-(query_ids.shape[1] + total) // ROOM_MULTIPLE) * ROOM_MULTIPLE
         self.cache = StaticCache(config=model.config, max_cache_len=room)
-        # Which columns of the cache a row may look at, and the place of its newest token.
+        # Which columns of the cache a row may look at; the first of them, and the last, alike for all rows.
         self.seen = torch.zeros(len(query_ids), room, dtype=torch.bool, device=query_ids.device)
         self.seen[:, : query_ids.shape[1]] = query_mask
-        self.column = query_ids.shape[1]
+        self.first = (query_ids.shape[1] - query_mask.sum(1)).to(torch.int32)
+        self.column = torch.full((1,), query_ids.shape[1] - 1, dtype=torch.int32, device=query_ids.device)
+        # The trial for packing showed that this model hands on to its attention what it does not know.
+        self.by_column = kernels_available() and model.config._attn_implementation == BY_ROW
+        if self.by_column:
+            self.cache.layers = [ColumnLayer(room, self.column) for _ in self.cache.layers]
+        # The newest tokens, and their places in their rows.
         self.tokens = query_ids[:, -1:].clone()
         self.positions = query_mask.sum(1, keepdim=True) - 1
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -187,9 +214,6 @@ class StaticDecoder:
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and hidden states after one more token [B] per row; the next call overwrites them."""
         self.tokens.copy_(tokens[:, None])
-        self.seen[:, self.column] = True
-        self.positions += 1
-        self.column += 1
         if self.graph is None and self.warm and tokens.is_cuda:
             self.record()
         if self.graph is None:
@@ -212,12 +236,19 @@ class StaticDecoder:
             self.record = lambda: None
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        return next_logits(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions)
+        """Logits and hidden states of the newest tokens, one column and one position on."""
+        self.column += 1
+        self.positions += 1
+        more = {"columns": (self.first, self.column)} if self.by_column else {}
+        if not self.by_column:
+            self.seen.index_fill_(1, self.column.long(), True)
+        return next_logits(self.model, self.tokens, self.seen[:, None, None], self.cache, self.positions, **more)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only, in memory of their own."""
         self.tokens = self.tokens[rows]
         self.seen = self.seen[rows]
+        self.first = self.first[rows]
         self.positions = self.positions[rows]
         for layer in self.cache.layers:
             layer.keys = layer.keys[rows]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batches import collate_prompts
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.decoding import decoder_of
+from rlhf.models.kernels import cast_once
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.run.stopping import received
 
@@ -151,7 +152,16 @@ def generate(
         entropy=torch.zeros(rows, total, device=device),
     )
 
-    decoder = decoder_of(model, query_ids, out.query_mask, total, static=sampling.cuda_graphs)
+    with cast_once(model):
+        _sample(model, values_of, out, sampling, generator)
+    return _without_rest(out, sampling.pad_token_id)
+
+
+def _sample(model: PreTrainedModel, values_of, out: Rollout, sampling: Sampling, generator) -> None:
+    """Fill in what is sampled, token by token, until every row has ended."""
+    rows, total = out.mask.shape
+    device = out.mask.device
+    decoder = decoder_of(model, out.query_ids, out.query_mask, total, static=sampling.cuda_graphs)
     alive = torch.arange(rows, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     logits, hidden = decoder.prefill()
@@ -176,8 +186,6 @@ def generate(
                 ended = ended[going]
                 decoder.keep(going)
         logits, hidden = decoder.next(chosen)
-
-    return _without_rest(out, sampling.pad_token_id)
 
 
 def _write(out: Rollout, place: tuple[Tensor, int], chosen: Tensor, real: Tensor, logits: Tensor) -> None:

@@ -3,7 +3,7 @@
 A `forward` is replaced on an instance in four ways, all of them in this project and none anywhere else:
 
 1. `fuse_linears`: LoRA and frozen linear layers of the roles (here).
-2. `fuse_norms`: RMS norms on a GPU (here).
+2. `fuse`: RMS norms and feed-forward parts on a GPU (fusing.py).
 3. `mlp_only_at`: the last layer's MLP, only within the block (forward.py).
 4. `score_by_mask`: the reward model's own forward, so that DDP sees the pairwise score (reward/pairs.py).
 
@@ -14,21 +14,23 @@ Attention over packed rows is registered with transformers under a name of its o
 peft's forward makes each term a tensor of the layer's size and adds them; here the small product is added in place,
 forward and backward. Float32 on a CPU uses oneDNN, which PyTorch contains but does not choose: its products took 10
 to 30 % less time than MKL's on the AMD machine that benchmarks/ was measured on. For few rows, as in decoding, MKL
-took half as long with the weight on the left. On a GPU an RMS norm is one kernel instead of six, and attention over
-packed rows is one kernel for all rows.
+took half as long with the weight on the left. On a GPU attention over packed rows is one kernel for all rows.
 Source: Hu et al. 2021, arXiv:2106.09685 (LoRA); Dao 2023, arXiv:2307.08691 (attention).
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from rlhf.models.fusing import cache_kernels
 
 # Name of `attend_by_row` among transformers' kinds of attention.
 BY_ROW = "sdpa_by_row"
@@ -102,6 +104,8 @@ class AdaptedForward:
     def __init__(self, layer: LoraLinear):
         self.layer = layer
         self.usual = layer.forward
+        # Within `cast_once`: adapter -> A and B in the precision of the layer's input.
+        self.casts: dict[str, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
         """y [..., out] of x [..., in]."""
@@ -123,10 +127,30 @@ class AdaptedForward:
             return self.usual(x)
 
         flat = x.reshape(-1, x.shape[-1])
-        given = flat, base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+        a = layer.lora_A[name].weight
+        b = layer.lora_B[name].weight
+        if self.casts is not None and not torch.is_grad_enabled():
+            if name not in self.casts:
+                self.casts[name] = a.to(x.dtype), b.to(x.dtype)
+            a, b = self.casts[name]
+        given = flat, base.weight, base.bias, a, b, layer.scaling[name]
         # Without gradients autograd's way in would be a tenth of the time of a decoded token.
         y = _Adapted.apply(*given) if torch.is_grad_enabled() else adapted(*given)[0]
         return y.view(*x.shape[:-1], -1)
+
+
+@contextmanager
+def cast_once(model: nn.Module):
+    """Within the block the adapters' weights, which must not change in it, are cast once, not once a token."""
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+    adapted_layers = [forward for forward in forwards if isinstance(forward, AdaptedForward)]
+    for forward in adapted_layers:
+        forward.casts = {}
+    try:
+        yield
+    finally:
+        for forward in adapted_layers:
+            forward.casts = None
 
 
 class FrozenForward:
@@ -158,55 +182,6 @@ def fuse_linears(model: nn.Module) -> None:
             module.forward = FrozenForward(module)
 
 
-# Relative and absolute difference of two norms that may be rounding.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
-
-
-class NormForward:
-    """Stands in for the `forward` of an RMS norm, and hands on to it whatever is on no GPU."""
-
-    def __init__(self, norm: nn.Module):
-        self.norm = norm
-        self.usual = norm.forward
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normed states [..., H] of x [..., H]."""
-        weight = self.norm.weight
-        return self.fused(x) if x.is_cuda and x.dtype == weight.dtype else self.usual(x)
-
-    def fused(self, x: Tensor) -> Tensor:
-        """Normed states in one kernel."""
-        # Autocast would cast to float32, in and out; the kernel computes in float32 by itself.
-        with torch.autocast(x.device.type, enabled=False):
-            return rms_norm(x, self.norm.weight.shape, self.norm.weight, self.norm.variance_epsilon)
-
-
-@torch.no_grad()
-def fuse_norms(model: nn.Module) -> int:
-    """Let RMS norms compute in one kernel on a GPU, those that are found to be what PyTorch calls so; how many are.
-
-    Some are not: Gemma's weight counts from 1, others split their input.
-    """
-    count = 0
-
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
-        # Under ZeRO-3 a weight is elsewhere until its layer runs.
-        if not known or weight is None or weight.is_meta or weight.dim() != 1 or weight.dtype not in TOLERANCE:
-            continue
-        if weight.numel() == 0:
-            continue
-        # A trial on two rows whose mean is not 0, so that a norm which subtracts the mean gives itself away.
-        x = torch.linspace(-1, 2, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).view(2, -1)
-        forward = NormForward(module)
-        bound = TOLERANCE[weight.dtype]
-        if torch.allclose(forward.fused(x), module(x), rtol=bound, atol=bound):
-            module.forward = forward
-            count += 1
-    return count
-
-
 def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return True if there is a flash attention kernel for these queries [1, heads, N, dim], keys and values.
 
@@ -227,8 +202,9 @@ def flash_by_row(
 
     bounds: [B + 1] int32, where each row begins, and N. longest: length of the longest row.
     """
-    # The kernel takes tokens first, [N, heads, dim], the rows one after the other.
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    # The kernel takes tokens first, [N, heads, dim], the rows one after the other. The backward of an index would copy
+    # each gradient into zeros; that of `squeeze` is a view.
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     output = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
     )
@@ -236,16 +212,21 @@ def flash_by_row(
 
 
 # ---- packed rows ----
-def attend_by_row(module, query, key, value, attention_mask, row_lengths=None, row_bounds=None, **kwargs):
+def attend_by_row(
+    module, query, key, value, attention_mask, row_lengths=None, row_bounds=None, columns=None, **kwargs
+):
     """Attention of transformers' interface: [1, heads, N, dim] row by row, or without `row_lengths` the usual one.
 
-    row_lengths: list of B numbers. row_bounds: [B + 1] int32, where each row begins, and N.
+    row_lengths: list of B numbers. row_bounds: [B + 1] int32, where each row begins, and N. columns: in decoding on a
+    GPU, the first column [B] of the cache that each row uses, and the last [1]; for one new token a row.
 
     Returns: [1, N, heads, dim], and None for the weights.
     Raises: ValueError where a model lost the lengths, or made a mask of its own: it would be computed wrongly.
     """
     # `pack` hands in a mask with a single entry, which says nothing; the row lengths count instead.
     placeholder = attention_mask is not None and attention_mask.numel() == 1
+    if columns is not None:
+        return cache_kernels().attend_to_cache(query, key, value, *columns, kwargs["scaling"]), None
     if row_lengths is None:
         if placeholder and key.shape[2] > 1:
             raise ValueError(f"{type(module).__name__} is not told where rows end")

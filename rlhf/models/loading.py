@@ -22,7 +22,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import nearest, read_object
-from rlhf.models.kernels import fuse_norms
+from rlhf.models.fusing import fuse
 from rlhf.run.environment import read_launch
 
 # Sizes in a config.json above which it is damaged or malicious: a skeleton of them alone would fill the memory.
@@ -125,7 +125,7 @@ def load_base(
             module.support_avx512bf16_for_cpu = False
 
     model = model if device is None else model.to(device)
-    fuse_norms(model)
+    fuse(model)
     return model
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.models.forward import hidden_at, pack, parts_by_length
+from rlhf.models.kernels import BY_ROW
 
 
 def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -31,9 +32,12 @@ def score_in_parts(backbone: nn.Module, head: nn.Module, input_ids: Tensor, atte
     """`score` of many rows, the longer ones apart from the shorter ones: less at once, and less of it padding.
 
     A pair's answers are seldom equally long, so that sorting the pairs by length leaves a third of a batch padding.
+    Packed rows have none: on a GPU, which small parts would leave idle, they are computed at once.
 
     Args: input_ids, attention_mask: [B, L], as for `score`. Returns: [B] float32, in the order of the rows.
     """
+    if input_ids.is_cuda and backbone.config._attn_implementation == BY_ROW:
+        return score(backbone, head, input_ids, attention_mask)
     parts = parts_by_length(attention_mask.sum(1))
     scores = torch.cat([score(backbone, head, input_ids[rows], attention_mask[rows]) for rows in parts])
     return scores[torch.cat(parts).argsort()]

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from rlhf.models import kernels
 from rlhf.models.forward import backbone_of, enable_packing, hidden_at, pack
-from rlhf.models.kernels import BY_ROW, TOLERANCE, NormForward, fuse_norms
+from rlhf.models.fusing import TOLERANCE, NormForward, fuse_norms
+from rlhf.models.kernels import BY_ROW
 
 
 class FromOne(LlamaRMSNorm):
