@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn.functional import logsigmoid
 from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -128,7 +128,7 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
         forward.enable_packing(forward.backbone_of(model))
 
     # peft puts the score head among `modules_to_save` for this task type.
-    return get_peft_model(model, lora.lora_config(args, model, "SEQ_CLS", args.lora_dropout))
+    return lora.new_adapter(args, model, "SEQ_CLS")
 
 
 # ---- loss and metrics ----

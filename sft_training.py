@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -108,7 +108,7 @@ def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     model = loading.load_base(model_dir, loading.pick_dtype(args.bf16), four_bit=args.load_in_4bit)
     if args.previous_lora_weights:
         return lora.continue_adapter(model, args.previous_lora_weights)
-    return get_peft_model(model, lora.lora_config(args, model, "CAUSAL_LM", args.lora_dropout))
+    return lora.new_adapter(args, model, "CAUSAL_LM")
 
 
 # ---- training ----

@@ -20,7 +20,7 @@ from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
 from rlhf.models import loading
 from rlhf.models.fusing import fuse
-from rlhf.models.lora import lora_targets
+from rlhf.models.lora import for_training, lora_targets
 from rlhf.rl import roles
 
 if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
@@ -130,7 +130,7 @@ def adapted(model: PreTrainedModel, rank: int, task_type: str = "CAUSAL_LM", dro
         task_type=task_type, r=rank, lora_alpha=LoraArguments.lora_alpha, lora_dropout=dropout,
         target_modules=lora_targets(model, None),
     )  # fmt: skip
-    return get_peft_model(model, lora)
+    return for_training(get_peft_model(model, lora))
 
 
 def write_adapter(config: BaichuanConfig, folder: Path, rank: int, score_head: bool) -> None:

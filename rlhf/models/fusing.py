@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
+from torch.nn.functional import rms_norm, silu
 
 # Relative and absolute difference of two results that may be rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
@@ -131,16 +131,19 @@ def fuse_rotary(model: nn.Module) -> int:
 
 def _rotates_as_llama(usual) -> bool:
     """Return True if a function rotates a trial as the kernel does; there are kinds that interleave the halves."""
-    generator = torch.Generator("cuda").manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 16), (2, 5, 16))
-    given = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
     try:
-        expected = usual(*given)
+        rotated = usual(q, k, cos, sin)
     except (TypeError, ValueError, IndexError, RuntimeError):
         # Takes other arguments: there are as many ways as architectures.
         return False
-    pairs = zip(gpu_kernels().rotate(*given), expected, strict=True)
-    return all(x.shape == y.shape and torch.allclose(x, y, atol=1e-5) for x, y in pairs)
+    for x, y in zip((q, k), rotated, strict=True):
+        turned = torch.cat((-x[..., 8:], x[..., :8]), -1)
+        if x.shape != y.shape or not torch.allclose(x * cos[:, None] + turned * sin[:, None], y, atol=1e-5):
+            return False
+    return True
 
 
 # ---- SwiGLU ----
@@ -166,16 +169,15 @@ def fuse_mlps(model: nn.Module) -> int:
     for part in model.modules():
         linears = [getattr(part, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         # Under ZeRO-3 a weight is elsewhere until its layer runs.
-        if not all(isinstance(one, nn.Linear) and one.weight.is_cuda and one.weight.numel() for one in linears):
+        if not all(isinstance(one, nn.Linear) and not one.weight.is_meta and one.weight.numel() for one in linears):
             continue
-        weight = linears[0].weight
+        gate, up, down = linears
         # A weight of four bits is held as whole numbers, and computes in half precision.
-        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-        x = torch.linspace(-1, 1, 2 * linears[0].in_features, dtype=dtype, device=weight.device).view(2, -1)
-        forward = MLPForward(part)
+        dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.bfloat16
+        x = torch.linspace(-1, 1, 2 * gate.in_features, dtype=dtype, device=gate.weight.device).view(2, -1)
         usual = part(x)
         bound = TOLERANCE.get(dtype, 0.0) * usual.abs().max()
-        if bound > 0 and bool(((forward(x) - usual).abs() <= bound).all()):
-            part.forward = forward
+        if bound > 0 and bool(((down(silu(gate(x)) * up(x)) - usual).abs() <= bound).all()):
+            part.forward = MLPForward(part)
             count += 1
     return count

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from rlhf.data.batches import collate_prompts
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.decoding import decoder_of
-from rlhf.models.kernels import cast_once
+from rlhf.models.linear import cast_once
 from rlhf.ppo import selective_logprobs, token_entropy
 from rlhf.run.stopping import received
 

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.artefacts.damage import refuse_nonfinite, refused
 from rlhf.artefacts.foreign import MERGE_IT, PATTERN_SECONDS, refuse_unshareable, within_cpu_seconds
+from rlhf.models.linear import fuse_adapters
 
 # Every linear layer of the decoder blocks, as --lora_target_models has it.
 ALL_LINEAR = "all-linear"
@@ -94,6 +95,19 @@ def lora_config(args, model: PreTrainedModel, task_type: str | None, dropout: fl
         # GPT-2's Conv1D holds its weight transposed; peft would set this itself, with a warning.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+
+
+def new_adapter(args, model: PreTrainedModel, task_type: str) -> PeftModel:
+    """The model with a new adapter as the flags of `LoraArguments` say, to be trained."""
+    return for_training(get_peft_model(model, lora_config(args, model, task_type, args.lora_dropout)))
+
+
+def for_training(model: PeftModel) -> PeftModel:
+    """The model, whose adapted layers compute in fewer passes where they will run on a GPU."""
+    # On a CPU peft's own order of operations stays, and with it every byte of a seed's run.
+    if torch.cuda.is_available():
+        fuse_adapters(model)
+    return model
 
 
 # ---- stored adapters ----
@@ -194,4 +208,4 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
 
     refuse_misfit(weights, get_peft_model_state_dict(model), f"--previous_lora_weights {adapter_dir}")
     set_peft_model_state_dict(model, weights)
-    return model
+    return for_training(model)

@@ -15,7 +15,7 @@ from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import follow_umask, load_tensors, refuse_written
 from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack, scatter_by_mask
 from rlhf.models.generation import Rollout, Sampling, by_length
-from rlhf.models.kernels import fuse_linears
+from rlhf.models.linear import fuse_linears
 from rlhf.models.loading import disable_dropout, load_base
 from rlhf.models.lora import add_lora, lora_config, score_head_of
 from rlhf.models.scoring import score

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import gpu_7b, ppo_step, sft_step
+from benchmarks import gpu_7b, gpu_peers, ppo_step, sft_step
 from benchmarks.gpu_limits import Card, Cost, decoding_bytes
 from benchmarks.gpu_measure import Meter, Row, Target, cells
 from benchmarks.gpu_workload import Rows
@@ -70,6 +70,16 @@ def test_sft_rows_fit_and_carry_a_loss_on_the_answer_alone():
         assert len(row["input_ids"]) == len(row["completion_mask"]) <= sft_step.MAX_LENGTH
         assert row["input_ids"][-1] == EOS
         assert row["completion_mask"] == sorted(row["completion_mask"])
+
+
+# ---- gpu_peers ----
+@pytest.mark.parametrize(("contender", "name"), [("sft-trl", "sft, TRL"), ("grpo-ours", "grpo, ours step")])
+def test_a_contender_on_a_gpu_runs_at_a_tiny_shape(capsys, contender, name):
+    words = ["--only", contender, "--shape", "tiny", "--device", "cpu", "--steps", "1"]
+    gpu_peers.main(gpu_peers.parse(gpu_peers.Arguments, words, ""))
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.startswith(name)
+    assert all(float(number.replace(",", "")) > 0 for number in row[32:].split())
 
 
 # ---- gpu_7b ----

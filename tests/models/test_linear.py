@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rlhf.models import kernels as linear
-from rlhf.models.kernels import AdaptedForward, FrozenForward, fuse_linears
+from rlhf.models import linear
+from rlhf.models.linear import AdaptedForward, FrozenForward, fuse_linears
+from rlhf.models.loading import load_base
 
 KINDS = {"plain": {}, "rank-stabilised": {"use_rslora": True}, "DoRA": {"use_dora": True}, "bias": {"lora_bias": True}}
 
@@ -72,6 +73,58 @@ def test_a_bfloat16_layer_with_float32_adapters_comes_close_and_keeps_the_dtypes
         torch.testing.assert_close(grads_too[name], gradient, atol=0.5, rtol=0.05)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_stage_under_autocast_trains_what_peft_would(tiny_llama, checkpointing):
+    outcomes = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = load_base(tiny_llama, torch.bfloat16)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        if fused:
+            linear.fuse_adapters(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        ids = torch.arange(24).view(2, 12) % 400
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model.train()(input_ids=ids).logits.float()
+        logits.log_softmax(-1)[..., 7].sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(gradients) == 2 * 7 * 2
+        assert all(p.dtype == torch.float32 for p in gradients)
+        outcomes.append([logits.detach(), *gradients])
+    for one, other in zip(*outcomes, strict=True):
+        assert (one - other).norm() <= 0.1 * one.norm()
+
+
+@pytest.mark.parametrize("place", ["function", "layer"])
+def test_dropout_on_the_adapters_input_has_its_own_gradient(place):
+    if place == "layer" and not torch.cuda.is_available():
+        pytest.skip("no GPU here: the layer leaves dropout to peft")
+    usual, fused = layers(lora_dropout=0.5, bias=False)
+    x = torch.randn(4, 6)
+    if place == "function":
+        layer = usual.base_model.model[0]
+        weights = layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        outcomes = []
+        for compute in (
+            lambda x, d, w, a, b: x @ w.T + 1.5 * (d @ a.T) @ b.T,
+            lambda x, d, w, a, b: linear._Adapted.apply(x, d, w, None, a, b, 1.5),
+        ):
+            ours = x.clone().requires_grad_()
+            dropped = ours * torch.tensor([2.0, 0, 0, 2, 2, 0])
+            y = compute(ours, dropped, *weights)
+            outcomes.append([y, *torch.autograd.grad(y.square().sum(), [ours, *weights[1:]])])
+    else:
+        outcomes = []
+        for model in (usual.cuda(), fused.cuda()):
+            torch.manual_seed(3)
+            y, grad, grads = run(model, x.cuda())
+            outcomes.append([y, grad, *grads.values()])
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(other, one)
+
+
 def test_disabled_merged_and_dropped_out_layers_are_left_to_peft():
     usual, fused = layers(lora_dropout=0.5)
     x = torch.randn(2, 3, 6)
@@ -121,7 +174,7 @@ def test_all_ways_to_a_product_give_the_same_numbers_as_pytorchs_layers(onednn, 
 GROWTH = """
 import resource
 import torch
-from rlhf.models.kernels import product
+from rlhf.models.linear import product
 
 def peak(counts):
     for rows in counts:
