@@ -75,26 +75,37 @@ def test_a_bfloat16_layer_with_float32_adapters_comes_close_and_keeps_the_dtypes
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_stage_under_autocast_trains_what_peft_would(tiny_llama, checkpointing):
-    outcomes = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        model = load_base(tiny_llama, torch.bfloat16)
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-        if fused:
-            linear.fuse_adapters(model)
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.enable_input_require_grads()
-        ids = torch.arange(24).view(2, 12) % 400
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model.train()(input_ids=ids).logits.float()
-        logits.log_softmax(-1)[..., 7].sum().backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        assert len(gradients) == 2 * 7 * 2
-        assert all(p.dtype == torch.float32 for p in gradients)
-        outcomes.append([logits.detach(), *gradients])
-    for one, other in zip(*outcomes, strict=True):
-        assert (one - other).norm() <= 0.1 * one.norm()
+    truth, usual, fused = (
+        stage_gradients(tiny_llama, *how)
+        for how in (
+            (torch.float32, False, False),
+            (torch.bfloat16, False, checkpointing),
+            (torch.bfloat16, True, checkpointing),
+        )
+    )
+    # Both round to half precision, each in its own places: neither may be farther from the truth.
+    assert 0 < (fused - truth).norm() <= 1.5 * (usual - truth).norm()
+    assert (usual - truth).norm() <= 0.2 * truth.norm()
+
+
+def stage_gradients(base: str, dtype: torch.dtype, fused: bool, checkpointing: bool) -> torch.Tensor:
+    """All gradients of one step, as a vector."""
+    torch.manual_seed(0)
+    model = load_base(base, dtype)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    if fused:
+        linear.fuse_adapters(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    ids = torch.arange(24).view(2, 12) % 400
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits = model.train()(input_ids=ids).logits.float()
+    logits.log_softmax(-1)[..., 7].sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(gradients) == 2 * 7 * 2
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.mark.parametrize("place", ["function", "layer"])
