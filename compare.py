@@ -13,24 +13,14 @@ the table nor on the batch it was written in.
         --adapters sft=runs/sft rlhf10=runs/ppo/step_10 rlhf100=runs/ppo/step_100 --prompts prompts.txt
 """
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from rlhf.artefacts import adapters, fingerprints, run_json
-from rlhf.artefacts import files as files_on_disk
-from rlhf.compare import answers, tables
-from rlhf.data import columns, dialogues, encoding, files, formats
+from rlhf.compare.arguments import named_adapters
 from rlhf.data.arguments import FormatFlags
-from rlhf.data.choose_format import choose_format, stored_format
-from rlhf.data.prompt_format import PromptFormat
-from rlhf.data.template import AUTO, turns_of
 from rlhf.flags import REQUIRED, flag, parse
-from rlhf.models import loading
-from rlhf.run import launch
+from rlhf.run import startup
 
 PROMPT_FILES = (".txt", ".json", ".jsonl")
 
@@ -104,28 +94,26 @@ class ScriptArguments(FormatFlags):
         super().__post_init__()
 
 
-def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None]:
-    """Column name -> adapter directory, None for the bare base. Raises: ValueError for a bad or repeated name."""
-    versions: dict[str, str | None] = {answers.BASE: None} if include_base else {}
-
-    for spec in specs:
-        name, equals, folder = spec.partition("=")
-        if not equals or not folder or not re.fullmatch(r"[\w.()-]+", name):
-            raise ValueError(f"--adapters {spec}: write NAME=DIR, the name without spaces, e.g. sft=runs/sft")
-        if name in versions or name == answers.BASE:
-            raise ValueError(
-                f"--adapters names {name} twice ({answers.BASE} is the bare base): give each column its own name"
-            )
-        versions[name] = folder
-
-    if not versions:
-        raise ValueError("nothing to compare: give --adapters NAME=DIR, or leave --include_base at True")
-    return versions
-
-
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     """Flags, with values and combinations checked (paths are checked by `main`)."""
     return parse(ScriptArguments, argv, __doc__)
+
+
+# A wrong flag, --help and Ctrl-C end here: the libraries below take seconds to load.
+if __name__ == "__main__":
+    given = startup.begin(parse_args)
+
+import torch
+
+from rlhf.artefacts import adapters, fingerprints, run_json
+from rlhf.artefacts import files as files_on_disk
+from rlhf.compare import answers, tables
+from rlhf.data import columns, dialogues, encoding, files, formats
+from rlhf.data.choose_format import choose_format, stored_format
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.template import AUTO, turns_of
+from rlhf.models import loading
+from rlhf.run import launch
 
 
 # ---- before the model loads ----
@@ -370,4 +358,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(main, parse_args)
+    launch.run_main(main, given)

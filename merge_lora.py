@@ -13,20 +13,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from rlhf.artefacts import adapters, damage, files, fingerprints, foreign, output_dir, run_json
-from rlhf.baichuan import to_fast_tokenizer, to_llama
-from rlhf.data import encoding
-from rlhf.data.choose_format import stored_format
-from rlhf.data.served_template import served_template
 from rlhf.flags import flag, parse
-from rlhf.models import loading, lora
-from rlhf.run import launch
+from rlhf.run import startup
 
 # Largest distance of the saved model from base + adapter: root mean square of the difference over that of the logits
 # (1e-7 to 1e-6 in float32; 0.008 to 0.023 in bfloat16 and 0.001 to 0.003 in float16, where merging rounds every weight
@@ -66,6 +54,25 @@ class ScriptArguments:
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     """Parse and check the command line (values, not paths)."""
     return parse(ScriptArguments, argv, __doc__)
+
+
+# A wrong flag, --help and Ctrl-C end here: the libraries below take seconds to load.
+if __name__ == "__main__":
+    given = startup.begin(parse_args)
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf.artefacts import adapters, damage, files, fingerprints, foreign, output_dir, run_json
+from rlhf.baichuan import to_fast_tokenizer, to_llama
+from rlhf.data import encoding
+from rlhf.data.choose_format import stored_format
+from rlhf.data.served_template import served_template
+from rlhf.models import loading, lora
+from rlhf.run import launch
 
 
 def tokenizer_dir(args: ScriptArguments, base_dir: str, run: dict | None) -> str:
@@ -261,4 +268,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(main, parse_args)
+    launch.run_main(main, given)

@@ -12,29 +12,11 @@ Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.
 
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from peft import PeftModel
-from torch.nn.functional import logsigmoid
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
-from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
-from rlhf.cost import plan
-from rlhf.data import encoding, reading
 from rlhf.data.arguments import DataArguments
-from rlhf.data.batches import LengthGroupedSampler
-from rlhf.data.choose_format import choose_format
-from rlhf.data.funnel import one_half, subset
-from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
-from rlhf.models import forward, loading, lora
-from rlhf.reward import audit_report, degenerate, pairs
 from rlhf.reward.arguments import AuditFlags, LossFlags, PairFlags
-from rlhf.run import launch
-from rlhf.run.log import read_metrics
-from rlhf.trainer import stage_trainer, training
-from rlhf.trainer.log import StageLog, announce_batches, open_log
+from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
@@ -80,6 +62,31 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     """Parse and check the command line; a wrong one ends the program with exit code 2."""
     return parse(ScriptArguments, argv, __doc__)
+
+
+# A wrong flag, --help and Ctrl-C end here: the libraries below take seconds to load.
+if __name__ == "__main__":
+    given = startup.begin(parse_args)
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch.nn.functional import logsigmoid
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
+from rlhf.cost import plan
+from rlhf.data import encoding, reading
+from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.choose_format import choose_format
+from rlhf.data.funnel import one_half, subset
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.models import forward, loading, lora
+from rlhf.reward import audit_report, degenerate, pairs
+from rlhf.run import launch
+from rlhf.run.log import read_metrics
+from rlhf.trainer import stage_trainer, training
+from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
 # ---- data ----
@@ -351,4 +358,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(main, parse_args)
+    launch.run_main(main, given)

@@ -13,25 +13,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-
-from rlhf import ppo
 from rlhf.arguments import CommonArguments, LoraArguments
-from rlhf.artefacts import adapters, checkpoint, fingerprints, output_dir, resume
-from rlhf.cost import flops, plan
-from rlhf.data import encoding, reading
 from rlhf.data.arguments import DataArguments
-from rlhf.data.choose_format import choose_format
-from rlhf.data.funnel import Funnel, subset
-from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
-from rlhf.models import generation, loading
-from rlhf.rl import charts, evaluation, experience, gate, guard, metrics, roles, starting, state, update
 from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
-from rlhf.rl.loop import PPOLoop, next_prompts
-from rlhf.run import launch, stopping
-from rlhf.run.log import Eta, MetricsLog
+from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
@@ -75,6 +61,27 @@ class ScriptArguments(
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     """Parse and check a command line (values and combinations; `main` checks the paths)."""
     return parse(ScriptArguments, argv, __doc__)
+
+
+# A wrong flag, --help and Ctrl-C end here: the libraries below take seconds to load.
+if __name__ == "__main__":
+    given = startup.begin(parse_args)
+
+import torch
+from accelerate import Accelerator
+
+from rlhf import ppo
+from rlhf.artefacts import adapters, checkpoint, fingerprints, output_dir, resume
+from rlhf.cost import flops, plan
+from rlhf.data import encoding, reading
+from rlhf.data.choose_format import choose_format
+from rlhf.data.funnel import Funnel, subset
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.models import generation, loading
+from rlhf.rl import charts, evaluation, experience, gate, guard, metrics, roles, starting, state, update
+from rlhf.rl.loop import PPOLoop, next_prompts
+from rlhf.run import launch, stopping
+from rlhf.run.log import Eta, MetricsLog
 
 
 # ---- data ----
@@ -357,4 +364,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(main, parse_args)
+    launch.run_main(main, given)

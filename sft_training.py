@@ -11,28 +11,10 @@ Out: <output_dir>: the SFT adapter, tokenizer files, run.json, metrics.jsonl; ch
 
 from dataclasses import dataclass
 
-import torch
-from datasets import Dataset, disable_progress_bars
-from peft import PeftModel
-from transformers import EvalPrediction, PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
-from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
-from rlhf.cost import plan
-from rlhf.data import encoding, reading
 from rlhf.data.arguments import SFT_DATASET, DataArguments
-from rlhf.data.batches import LengthGroupedSampler, blank_answer
-from rlhf.data.choose_format import choose_format
-from rlhf.data.funnel import subset
-from rlhf.data.prompt_format import PromptFormat
 from rlhf.flags import flag, parse
-from rlhf.models import loading, lora, untrained
-from rlhf.run import launch
-from rlhf.run.log import MetricsLog, read_metrics
-from rlhf.trainer import samples, stage_trainer, training
-from rlhf.trainer.log import StageLog, announce_batches, open_log
+from rlhf.run import startup
 
 SAMPLES = 3
 
@@ -77,6 +59,31 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
     """Parse and check the command line; a wrong one ends the program with exit code 2."""
     return parse(ScriptArguments, argv, __doc__)
+
+
+# A wrong flag, --help and Ctrl-C end here: the libraries below take seconds to load.
+if __name__ == "__main__":
+    given = startup.begin(parse_args)
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from transformers import EvalPrediction, PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
+from rlhf.cost import plan
+from rlhf.data import encoding, reading
+from rlhf.data.batches import LengthGroupedSampler, blank_answer
+from rlhf.data.choose_format import choose_format
+from rlhf.data.funnel import subset
+from rlhf.data.prompt_format import PromptFormat
+from rlhf.models import loading, lora, untrained
+from rlhf.run import launch
+from rlhf.run.log import MetricsLog, read_metrics
+from rlhf.trainer import samples, stage_trainer, training
+from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
 # ---- data ----
@@ -261,4 +268,4 @@ def main(args: ScriptArguments) -> None:
 
 
 if __name__ == "__main__":
-    launch.run_script(main, parse_args)
+    launch.run_main(main, given)

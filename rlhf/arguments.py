@@ -2,10 +2,22 @@
 
 from dataclasses import dataclass
 
-from transformers import SchedulerType
-from transformers.training_args import OptimizerNames
-
 from rlhf.flags import Flags, flag
+
+# The names that transformers knows; written out, because importing them takes seconds that a wrong flag would wait.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+)  # fmt: skip
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adafactor", "adamw_anyprecision",
+    "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "sgd", "adagrad", "adamw_bnb_8bit", "adamw_8bit",
+    "ademamix_8bit", "lion_8bit", "lion_32bit", "paged_adamw_32bit", "paged_adamw_8bit", "paged_ademamix_32bit",
+    "paged_ademamix_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "galore_adamw", "galore_adamw_8bit", "galore_adafactor", "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "lomo", "adalomo", "grokadamw", "schedule_free_radam",
+    "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -182,8 +194,8 @@ class TrainerFlags(Flags):
         if self.optim == "adamw_hf":
             self.optim = "adamw_torch"
 
-        for name, known in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-            if getattr(self, name) not in list(known):
+        for name, known in (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULES)):
+            if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(known)}")
 
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -1,17 +1,23 @@
 """Flags: how a field of a dataclass becomes a command line flag, and how --help shows it.
 
+Standard library alone: a wrong command line is refused before any library that takes seconds to load.
+
 python -m rlhf.flags            writes docs/flags.md from the dataclasses of all scripts
 """
 
-import copy
 import dataclasses
-import importlib
 import math
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from pathlib import Path
+import sys
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentDefaultsHelpFormatter,
+    ArgumentParser,
+    ArgumentTypeError,
+    RawDescriptionHelpFormatter,
+)
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
-
-from transformers import HfArgumentParser
 
 REQUIRED = dataclasses.MISSING
 Arguments = TypeVar("Arguments")
@@ -22,8 +28,6 @@ GROUPS = (
     "evaluation", "audit", "watch", "machine", "run",
 )  # fmt: skip
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "True|False"}
-TRAINING_SCRIPTS = ("sft_training", "reward_modeling", "rl_training")
-SCRIPTS = (*TRAINING_SCRIPTS, "merge_lora", "compare")
 
 
 # ---- a flag ----
@@ -128,49 +132,83 @@ class _HelpAll(Action):
         parser.exit()
 
 
-def _metavar(hint: type) -> str:
-    """Placeholder of a value in the help: N for a whole number, TEXT for text, whatever None or a list adds."""
-    kinds = (hint, *getattr(hint, "__args__", ()))
-    return next((METAVARS[kind] for kind in kinds if kind in METAVARS), "TEXT")
+def _boolean(text: str) -> bool:
+    """The value of a switch. Raises: ArgumentTypeError for any other word."""
+    for value, words in ((True, "yes true t y 1"), (False, "no false f n 0")):
+        if text.lower() in words.split():
+            return value
+    raise ArgumentTypeError(f"{text!r} is neither True nor False")
 
 
-class _GroupedParser(HfArgumentParser):
-    """HfArgumentParser whose help is grouped by the field's `group`, and hides the flags marked as `expert`."""
+def _value_settings(field: dataclasses.Field, hint: Any) -> dict:
+    """What `argparse.add_argument` has to know of a flag's value: its type, its default, how many words it takes."""
+    kinds = getattr(hint, "__args__", (hint,))
+    kind = next(kind for kind in kinds if kind in METAVARS)
+    settings = {"type": _boolean if kind is bool else kind, "metavar": METAVARS[kind]}
 
-    def _add_dataclass_arguments(self, dtype):
-        hints = get_type_hints(dtype)
+    if field.default is not REQUIRED:
+        settings["default"] = field.default
+    elif field.default_factory is not REQUIRED:
+        settings["default"] = field.default_factory()
+    else:
+        settings["required"] = True
+
+    if getattr(hint, "__origin__", None) is list:
+        settings["nargs"] = "+"
+    # A switch may stand alone; one that may also be None says which with a word.
+    if hint is bool:
+        settings |= {"nargs": "?", "const": True}
+    return settings
+
+
+class _GroupedParser(ArgumentParser):
+    """Parser of a dataclass of `flag` fields: its help grouped by `group`, without the flags marked as `expert`."""
+
+    def __init__(self, cls: type, **settings):
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormat, **settings)
+        hints = get_type_hints(cls)
         headings = {name: self.add_argument_group(name) for name in GROUPS}
         # Action -> its help, for --help_all.
         self.hidden: dict[Action, str] = {}
-        for field in dataclasses.fields(dtype):
+        for field in dataclasses.fields(cls):
             self._add_field(field, hints[field.name], headings)
 
-    def _add_field(self, field: dataclasses.Field, hint: type, headings: dict) -> None:
-        """Add one field's flag under its heading."""
-        field = copy.copy(field)
-        field.type = hint
-        metadata = dict(field.metadata)
-        own = {name: metadata.pop(name, None) for name in ("group", "resume", "expert")}
-        field.metadata = metadata
+    def _add_field(self, field: dataclasses.Field, hint: Any, headings: dict) -> None:
+        """Add one field's flag under its heading; every name parses with dashes as well."""
+        own = {name: field.metadata.get(name) for name in ("group", "expert", "aliases")}
+        given = {name: value for name, value in field.metadata.items() if name not in (*own, "resume")}
+        settings = _value_settings(field, hint) | given
+        if "choices" in given and "metavar" not in given:
+            del settings["metavar"]
+        heading = headings["required" if settings.get("required") else own["group"] or "run"]
+        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}", *(own["aliases"] or [])])
+        action = heading.add_argument(*names, **settings)
+        if own["expert"]:
+            self.hidden[action] = action.help
+            action.help = SUPPRESS
 
-        required = field.default is REQUIRED and field.default_factory is REQUIRED
-        count = len(self._actions)
-        self._parse_dataclass_field(headings["required" if required else own["group"] or "run"], field)
-        for action in self._actions[count:]:
-            # The parser adds a `--no_x` beside each default-True bool; it still parses, but would double the help.
-            if action.option_strings[0].startswith("--no_"):
-                action.help = SUPPRESS
+        # A switch that is on can be put out by --no_x as well.
+        if hint is bool and field.default is True:
+            off = (f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}")
+            heading.add_argument(*off, action="store_false", dest=field.name, default=False, help=SUPPRESS)
+
+    def refuse_unknown(self, words: list[str]) -> None:
+        """End the program at a flag that is none of these, with the nearest one: before what the others lack."""
+        for word in words:
+            name = word.partition("=")[0]
+            # What follows a bare -- , and what holds a space, is a value.
+            if name == "--":
+                return
+            if not name.startswith("--") or " " in word or name in self._option_string_actions:
                 continue
-            if not action.choices and not action.metavar:
-                action.metavar = _metavar(hint)
-            if own["expert"]:
-                self.hidden[action] = action.help
-                action.help = SUPPRESS
+            known = [option for option in self._option_string_actions if "-" not in option[2:]]
+            near = get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
+            self.error(f"unrecognized arguments: {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
 
 
-def build_parser(cls: type, description: str) -> HfArgumentParser:
+def build_parser(cls: type, description: str | None) -> _GroupedParser:
     """The parser of a dataclass of `flag` fields; `description` is printed as it stands at the top of `--help`."""
-    parser = _GroupedParser(cls, description=description, allow_abbrev=False, formatter_class=_HelpFormat)
+    parser = _GroupedParser(cls, description=description)
     if parser.hidden:
         more = f"show all flags, also the {len(parser.hidden)} that few people change, and exit"
         parser.add_argument("--help_all", "--help-all", action=_HelpAll, help=more)
@@ -180,7 +218,7 @@ def build_parser(cls: type, description: str) -> HfArgumentParser:
     return parser
 
 
-def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arguments:
+def parse(cls: type[Arguments], argv: list[str] | None, description: str | None) -> Arguments:
     """Parse a command line into `cls`; a wrong value ends the program with the usage and exit code 2.
 
     Args:
@@ -189,68 +227,17 @@ def parse(cls: type[Arguments], argv: list[str] | None, description: str) -> Arg
         description: first lines of `--help`.
     """
     parser = build_parser(cls, description)
-    namespace = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser.refuse_unknown(words)
+    namespace = parser.parse_args(words)
     try:
         return cls(**vars(namespace))
     except ValueError as error:
         parser.error(str(error))
 
 
-# ---- docs/flags.md ----
-def _rows(script: str) -> dict[str, tuple[str, str]]:
-    """Flag name -> (default as the table shows it, help) of one script."""
-    rows = {}
-    for field in dataclasses.fields(importlib.import_module(script).ScriptArguments):
-        required = field.default is REQUIRED and field.default_factory is REQUIRED
-        shown = "required" if required else ""
-        if field.default not in (REQUIRED, None):
-            shown = f"`{field.default}`".replace("\n", "\\n")
-        meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
-        rows[field.name] = (shown, meaning)
-    return rows
-
-
-def sections() -> list[tuple[tuple[str, ...], dict[str, tuple[str, str]]]]:
-    """(scripts, rows) of each table: flags that stages have in common with one default and help stand once."""
-    rest = {script: _rows(script) for script in SCRIPTS}
-    tables = []
-    for scripts in (TRAINING_SCRIPTS, TRAINING_SCRIPTS[:2], *((script,) for script in SCRIPTS)):
-        first = rest[scripts[0]]
-        shared = {name: row for name, row in first.items() if all(rest[other].get(name) == row for other in scripts)}
-        tables.append((scripts, shared))
-        for script in scripts:
-            rest[script] = {name: row for name, row in rest[script].items() if name not in shared}
-    return tables
-
-
-def flags_page() -> str:
-    """The text of docs/flags.md."""
-    # 1. The head.
-    lines = [
-        "# Flags",
-        "",
-        "Every flag of every script, with its default. `python -m rlhf.flags` makes this page from the scripts.",
-        "Switches take `True` or `False`. `--help` shows the flags that people change, `--help_all` shows all.",
-    ]
-
-    # 2. A table for each group of scripts.
-    for scripts, rows in sections():
-        names = " ".join(f"{script}.py" for script in scripts)
-        title = "All three training stages" if scripts == TRAINING_SCRIPTS else " and ".join(names.split())
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            f"<!-- flags: {names} -->",
-            "",
-            "| flag | default | meaning |",
-            "|---|---|---|",
-        ]
-        lines += [f"| `--{name}` | {default} | {meaning} |" for name, (default, meaning) in rows.items()]
-    return "\n".join(lines) + "\n"
-
-
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[1] / "docs" / "flags.md"
-    target.write_text(flags_page(), encoding="utf-8")
-    print(f"written: {target}")
+    # It reads the scripts, and they read this file.
+    from rlhf.flags_page import write_page
+
+    write_page()

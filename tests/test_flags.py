@@ -4,11 +4,15 @@ import dataclasses
 import importlib
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from transformers import HfArgumentParser, SchedulerType
+from transformers.training_args import OptimizerNames
 
-from rlhf import flags
-from rlhf.flags import SCRIPTS, build_parser, flag, parse, resume_rules
+from rlhf.arguments import OPTIMIZERS, SCHEDULES
+from rlhf.flags import build_parser, flag, parse, resume_rules
+from rlhf.flags_page import SCRIPTS, flags_page
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("sft_training", "reward_modeling", "rl_training")
@@ -89,11 +93,94 @@ def test_dashes_aliases_and_switches_parse():
     assert "--old_name" not in build_parser(Arguments, "").format_help()
 
 
+def parser_of_transformers(cls: type) -> HfArgumentParser:
+    """The parser that the flags had until they got one of their own: its spellings stay for ever."""
+    parser = HfArgumentParser(allow_abbrev=False)
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        twin = (
+            dataclasses.field(default=field.default)
+            if field.default_factory is dataclasses.MISSING
+            else (dataclasses.field(default_factory=field.default_factory))
+        )
+        twin.name = field.name
+        twin.type = hints[field.name]
+        ours = ("group", "resume", "expert")
+        twin.metadata = {name: value for name, value in field.metadata.items() if name not in ours}
+        parser._parse_dataclass_field(parser, twin)
+    return parser
+
+
+def outcome(parser, words: list[str]):
+    """What a parser makes of a command line: its values, or None where it refuses."""
+    try:
+        return vars(parser.parse_args(words))
+    except SystemExit:
+        return None
+
+
+VALUES = ("", "-1", "1.5", "-1e-5", "True", "t", "text", "--x y", "-x", "stop")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_spelling_parses_as_in_transformers_parser(script, capsys):
+    cls = arguments_of(script)
+    theirs = parser_of_transformers(cls)
+    ours = build_parser(cls, "")
+    # Required flags aside: each line below is about one flag.
+    for parser in (theirs, ours):
+        for action in parser._actions:
+            action.required = False
+    assert outcome(ours, []) == outcome(theirs, [])
+
+    shared = set(ours._option_string_actions) - {"--help_all", "--help-all"}
+    assert shared == set(theirs._option_string_actions)
+    refused = 0
+    for option in sorted(shared - {"-h", "--help"}):
+        lines = [[option], [option, "1", "2"], [option[:-1]], [f"{option}="], [f"{option}=1"], [f"{option}=False"]]
+        for words in [*lines, *([option, value] for value in VALUES)]:
+            mine = outcome(ours, words)
+            assert repr(mine) == repr(outcome(theirs, words)), words
+            refused += mine is None
+    assert refused > len(shared)
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--datset_name", "--dataset_name"),
+        ("--base-model-nam", "--base_model_name"),
+        ("--learning_rat=3", "--learning_rate"),
+        ("--no_suppres_empty", "--no_suppress_empty"),
+    ],
+)
+def test_a_mistyped_flag_is_told_from_a_missing_one(typed, meant, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module("rl_training").parse_args([typed, "x"])
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"error: unrecognized arguments: {typed.partition('=')[0]}; did you mean {meant}?")
+
+
+def test_the_names_that_the_trainer_flags_know_are_transformers_own():
+    assert tuple(OptimizerNames) == OPTIMIZERS
+    assert tuple(SchedulerType) == SCHEDULES
+
+
+def test_a_value_that_looks_like_a_flag_is_no_mistyped_one():
+    @dataclasses.dataclass(kw_only=True)
+    class Arguments:
+        words: list[str] = flag([], help="words")
+
+    assert parse(Arguments, ["--words", "--not a flag"], "").words == ["--not a flag"]
+
+
 def test_the_page_of_flags_is_the_scripts_own():
-    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags.flags_page()
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags_page()
 
 
 def test_the_chinese_page_has_the_same_flags_and_defaults():
     row = re.compile(r"^(?:\| `(--\w+)` \| (.*?) \||<!-- (.*) -->)", re.MULTILINE)
     chinese = (ROOT / "docs" / "zh" / "flags.md").read_text(encoding="utf-8").replace("| 必填 |", "| required |")
-    assert row.findall(chinese) == row.findall(flags.flags_page())
+    assert row.findall(chinese) == row.findall(flags_page())

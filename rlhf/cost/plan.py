@@ -26,7 +26,8 @@ from rlhf.cost.memory import (
 from rlhf.data.reading import load_rows
 from rlhf.models.loading import read_config
 from rlhf.models.lora import lora_targets
-from rlhf.run.launch import is_launched, rank_and_size, wanted_processes
+from rlhf.run.launch import is_launched, rank_and_size
+from rlhf.run.startup import wanted_processes
 
 
 def skeleton(name: str, flag: str) -> nn.Module:

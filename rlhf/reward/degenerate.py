@@ -8,11 +8,15 @@ import math
 import random
 from collections.abc import Callable
 from itertools import cycle
+from typing import TYPE_CHECKING
 
 from rlhf.data.funnel import Funnel
-from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.template import turns_of
 from rlhf.reward.texts import alike, language, same_question, sentences
+
+# The flags of the reward stage ask for the kinds, before any library that takes seconds to load.
+if TYPE_CHECKING:
+    from rlhf.data.prompt_format import PromptFormat
 
 # A maker's result: text, or token ids with their stop token where a kind is about tokens; None: it cannot be made.
 Made = str | list[int] | None
@@ -157,7 +161,9 @@ HARDENING_KINDS = tuple(kind for kind in KINDS if kind != "thanks")
 
 
 # ---- one answer ----
-def degenerate(kind: str, pair: dict, other: str, prompt_format: PromptFormat, rng: random.Random) -> list[int] | None:
+def degenerate(
+    kind: str, pair: dict, other: str, prompt_format: "PromptFormat", rng: random.Random
+) -> list[int] | None:
     """Token ids of a degenerate answer to the prompt of `pair`.
 
     Args:
@@ -217,7 +223,7 @@ def degenerate_pairs(
     rows: list[dict],
     share: float,
     kinds: list[str],
-    prompt_format: PromptFormat,
+    prompt_format: "PromptFormat",
     max_length: int,
     seed: int,
     funnel: Funnel,

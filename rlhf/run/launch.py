@@ -1,4 +1,4 @@
-"""From command line to exit code: one process or one per GPU, optional packages, errors as one sentence."""
+"""A run to its exit code: optional packages, output of the first process alone, errors as one sentence."""
 
 import json
 import os
@@ -11,14 +11,14 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 import transformers
 
 from rlhf.artefacts.damage import is_out_of_memory
 from rlhf.artefacts.files import NO_ROOM, is_too_large, limit_of_files
 from rlhf.artefacts.resume import finished_run
 from rlhf.run import workers
-from rlhf.run.environment import leave_aside, read_launch
+from rlhf.run.environment import read_launch
+from rlhf.run.startup import hand_signals_back, looks_only, prepare
 from rlhf.run.stopping import Collapse, Interrupted, listen
 from rlhf.run.terminal import printable
 
@@ -91,8 +91,8 @@ def already_finished(args, stage: str, run: dict | None = None) -> bool:
 
     Raises: ValueError naming what differs where output_dir holds the finished run of another command.
     """
-    looks_only = args.inspect_data or getattr(args, "audit_only", False)
-    if looks_only or not finished_run(args, stage, run):
+    inspects = args.inspect_data or getattr(args, "audit_only", False)
+    if inspects or not finished_run(args, stage, run):
         return False
     say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
     return True
@@ -101,11 +101,6 @@ def already_finished(args, stage: str, run: dict | None = None) -> bool:
 def is_launched(nproc: int = 0) -> bool:
     """Return True if torchrun, accelerate or the like has started this process; --nproc wins over a single one."""
     return read_launch(nproc).launched
-
-
-def wanted_processes(nproc: int) -> int:
-    """`nproc`, or one for each visible GPU, or one."""
-    return nproc or max(1, torch.cuda.device_count())
 
 
 def silence_libraries() -> None:
@@ -117,31 +112,19 @@ def silence_libraries() -> None:
 
 # ---- from the command line to the exit code ----
 def run_script(main, parse_args) -> None:
-    """Parse the command line and run `main(args)` in as many processes as the machine or --nproc asks for.
+    """Run a script whose libraries are loaded: `run_main` with what `startup.prepare` makes of the command line."""
+    run_main(main, prepare(parse_args))
+
+
+def run_main(main, args) -> None:
+    """Run `main(args)` to its exit code.
 
     Exit codes: 0 done, 1 an error (a sentence; RLHF_TRACEBACK=1 adds the traceback), 2 usage, 3 stopped by the guard,
     130 and 143 stopped by SIGINT and SIGTERM.
     """
-    _print_whatever_comes()
-    # A wrong command line ends here, before any process is started.
-    args = parse_args()
     silence_libraries()
-    # A script without --nproc (merge, compare) is one process, however many GPUs there are.
-    nproc = getattr(args, "nproc", 1)
-    try:
-        processes = 1 if is_launched(nproc) else wanted_processes(nproc)
-    except ValueError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
-        sys.exit(1)
-    workers.follow_parent()
-    for setting in leave_aside():
-        say(f"{setting} in the environment is left aside: the flags decide")
-    # What only prints would print once for each process.
-    looks_only = getattr(args, "inspect_data", False) or getattr(args, "plan", False)
-    if processes > 1 and not looks_only:
-        sys.exit(workers.start(processes))
-
-    if not looks_only:
+    hand_signals_back()
+    if not looks_only(args):
         workers.meet()
     # Only a run that can be resumed stops in order; any other ends at the signal.
     if hasattr(args, "resume_from_checkpoint"):
@@ -164,13 +147,6 @@ def run_script(main, parse_args) -> None:
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
         sys.exit(3 if isinstance(error, Collapse) else 1)
-
-
-def _print_whatever_comes() -> None:
-    """Let a terminal of GBK or ASCII show what it cannot print as an escape: a character must not end a training."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def sentence(error: Exception, args) -> str:

@@ -8,9 +8,6 @@ import sys
 import tempfile
 import uuid
 
-import torch
-import torch.distributed as dist
-
 from rlhf.run.environment import LAUNCHER_VARIABLES, read_launch
 
 # The launcher of this project leaves its number here, for its workers to end with it.
@@ -85,7 +82,12 @@ def meet() -> None:
     Below Python, where it waits, no handler of ours would be called.
     """
     launch = read_launch()
-    if launch.size == 1 or dist.is_initialized():
+    if launch.size == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
         return
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)}
     place = {}
