@@ -24,13 +24,6 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     """Flags of reward_modeling.py, with the tutorial's defaults."""
 
     # ---- artefacts ----
-    model_name: str = flag(
-        "baichuan-inc/baichuan-7B",
-        help="base: directory or hub id",
-        group="artefacts",
-        aliases=["--base_model_name", "--model_path", "--model_name_or_path"],
-        resume="path",
-    )
     output_dir: str = flag(
         "runs/reward", help="directory for the adapter, run.json and metrics.jsonl", group="artefacts", resume="free"
     )

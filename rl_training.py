@@ -15,47 +15,17 @@ from pathlib import Path
 
 from rlhf.arguments import CommonArguments, LoraArguments
 from rlhf.data.arguments import DataArguments
-from rlhf.flags import flag, parse
+from rlhf.flags import parse
 from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
+from rlhf.rl.artefact_flags import ArtefactFlags
 from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
 class ScriptArguments(
-    CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags
+    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags
 ):
     """Flags of rl_training.py; every flag the tutorial had still parses."""
-
-    # ---- artefacts ----
-    base_model_name: str = flag(
-        help="base: directory or hub id", group="artefacts", aliases=["--model_name"], resume="path"
-    )
-    sft_model_lora_path: str | None = flag(
-        None,
-        help="SFT adapter that the policy starts from; without it a fresh adapter on the base, for a chat model",
-        group="artefacts",
-        resume="path",
-    )
-    reward_model_lora_path: str = flag(help="reward adapter with its score head", group="artefacts", resume="path")
-    merged_sft_model_path: str | None = flag(
-        None,
-        help="merged SFT model as reference; without it the SFT adapter on the same base",
-        group="artefacts",
-        resume="path",
-    )
-    save_freq: int | None = flag(
-        None, help="steps between checkpoints step_<n>; none: at the end only", group="artefacts", resume="free"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.save_freq is not None and self.save_freq < 1:
-            raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
-        if self.merged_sft_model_path and not self.sft_model_lora_path:
-            raise ValueError(
-                "--merged_sft_model_path is the reference of a policy that starts from an SFT adapter: give "
-                "--sft_model_lora_path too, or give the merged model as --base_model_name"
-            )
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
@@ -323,6 +293,7 @@ def main(args: ScriptArguments) -> None:
         args.merged_sft_model_path = loading.resolve_model(args.merged_sft_model_path, "--merged_sft_model_path")
     tokenizer = encoding.load_tokenizer(args.tokenizer_name or args.base_model_name)
     prompt_format = choose_format(args, tokenizer, args.base_model_name)
+    chosen = starting.settle(args)
     if launch.already_finished(args, "ppo"):
         return
     longest = args.max_prompt_length + args.output_max_length
@@ -349,7 +320,7 @@ def main(args: ScriptArguments) -> None:
     resume.refuse_changes(start, args, run, accelerator.num_processes)
     loop = make_loop(args, accelerator, prompt_format, (prompts, eval_prompts), start)
     output_dir.clear(old)
-    launch.say(f"{prompt_format.describe()}\n{funnel.table()}\n{metrics.batch_sizes(loop)}")
+    launch.say(prompt_format.describe(), funnel.table(), *chosen, metrics.batch_sizes(loop))
 
     # 5. Train, then save the policy.
     starting.say_start(loop)

@@ -24,13 +24,6 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     """Flags of sft_training.py."""
 
     # ---- artefacts ----
-    model_name: str = flag(
-        "baichuan-inc/baichuan-7B",
-        help="base: directory or hub id",
-        group="artefacts",
-        aliases=["--model_path", "--base_model_name", "--model_name_or_path"],
-        resume="path",
-    )
     output_dir: str = flag(
         "runs/sft", help="directory for the adapter, run.json and metrics.jsonl", group="artefacts", resume="free"
     )

@@ -34,12 +34,12 @@ from accelerate.state import AcceleratorState
 import reward_modeling
 import rl_training
 from benchmarks.common import machine
-from benchmarks.gpu_limits import Card, Cost, ppo_costs
 from benchmarks.gpu_measure import HEAD, Arguments, Bench, Meter, Row, Target, cells, line
 from benchmarks.gpu_trainers import reward, supervised
-from benchmarks.gpu_workload import Numbers, Rows, prompt_rows, write_adapter
+from benchmarks.gpu_workload import Numbers, prompt_rows, write_adapter
 from rlhf.arguments import LoraArguments
 from rlhf.cost.flops import flop_counts, this_card
+from rlhf.cost.limits import Card, Cost, Rows, ppo_costs
 from rlhf.cost.memory import Precision
 from rlhf.flags import parse
 from rlhf.rl.experience import recomputes
@@ -69,6 +69,7 @@ def ppo_loop(bench: Bench, rows: Rows, folder: Path, *flags: str) -> PPOLoop:
         "reward_model_lora_path": folder / "reward", "output_dir": folder / "out", "batch_size": rows.count,
         "output_max_length": rows.answer, "min_new_tokens": rows.answer - 1, "ppo_epochs": EPOCHS,
         "steps": bench.all_steps * rows.count, "learning_rate": 1e-5,
+        "reward_transform": "sigmoid", "init_kl_coef": 0.5,
     }  # fmt: skip
     words = []
     for name, value in settings.items():

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.gpu_limits import Card, Cost
 from benchmarks.gpu_workload import SHAPES, instead_of_a_checkpoint
 from benchmarks.peers.worker import peak_gb
+from rlhf.cost.limits import Card, Cost
 from rlhf.flags import flag
 from rlhf.models.loading import pick_dtype
 
@@ -106,7 +106,7 @@ class Arguments:
     device: str = flag("cuda", help="where it runs", choices=["cuda", "cpu"])
     steps: int = flag(3, help="steps of a row that are measured, after one that is not")
     peak_tflops: float | None = flag(None, help="the card's peak, where rlhf/cost/flops.py does not know its name")
-    bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where benchmarks/gpu_limits.py does not")
+    bandwidth_tb: float | None = flag(None, help="TB/s of its memory, where rlhf/cost/limits.py does not")
 
     def __post_init__(self):
         # A model of 7B on a CPU would run for hours before the first row.

@@ -10,12 +10,12 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import reward_modeling
 from benchmarks.common import TRAINING
-from benchmarks.gpu_limits import Cost
 from benchmarks.gpu_measure import Bench, Meter, Row, Ticks
-from benchmarks.gpu_workload import Rows, adapted, pair_rows, random_model, sft_rows
+from benchmarks.gpu_workload import adapted, pair_rows, random_model, sft_rows
 from benchmarks.model import PAD, tokenizer
 from rlhf.arguments import LoraArguments, TrainerFlags
 from rlhf.cost.flops import flop_counts, training_flops
+from rlhf.cost.limits import Cost, Rows
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.models.forward import forward
 from rlhf.reward.pairs import PairCollator, SharedPromptCollator

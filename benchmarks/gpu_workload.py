@@ -18,6 +18,7 @@ from benchmarks.model import EOS, PAD
 from rlhf.arguments import LoraArguments
 from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.baichuan import BaichuanConfig
+from rlhf.cost.limits import Rows
 from rlhf.models import loading
 from rlhf.models.fusing import fuse
 from rlhf.models.lora import for_training, lora_targets
@@ -26,15 +27,6 @@ from rlhf.rl import roles
 if not hasattr(PreTrainedModel, "activation_checkpointing_enable"):
     # An older transformers than requirements.txt names has it under its old name.
     PreTrainedModel.activation_checkpointing_enable = PreTrainedModel.gradient_checkpointing_enable
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows (or pairs) of a step, and the tokens of each: of the query, and of the answer (of either)."""
-
-    count: int
-    query: int
-    answer: int
 
 
 @dataclass(frozen=True)

@@ -81,8 +81,15 @@ class CommonArguments(Flags):
     inspect_data: bool = flag(False, help="print the data funnel and three rendered rows, then exit")
     plan: bool = flag(
         False,
-        help="print parameters, memory, steps and the cards that fit, from the configuration alone, then exit",
+        help="print memory, steps, hours and the cards that fit, from the configuration alone, then exit",
         resume="free",
+    )
+    device_flops: float = flag(
+        0.0,
+        help="your card's operations a second in half precision, in 1e12, for the hours of --plan; 0: by its name",
+        group="machine",
+        resume="free",
+        expert=True,
     )
 
     def __post_init__(self):
@@ -106,6 +113,9 @@ class CommonArguments(Flags):
 
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
+
+        if self.device_flops < 0:
+            raise ValueError(f"--device_flops {self.device_flops} must be 0, or what the card does in 1e12 a second")
 
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
@@ -140,6 +150,14 @@ class LoraArguments(Flags):
 class TrainerFlags(Flags):
     """Flags of both Trainer stages, under the names TrainingArguments has for them; defaults are the SFT stage's."""
 
+    # ---- artefacts ----
+    model_name: str = flag(
+        "baichuan-inc/baichuan-7B",
+        help="base: directory or hub id",
+        group="artefacts",
+        aliases=["--base_model_name", "--model_path", "--model_name_or_path"],
+        resume="path",
+    )
     # ---- adapter ----
     lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter", expert=True)
     # ---- training ----

@@ -93,10 +93,11 @@ def resume_rules(cls: type) -> dict[str, str]:
 
 
 def at_least(args, minimum: float, *names: str) -> None:
-    """Refuse the first of these flags whose value is below `minimum`. Raises: ValueError naming it."""
+    """Refuse the first of these flags whose value is below `minimum` (None is none). Raises: ValueError naming it."""
     for name in names:
-        if getattr(args, name) < minimum:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least {minimum}")
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name} {value} must be at least {minimum}")
 
 
 # ---- the parser ----

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 3 at 7B: PPO from the SFT adapter, by the tutorial's settings. The variables can be set from outside, further flags
-# go to rl_training.py. Given again after an interruption, it goes on from the newest complete step_<n>.
+# Stage 3 at 7B: PPO from the SFT adapter, by the tutorial's settings with a standardized score and gradient
+# checkpointing, on one card of 24 GB. The variables can be set from outside, further flags go to rl_training.py. Given
+# again after an interruption, it goes on from the newest complete step_<n>.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -27,6 +28,7 @@ exec "$PYTHON" "$ROOT/rl_training.py" \
   --reward_model_lora_path "$REWARD_LORA" \
   ${reference[@]+"${reference[@]}"} \
   --output_dir "$OUTPUT" \
+  --reward_transform standardize \
   --adafactor False \
   --save_freq 10 \
   --output_max_length 256 \

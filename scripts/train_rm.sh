@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 2 at 7B: reward adapter with its score head, by the tutorial's settings. The variables can be set from outside,
-# further flags go to reward_modeling.py. Given again after an interruption, it goes on from the newest checkpoint.
+# Stage 2 at 7B: reward adapter with its score head, by the tutorial's settings with gradient checkpointing, on
+# one card of 24 GB. The variables can be set from outside, further flags go to reward_modeling.py. Given again after an
+# interruption, it goes on from the newest checkpoint.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

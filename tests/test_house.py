@@ -10,7 +10,7 @@ ROOMS = sorted((ROOT / "rlhf").rglob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
 # A room imports from lower floors, and from itself.
 FLOORS = (
-    ("ppo", "baichuan", "flags", "artefacts"),
+    ("ppo", "baichuan", "flags", "flags_page", "artefacts"),
     ("run",),
     ("data", "models"),
     ("arguments", "reward", "compare"),
@@ -19,7 +19,10 @@ FLOORS = (
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Lower rooms on the same floor that a room may look into: data is encoded before a model runs.
-NEIGHBOURS = {("artefacts", "flags"), ("data", "models"), ("models", "data"), ("reward", "arguments")}
+NEIGHBOURS = {
+    ("artefacts", "flags"), ("flags", "flags_page"), ("flags_page", "flags"), ("data", "models"), ("models", "data"),
+    ("reward", "arguments"),
+}  # fmt: skip
 
 
 def room_of(path: Path) -> str:

@@ -15,9 +15,7 @@ def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None
         if not equals or not folder or not re.fullmatch(r"[\w.()-]+", name):
             raise ValueError(f"--adapters {spec}: write NAME=DIR, the name without spaces, e.g. sft=runs/sft")
         if name in versions or name == BASE:
-            raise ValueError(
-                f"--adapters names {name} twice ({BASE} is the bare base): give each column its own name"
-            )
+            raise ValueError(f"--adapters names {name} twice ({BASE} is the bare base): give each column its own name")
         versions[name] = folder
 
     if not versions:

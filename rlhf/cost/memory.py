@@ -11,7 +11,7 @@ GIB = 2**30
 RUNTIME_BYTES = int(0.7 * GIB)
 
 # In units of 1e9 bytes. Cards sold under these numbers hold a little more, so "fits" errs on the safe side.
-CARDS_GB = (24, 40, 80, 141)
+CARDS_GB = (16, 24, 32, 40, 48, 80, 141)
 
 # NF4 with double quantisation: 4 bits, one byte a block of 64, and 32 bits a block of 256 of those.
 BYTES_4BIT = 0.5 + 1 / 64 + 4 / (64 * 256)

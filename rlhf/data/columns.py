@@ -167,6 +167,10 @@ def _no_format(columns: set[str], kind: str) -> ValueError:
         "prompt": ("prompt",),
     }
     flags = ", ".join(f"--{role}_field" for role in needed[kind])
+    chosen = first_of(CHOSEN_FIELDS, columns)
+    if kind == "sft" and chosen and first_of(REJECTED_FIELDS, columns):
+        pairs = f"these are preference pairs: give --answer_field {chosen} to train on the better answers"
+        return ValueError(f"no sft format fits the columns {_listed(columns)}: {pairs}")
     return ValueError(f"no {kind} format fits the columns {_listed(columns)}: name them with {flags}")
 
 

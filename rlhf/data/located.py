@@ -15,6 +15,9 @@ from rlhf.run.terminal import printable
 # Decoding with surrogateescape turns every byte that is no UTF-8 into one of these.
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
+# What the text of a file in the old Chinese encoding is told; one row of it speaks for all.
+GB18030_HINT = "but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
+
 # (place, row): "file:line", and the parsed object or a BadRow.
 Located = tuple[str, object]
 
@@ -60,7 +63,7 @@ def not_utf8(text: str) -> str | None:
 
     if whole > len(NOT_UTF8.findall(text)):
         return f"{reason}: the text is damaged"
-    return f"{reason} but reads as GB18030: convert the file with iconv -f GB18030 -t UTF-8"
+    return f"{reason} {GB18030_HINT}"
 
 
 def write_bad_rows(path: Path, rows: list[dict]) -> None:

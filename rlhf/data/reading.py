@@ -18,7 +18,7 @@ from rlhf.data.dialogues import BadRow, Unusable
 from rlhf.data.files import TEXT, kind_of
 from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
-from rlhf.data.located import Located, write_bad_rows
+from rlhf.data.located import GB18030_HINT, Located, write_bad_rows
 from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
 from rlhf.run.environment import read_launch
@@ -210,9 +210,12 @@ class _Reader:
     def finish(self) -> None:
         """Stop at malformed rows, or write them down. Raises: ValueError naming the first ones."""
         if self.malformed and self.args.bad_rows == "stop":
-            # Five places show a pattern; more would make a message that is not read.
-            first = "; ".join(self.funnel.bad_rows[:5])
-            more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
+            # Five places show a pattern; more would make a message that is not read, and so would one advice for each.
+            bad_rows = self.funnel.bad_rows
+            encoded = [words for words in bad_rows if GB18030_HINT in words]
+            shown = [words for words in bad_rows if words not in encoded[1:]][:5]
+            first = "; ".join(shown)
+            more = f" (and {len(bad_rows) - len(shown)} more)" if len(bad_rows) > len(shown) else ""
             raise ValueError(f"malformed rows: {first}{more}: mend them, or leave them out with --bad_rows skip")
 
         # All processes read the rows; one of them writes.

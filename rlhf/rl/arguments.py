@@ -61,12 +61,13 @@ class SamplingFlags(Flags):
 class RewardFlags(Flags):
     """Reward of a response: its score, made comparable, minus the KL penalty."""
 
-    # A sigmoid is bounded, so no outlier decides a batch.
+    # The sigmoid of a good reward model is near 1 for every answer, and teaches nothing.
     reward_transform: str = flag(
-        "sigmoid",
-        help="transform of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5",
+        "auto",
+        help="transform of the score; standardize: by mean and std of the SFT model's own answers, clipped at 5; "
+        "auto: standardize, but sigmoid with --merged_sft_model_path, as in the tutorial's command",
         group="reward",
-        choices=["sigmoid", "raw", "standardize"],
+        choices=["auto", "sigmoid", "raw", "standardize"],
     )
     reward_baseline: float = flag(
         0.0, help="number subtracted from the transformed score", group="reward", expert=True
@@ -75,7 +76,9 @@ class RewardFlags(Flags):
     missing_eos_penalty: float = flag(
         0.0, help="penalty for a response that hits the maximum length", group="reward", expert=True
     )
-    init_kl_coef: float = flag(0.5, help="KL penalty: score per nat of KL to the reference", group="reward")
+    init_kl_coef: float | None = flag(
+        None, help="KL penalty: score per nat of KL; none: 0.2 for a standardized score, else 0.5", group="reward"
+    )
     adap_kl_ctrl: bool = flag(False, help="adapt the KL penalty so that the KL stays at its target", group="reward")
     # The guard takes this as its budget with a fixed penalty as well.
     adap_kl_target: float = flag(
@@ -108,12 +111,19 @@ class UpdateFlags(Flags):
     )
     # Of one process: with more processes a step is larger, and there are fewer of them.
     batch_size: int = flag(32, help="responses per step and process", group="update")
-    mini_batch_size: int = flag(1, help="responses per backward pass", group="update")
+    # None, because what fits depends on the machine; the optimizer step stays that of a mini-batch of 1.
+    mini_batch_size: int | None = flag(
+        None, help="responses per backward pass; none: as many as fit, within an optimizer step", group="update"
+    )
     gradient_accumulation_steps: int = flag(
-        4, help="backward passes per optimizer step; a window may span epochs", group="update"
+        4,
+        help="backward passes per optimizer step (responses, where mini_batch_size is left out); may span epochs",
+        group="update",
     )
     ppo_epochs: int = flag(4, help="passes over each batch", group="update")
-    learning_rate: float = flag(1.41e-5, help="learning rate of adapters and value head", group="update")
+    learning_rate: float | None = flag(
+        None, help="learning rate; none: 1.41e-5 at a hidden size of 4096, and as 1 / hidden size", group="update"
+    )
     lr_scheduler_type: str = flag(
         "constant",
         help="schedule of the learning rate over the run",
@@ -172,16 +182,16 @@ class UpdateFlags(Flags):
     forward_batch_size: int = flag(32, help="rows per pass without gradient", group="machine", expert=True)
 
     def __post_init__(self):
-        if not 0 < self.learning_rate <= 1:
+        if self.learning_rate is not None and not 0 < self.learning_rate <= 1:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0 and at most 1")
+        self.mini_batch_size = self.mini_batch_size or None
         at_least(self, 1, "steps", "batch_size", "mini_batch_size", "ppo_epochs", "gradient_accumulation_steps",
                  "forward_batch_size")  # fmt: skip
         at_least(self, 0, "lr_warmup_steps", "critic_warmup_steps")
         # Every backward pass has as many rows as the others.
-        if self.batch_size % self.mini_batch_size:
-            raise ValueError(
-                f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {self.mini_batch_size}"
-            )
+        rows = self.mini_batch_size or 1
+        if self.batch_size % rows:
+            raise ValueError(f"--batch_size {self.batch_size} must be a multiple of --mini_batch_size {rows}")
         self._check_groups()
         super().__post_init__()
 

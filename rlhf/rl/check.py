@@ -4,9 +4,11 @@ import math
 import warnings
 
 import torch
+from torch import Tensor
 
 from rlhf.models.generation import Rollout, Sampling
-from rlhf.rl.experience import sample_responses
+from rlhf.rl.evaluation import sft_answers
+from rlhf.rl.experience import sample_responses, score_responses, transform_scores
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.roles import Roles, role_logprobs
 from rlhf.run.launch import say
@@ -21,6 +23,13 @@ SCORE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 MERGED_WARNS = 0.01
 # Rounding does not reach this mean difference, in nats: the reference is another model.
 MERGED_REFUSES = 0.1
+
+# Standard deviation under which a sigmoid, whose range is 1, is saturated: every answer gets the same.
+SATURATED = 0.05
+
+# The best policy under a KL penalty raises the mean score by variance / kl_coef. Less than this share of a standard
+# deviation shows in no log: the penalty alone moves the rewards.
+LEAST_GAIN = 0.1
 
 # Prompts of the sampled batch, and its rows in one forward pass.
 CHECKED_ROWS = 8
@@ -161,6 +170,49 @@ def _check_merged(roles: Roles, largest: float, mean: float) -> list[str]:
     return []
 
 
+# ---- the score ----
+def _check_spread(loop: PPOLoop, rollout: Rollout) -> None:
+    """Refuse scores that hardly vary after the transform: nothing could be learnt from them.
+
+    Collective: all ranks call it, and come to one decision.
+    """
+    args = loop.args
+    needed = LEAST_GAIN * args.init_kl_coef
+    if args.reward_transform == "sigmoid":
+        needed = max(needed, SATURATED)
+
+    # A few answers are enough to see that scores vary, and too few to say that they do not.
+    few = _gathered(loop, transform_scores(loop, score_responses(loop, rollout), rollout))
+    if few.std() > 2 * needed:
+        return
+    rollouts, raw = sft_answers(loop)
+    batches = zip(rollouts, raw, strict=True)
+    scores = _gathered(loop, torch.cat([transform_scores(loop, part, batch) for batch, part in batches]))
+    # NaN, which compares as False, is refused.
+    if scores.std() > needed:
+        return
+
+    raw = _gathered(loop, torch.cat(raw))
+    mean, std = scores.mean().item(), scores.std().item()
+    reason = f"a sigmoid needs {SATURATED}"
+    if needed > SATURATED or args.reward_transform != "sigmoid":
+        reason = f"against --init_kl_coef {args.init_kl_coef:g} it needs {needed:.2g}, or the KL penalty alone decides"
+    mend = "--reward_transform standardize"
+    if args.reward_transform == "standardize":
+        mend = f"a lower --init_kl_coef, under {std / LEAST_GAIN:.2g}"
+    raise ValueError(
+        f"the scores that PPO would learn from hardly vary: mean {mean:.3f}, standard deviation {std:.3f} over "
+        f"{len(scores)} answers of the SFT model, by --reward_transform {args.reward_transform} (raw: mean "
+        f"{raw.mean():.2f}, standard deviation {raw.std():.2f}); {reason}. Give {mend}, or --check False to start all "
+        "the same"
+    )
+
+
+def _gathered(loop: PPOLoop, scores: Tensor) -> Tensor:
+    """The scores of all ranks."""
+    return loop.accelerator.gather(scores)
+
+
 # ---- start ----
 def check_start(loop: PPOLoop, fresh: bool) -> None:
     """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
@@ -169,6 +221,8 @@ def check_start(loop: PPOLoop, fresh: bool) -> None:
     rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
     for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
         warnings.warn(warning, stacklevel=2)
+    if fresh:
+        _check_spread(loop, rollout)
     if rollout.ended(loop.sampling.stop_ids).any():
         say("check: log-probabilities, scores, reference and stop token are as they should be")
         return

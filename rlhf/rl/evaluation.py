@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from rlhf.models.generation import Rollout
 from rlhf.rl.experience import record_logprobs, sample_responses, score_responses, transform_scores
 from rlhf.rl.loop import PPOLoop, global_moments, next_prompts
 from rlhf.rl.metrics import describe_samples, sample_records
@@ -112,17 +113,24 @@ def best_in_words(loop: PPOLoop) -> str:
     return words
 
 
-def measure_sft_scores(loop: PPOLoop) -> dict[str, float]:
-    """Mean and standard deviation of the raw scores of the SFT model's own answers, which `standardize` uses."""
+def sft_answers(loop: PPOLoop) -> tuple[list[Rollout], list[torch.Tensor]]:
+    """About STATISTICS_SAMPLES answers of the SFT model over all ranks, in batches, and the raw scores of each batch.
+
+    The policy has to be the SFT model still.
+    """
     batches = max(1, round(STATISTICS_SAMPLES / (loop.args.batch_size * loop.processes)))
     loop.roles.train(False)
 
-    # All answers are sampled before any is scored; the policy is still the SFT model.
+    # All answers are sampled before any is scored.
     rollouts = []
     for n in range(batches):
         rollouts.append(sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")))
-    scores = torch.cat([score_responses(loop, rollout) for rollout in rollouts])
+    return rollouts, [score_responses(loop, rollout) for rollout in rollouts]
 
+
+def measure_sft_scores(loop: PPOLoop) -> dict[str, float]:
+    """Mean and standard deviation of the raw scores of the SFT model's own answers, which `standardize` uses."""
+    scores = torch.cat(sft_answers(loop)[1])
     every_one = torch.ones_like(scores, dtype=torch.bool)
     mean, variance = global_moments(loop.accelerator, scores, every_one)
     if variance == 0:

@@ -77,6 +77,8 @@ def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Ten
         standardized = (raw_scores - stats["mean"]) / stats["std"]
         # The clamp keeps one outlier from dominating a batch.
         scores = standardized.clamp(-5, 5)
+    elif args.reward_transform != "raw":
+        raise ValueError(f"--reward_transform {args.reward_transform} was not settled before the first score")
 
     # An answer cut at the maximum length never reached its end.
     unfinished = ~rollout.ended(loop.sampling.stop_ids)

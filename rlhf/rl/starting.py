@@ -3,16 +3,115 @@
 import warnings
 from pathlib import Path
 
+from rlhf.artefacts.checkpoint import numbered
 from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.run_json import load_run
+from rlhf.cost.fitting import choose_mini_batch, settle_mini_batch
 from rlhf.data.template import CHAT
+from rlhf.models.loading import read_config
 from rlhf.models.untrained import warn_of_untrained
 from rlhf.rl import evaluation
+from rlhf.rl.artefact_flags import OUTPUT_DIR
 from rlhf.rl.check import check_start
 from rlhf.rl.gate import quick_gate, stored_audit
 from rlhf.rl.loop import PPOLoop
 from rlhf.run.launch import say
 
+# The default of --output_dir until PPO had a directory of its own.
+FORMER_OUTPUT_DIR = "runs/"
 
+# KL penalty of a score in its own units, which for a sigmoid is the tutorial's, and in standard deviations.
+TUTORIAL_KL_COEF = 0.5
+STANDARDIZED_KL_COEF = 0.2
+
+# The tutorial's learning rate is for a 7B base, 4,096 wide. Adam moves every weight by about the learning rate, so the
+# change of a layer's output grows with its width: the rate goes as 1 / width (Yang et al. 2022, arXiv:2203.03466).
+TUTORIAL_RATE = 1.41e-5
+TUTORIAL_WIDTH = 4096
+
+
+# ---- flags that depend on the run ----
+def settle(args) -> list[str]:
+    """Replace `auto` and what was left out: by what a run to be resumed has, else by what suits command and machine.
+
+    Returns: what was chosen, a sentence each.
+    Raises: ValueError where the run to be resumed lies in the former default directory.
+    """
+    stored = _stored_arguments(args)
+    if not stored and args.resume_from_checkpoint == "True" and args.output_dir == OUTPUT_DIR:
+        _refuse_former_directory()
+
+    chosen = []
+    for name, choose in CHOICES.items():
+        if getattr(args, name) not in (None, "auto"):
+            continue
+        value, reason = (stored[name], "as the run began") if stored else choose(args)
+        setattr(args, name, value)
+        chosen.append(f"--{name} {value}: {reason}")
+    return chosen + _settle_mini_batch(args, stored)
+
+
+def _stored_arguments(args) -> dict:
+    """The flags of the run that this command goes on with; {} for a fresh one."""
+    if not args.resume_from_checkpoint:
+        return {}
+    folders = [Path(args.resume_from_checkpoint)]
+    if args.resume_from_checkpoint == "True":
+        folders = [*numbered(args.output_dir, "step_"), Path(args.output_dir)]
+
+    # All directories of a run have the same flags; whether a checkpoint is whole is asked later.
+    runs = [load_run(folder) for folder in reversed(folders)]
+    return next((run["arguments"] for run in runs if run and run.get("stage") == "ppo"), {})
+
+
+def _refuse_former_directory() -> None:
+    runs = [load_run(folder) for folder in (FORMER_OUTPUT_DIR, *numbered(FORMER_OUTPUT_DIR, "step_"))]
+    if any(run and run.get("stage") == "ppo" for run in runs):
+        raise ValueError(
+            f"{FORMER_OUTPUT_DIR} holds a PPO run: --output_dir was that by default and is {OUTPUT_DIR} now; give "
+            f"--output_dir {FORMER_OUTPUT_DIR} to go on with it"
+        )
+
+
+def _transform(args) -> tuple[str, str]:
+    # The tutorial's command keeps what it did; nobody else merges an SFT model for PPO.
+    if args.merged_sft_model_path:
+        return "sigmoid", "as in the tutorial's command, which has --merged_sft_model_path"
+    return "standardize", "a sigmoid of a good reward model hardly varies"
+
+
+def _kl_coef(args) -> tuple[float, str]:
+    if args.reward_transform == "standardize":
+        return STANDARDIZED_KL_COEF, "of a standard deviation of the score"
+    return TUTORIAL_KL_COEF, "the tutorial's, for a score as it is"
+
+
+def _learning_rate(args) -> tuple[float, str]:
+    width = read_config(args.base_model_name).get_text_config().hidden_size
+    # A rule of thumb has no more digits.
+    rate = float(f"{TUTORIAL_RATE * TUTORIAL_WIDTH / width:.2e}")
+    return rate, f"{TUTORIAL_RATE:g} at a hidden size of {TUTORIAL_WIDTH}, and here it is {width}"
+
+
+def _settle_mini_batch(args, stored: dict) -> list[str]:
+    if args.mini_batch_size:
+        return []
+    if not stored:
+        choose_mini_batch(args)
+        return [f"--mini_batch_size {args.mini_batch_size}: as many as fit within an optimizer step"]
+
+    # The update of a resumed run rounds as it did; where its optimizer step is another one, the difference is named.
+    rows = stored["mini_batch_size"]
+    same = rows * stored["gradient_accumulation_steps"] == args.gradient_accumulation_steps
+    settle_mini_batch(args, rows if same else 1)
+    return [f"--mini_batch_size {args.mini_batch_size}: as the run began"]
+
+
+# In this order: the KL penalty depends on the transform.
+CHOICES = {"reward_transform": _transform, "init_kl_coef": _kl_coef, "learning_rate": _learning_rate}
+
+
+# ---- start ----
 def claim(args) -> list[Path]:
     """Claim the output directory; returns what an earlier run left, for `clear` once every input has been read."""
     names = ("sft_model_lora_path", "reward_model_lora_path", "judge_lora_path", "merged_sft_model_path")

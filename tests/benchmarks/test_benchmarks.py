@@ -10,12 +10,11 @@ import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks import gpu_7b, gpu_peers, ppo_step, sft_step
-from benchmarks.gpu_limits import Card, Cost, decoding_bytes
 from benchmarks.gpu_measure import Meter, Row, Target, cells
-from benchmarks.gpu_workload import Rows
 from benchmarks.model import EOS, VOCABULARY, causal_model, config
 from benchmarks.ppo_workload import SETTINGS, prompts, set_chance_of_eos
 from rlhf.cost.flops import FlopCounts
+from rlhf.cost.limits import Card, Cost, Rows, decoding_bytes
 from rlhf.cost.memory import Precision
 
 

@@ -20,7 +20,7 @@ import sft_training
 from rlhf.cost import flops
 from rlhf.cost import memory as plan
 from rlhf.cost.memory import GIB, Precision
-from rlhf.cost.plan import shape_of, skeleton
+from rlhf.cost.skeleton import shape_of, skeleton
 from rlhf.models.forward import forward
 from rlhf.ppo import selective_logprobs
 from rlhf.run.launch import check_deepspeed

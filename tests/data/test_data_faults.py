@@ -820,3 +820,24 @@ def test_three_hundred_damaged_files_end_in_rows_or_in_one_sentence():
     assert outcomes["malformed rows"] > 30
     assert len(outcomes) >= 8
     assert not [name for name in outcomes if name.startswith("other")]
+
+
+def test_pairs_given_to_sft_name_the_flag_that_takes_their_better_answers(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"问{n}", "chosen": f"好{n}", "rejected": "坏"} for n in range(3)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ValueError, match="preference pairs: give --answer_field chosen") as error:
+        load_rows(str(file), "sft")
+    assert "--prompt_field" not in str(error.value)
+
+
+def test_a_file_in_the_old_chinese_encoding_is_told_so_once(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"你好{n}", "chosen": "好的", "rejected": "不好"} for n in range(9)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_bytes("".join([*lines, "not a row\n"]).encode("gb18030"))
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: byte") as error:
+        load_rows(str(file), "preference")
+    said = str(error.value)
+    assert said.count("GB18030: convert") == 1
+    assert "pairs.jsonl:10: " in said and "(and 8 more)" in said

@@ -48,6 +48,7 @@ def arguments(world, output_dir, **changed):
     flags = world | {
         "output_dir": str(output_dir), "steps": 24, "batch_size": 8, "mini_batch_size": 4, "ppo_epochs": 2,
         "gradient_accumulation_steps": 2, "output_max_length": 8, "learning_rate": 1e-3, "reward_transform": "raw",
+        "init_kl_coef": 0.5,
     } | changed  # fmt: skip
     return rl_training.parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
 
@@ -72,19 +73,21 @@ def timeless(rows):
 def test_the_tutorials_command_parses_verbatim():
     args = rl_training.parse_args(shlex.split(TUTORIAL))
     assert (args.base_model_name, args.merged_sft_model_path) == ("baichuan-inc/baichuan-7B", "M")
-    assert (args.batch_size, args.mini_batch_size, args.gradient_accumulation_steps, args.ppo_epochs) == (8, 1, 16, 4)
+    # Where the mini-batch is left out, an optimizer step has as many responses as a mini-batch of 1 gives it.
+    assert (args.batch_size, args.mini_batch_size, args.gradient_accumulation_steps) == (8, None, 16)
+    assert args.ppo_epochs == 4
     assert (args.adafactor, args.early_stopping, args.learning_rate, args.log_with) == (False, True, 1e-5, "wandb")
 
 
-def test_the_defaults_are_the_tutorials():
+def test_the_defaults_are_the_tutorials_or_chosen_at_the_start():
     args = rl_training.parse_args(
         ["--base_model_name", "b", "--sft_model_lora_path", "s", "--reward_model_lora_path", "r"]
     )
     expected = {
-        "learning_rate": 1.41e-5, "output_max_length": 128, "mini_batch_size": 1, "batch_size": 32, "ppo_epochs": 4,
+        "learning_rate": None, "output_max_length": 128, "mini_batch_size": None, "batch_size": 32, "ppo_epochs": 4,
         "gradient_accumulation_steps": 4, "target_kl": 0.1, "reward_baseline": 0, "save_freq": None,
-        "output_dir": "runs/", "seed": 0, "steps": 20000, "init_kl_coef": 0.5, "adap_kl_ctrl": False,
-        "early_stopping": False, "reward_transform": "sigmoid", "suppress_empty": True,
+        "output_dir": "runs/ppo", "seed": 0, "steps": 20000, "init_kl_coef": None, "adap_kl_ctrl": False,
+        "early_stopping": False, "reward_transform": "auto", "suppress_empty": True,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
 

@@ -110,7 +110,7 @@ def make_stages(tiny_base: str, folder: Path, rows: int = 48, responses: int = 4
     ppo = {
         "base_model_name": tiny_base, "dataset_name": prompts, "steps": responses, "batch_size": 8,
         "mini_batch_size": 4, "ppo_epochs": 2, "gradient_accumulation_steps": 2, "output_max_length": 8,
-        "learning_rate": 1e-3, "save_freq": 1,
+        "learning_rate": 1e-3, "save_freq": 1, "init_kl_coef": 0.5,
         "reward_transform": "standardize", "adap_kl_ctrl": True, "save_total_limit": 2, "eval_freq": 2, "eval_size": 4,
         "on_collapse": "rollback",
         "sft_model_lora_path": random_adapter(tiny_base, folder / "sft"),

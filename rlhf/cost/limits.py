@@ -1,4 +1,4 @@
-"""The limit of a card for a step of benchmarks/gpu_7b.py: operations over its peak, bytes over its bandwidth.
+"""The limit of a card for a step: operations over its peak, bytes over its bandwidth.
 
 rlhf/cost/flops.py has the operations and the peaks. Decoding reads the layers, the output layer, and the keys and
 values of all rows once for every token of a row, and computes so little with them that memory sets the limit.
@@ -6,7 +6,6 @@ values of all rows once for every token of a row, and computes so little with th
 
 from dataclasses import dataclass
 
-from benchmarks.gpu_workload import Rows
 from rlhf.cost.flops import FlopCounts, forward_flops, peak_tflops, training_flops
 from rlhf.cost.memory import BYTES_4BIT, Precision
 
@@ -21,7 +20,22 @@ BANDWIDTH_TB = {
     "A100-PCIE-40GB": 1.555,
     "A100": 2.04,
     "A800": 2.04,
+    "L40S": 0.864,
+    "RTX 5090": 1.79,
+    "RTX 4090": 1.01,
+    "RTX 4080": 0.717,
+    "RTX 3090": 0.936,
+    "V100": 0.9,
 }
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows (or pairs) of a step, and the tokens of each: of the query, and of the answer (of either)."""
+
+    count: int
+    query: int
+    answer: int
 
 
 @dataclass(frozen=True)

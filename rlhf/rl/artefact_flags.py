@@ -1,0 +1,39 @@
+"""Flags of PPO's artefacts: what it starts from, and where the result goes."""
+
+from dataclasses import dataclass
+
+from rlhf.flags import Flags, flag
+
+OUTPUT_DIR = "runs/ppo"
+
+
+@dataclass(kw_only=True)
+class ArtefactFlags(Flags):
+    """Directories that PPO reads and writes."""
+
+    base_model_name: str = flag(
+        help="base: directory or hub id", group="artefacts", aliases=["--model_name"], resume="path"
+    )
+    sft_model_lora_path: str | None = flag(
+        None, help="SFT adapter to start from; none: a fresh one on a chat model", group="artefacts", resume="path"
+    )
+    reward_model_lora_path: str = flag(help="reward adapter with its score head", group="artefacts", resume="path")
+    merged_sft_model_path: str | None = flag(
+        None, help="merged SFT model as reference; none: the SFT adapter itself", group="artefacts", resume="path"
+    )
+    output_dir: str = flag(
+        OUTPUT_DIR, help="directory for adapter, run.json, metrics.jsonl", group="artefacts", resume="free"
+    )
+    save_freq: int | None = flag(
+        None, help="steps between checkpoints step_<n>; none: at the end only", group="artefacts", resume="free"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.save_freq is not None and self.save_freq < 1:
+            raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
+        if self.merged_sft_model_path and not self.sft_model_lora_path:
+            raise ValueError(
+                "--merged_sft_model_path is the reference of a policy that starts from an SFT adapter: give "
+                "--sft_model_lora_path too, or give the merged model as --base_model_name"
+            )
