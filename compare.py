@@ -13,6 +13,7 @@ the table nor on the batch it was written in.
         --adapters sft=runs/sft rlhf10=runs/ppo/step_10 rlhf100=runs/ppo/step_100 --prompts prompts.txt
 """
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,6 +356,12 @@ def main(args: ScriptArguments) -> None:
     tables.write_csv(output_dir / "comparison.csv", prompts, columns)
     tables.print_table(prompts, columns)
     print(f"\nwritten: {output_dir}/comparison.md, .html, .csv")
+    if wins := answers.wins_in_words(columns):
+        print(wins)
+    # The same versions, as they were named.
+    words = ["python", "compare.py", "--base_model_name", args.base_model_name]
+    words += ["--adapters", *args.adapters] if args.adapters else []
+    print(f"next: open {output_dir}/comparison.html, or talk to them: {shlex.join([*words, '--interactive', 'True'])}")
 
 
 if __name__ == "__main__":

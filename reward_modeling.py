@@ -69,15 +69,14 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
-from rlhf.data import encoding, reading
+from rlhf.data import encoding, inspection, reading
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import one_half, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models import forward, loading, lora
-from rlhf.reward import audit_report, degenerate, pairs
+from rlhf.reward import audit_report, closing, degenerate, pairs
 from rlhf.run import launch
-from rlhf.run.log import read_metrics
 from rlhf.trainer import stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 
@@ -105,7 +104,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[
 
     # 3. Say what became of the rows.
     if args.inspect_data:
-        encoding.inspect_rows(prompt_format, rows, funnel)
+        inspection.inspect_rows(prompt_format, rows, funnel)
     else:
         launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
     if not rows:
@@ -263,19 +262,11 @@ def build_trainer(
     return trainer
 
 
-def last_metrics(args: ScriptArguments) -> dict[str, float]:
-    """The last evaluation in metrics.jsonl; empty without evaluation pairs."""
-    evaluations = [record for record in read_metrics(args.output_dir) if "eval_loss" in record]
-    last = evaluations[-1] if evaluations else {}
-    return {name: value for name, value in last.items() if name != "step"}
-
-
 def finish(
     args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: list[dict]
 ) -> None:
     """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
-    metrics = last_metrics(args)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    metrics = closing.last_metrics(args)
     with output_dir.finished_together(args.output_dir) as folder:
         prompt_format.tokenizer.save_pretrained(folder)
         adapters.save_adapter(model, folder)
@@ -289,7 +280,7 @@ def finish(
             launch.say(f"audit written to {args.output_dir}/audit.md")
         run_json.write_run(folder, **about, metrics=metrics)
 
-    launch.say(f"reward adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
+    closing.say_finished(args, metrics, len(eval_rows))
 
 
 def main(args: ScriptArguments) -> None:

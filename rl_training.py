@@ -43,7 +43,7 @@ from accelerate import Accelerator
 from rlhf import ppo
 from rlhf.artefacts import adapters, checkpoint, fingerprints, output_dir, resume
 from rlhf.cost import flops, plan
-from rlhf.data import encoding, reading
+from rlhf.data import encoding, inspection, reading
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
@@ -308,7 +308,7 @@ def main(args: ScriptArguments) -> None:
     bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
     prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows if writes else None)
     if args.inspect_data:
-        return encoding.inspect_rows(prompt_format, prompts, funnel)
+        return inspection.inspect_rows(prompt_format, prompts, funnel)
     if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
     run["data"] = reading.fingerprints(prompts, eval_prompts) | funnel.as_dict()
@@ -329,8 +329,7 @@ def main(args: ScriptArguments) -> None:
     summary = train(loop, done, run)
     if accelerator.is_main_process:
         state.save_finished(loop, run, {"steps": loop.total_steps, **summary, "best": loop.best})
-        print(f"policy adapter saved in {args.output_dir}, chart in {args.output_dir}/chart.png", flush=True)
-        evaluation.say_best(loop)
+        evaluation.say_finished(loop)
     accelerator.end_training()
 
 

@@ -67,11 +67,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
-from rlhf.data import encoding, reading
+from rlhf.data import encoding, inspection, reading
 from rlhf.data.batches import LengthGroupedSampler, blank_answer
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import subset
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.endings import say_end
 from rlhf.models import loading, lora, untrained
 from rlhf.run import launch
 from rlhf.run.log import MetricsLog, read_metrics
@@ -90,7 +91,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[
     # Their order changes no result, and rows of like length share a batch.
     eval_rows.sort(key=lambda row: len(row["input_ids"]))
     if args.inspect_data:
-        encoding.inspect_rows(prompt_format, rows, funnel)
+        inspection.inspect_rows(prompt_format, rows, funnel)
     else:
         launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
 
@@ -199,8 +200,12 @@ def finish(args: ScriptArguments, model, about: dict, log: MetricsLog) -> None:
         adapters.save_adapter(model, folder)
         run_json.write_run(folder, **about, metrics=metrics)
     log.close()
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    launch.say(f"SFT adapter in {args.output_dir}" + (f": {shown}" if shown else ""))
+    quality = None
+    if metrics:
+        before, after = metrics.values()
+        quality = f"loss on held-out answers {before:.3f} before, {after:.3f} after"
+    more = {"model_name": args.model_name, "dataset_name": "pairs.jsonl"}
+    say_end(f"SFT adapter in {args.output_dir}", quality, args, "reward_modeling.py", **more)
 
 
 def main(args: ScriptArguments) -> None:

@@ -26,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from benchmarks.common import random_ids
 from benchmarks.gpu_7b import machine_line, ppo
-from benchmarks.gpu_limits import Card, Cost
 from benchmarks.gpu_measure import Arguments as BenchArguments
 from benchmarks.gpu_measure import Bench, Row
 from benchmarks.gpu_trainers import reward, supervised, timed_training, trainer_settings
@@ -34,6 +33,7 @@ from benchmarks.gpu_workload import SHAPES, pair_rows, sft_rows
 from benchmarks.model import tokenizer
 from rlhf.arguments import LoraArguments
 from rlhf.cost.flops import this_card
+from rlhf.cost.limits import Card, Cost
 from rlhf.flags import flag, parse
 from rlhf.run.launch import silence_libraries
 

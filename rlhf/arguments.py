@@ -19,6 +19,8 @@ OPTIMIZERS = (
     "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
 )  # fmt: skip
 
+TRACKERS = ("wandb", "tensorboard", "swanlab")
+
 
 @dataclass(kw_only=True)
 class CommonArguments(Flags):
@@ -71,7 +73,9 @@ class CommonArguments(Flags):
     )
     # ---- run ----
     seed: int = flag(0, help="seed of everything random")
-    log_with: str | None = flag(None, help="tracker beside metrics.jsonl: wandb or tensorboard", resume="free")
+    log_with: str | None = flag(
+        None, help="tracker beside metrics.jsonl: wandb, tensorboard or swanlab", resume="free"
+    )
     on_non_finite: str = flag(
         "stop",
         help="when a loss, gradient or score is NaN or Inf: stop, or skip that step, unlearnt, and count it",
@@ -102,8 +106,8 @@ class CommonArguments(Flags):
         if self.log_with in ("none", "None", ""):
             self.log_with = None
 
-        if self.log_with not in (None, "wandb", "tensorboard"):
-            raise ValueError(f"--log_with {self.log_with} is unknown: use wandb or tensorboard, or leave it out")
+        if self.log_with not in (None, *TRACKERS):
+            raise ValueError(f"--log_with {self.log_with} is unknown: use {' or '.join(TRACKERS)}, or leave it out")
 
         if self.overwrite_output_dir and self.resume_from_checkpoint:
             raise ValueError("--overwrite_output_dir and --resume_from_checkpoint contradict each other: give one")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Stage 1 at 7B: SFT adapter, on one card of 16 GB. The variables can be set from outside (`BASE=models/baichuan-7B bash scripts/train_sft.sh`),
-# further flags go to sft_training.py. Given again after an interruption, it goes on from the newest checkpoint.
+# Stage 1 at 7B: SFT adapter, on one card of 16 GB. The variables can be set from outside
+# (`BASE=models/baichuan-7B bash scripts/train_sft.sh`), further flags go to sft_training.py. Given again after an
+# interruption, it goes on from the newest checkpoint.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

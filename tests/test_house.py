@@ -13,7 +13,7 @@ FLOORS = (
     ("ppo", "baichuan", "flags", "flags_page", "artefacts"),
     ("run",),
     ("data", "models"),
-    ("arguments", "reward", "compare"),
+    ("arguments", "endings", "reward", "compare"),
     ("cost",),
     ("rl", "trainer"),
 )
@@ -21,7 +21,7 @@ FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in room
 # Lower rooms on the same floor that a room may look into: data is encoded before a model runs.
 NEIGHBOURS = {
     ("artefacts", "flags"), ("flags", "flags_page"), ("flags_page", "flags"), ("data", "models"), ("models", "data"),
-    ("reward", "arguments"),
+    ("reward", "arguments"), ("reward", "endings"),
 }  # fmt: skip
 
 

@@ -16,13 +16,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlhf.compare.arguments import BASE
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.loading import load_base
 from rlhf.models.lora import add_lora, score_head_of
 from rlhf.models.scoring import score
-
-BASE = "base"
 
 # With a space, so that no version can have the same name.
 REWARD_MODEL = "reward model"
@@ -258,3 +257,17 @@ def row_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     # Rows of two --seed values share a noise seed only in tables of over a million rows.
     start = seed * 1_000_003 + first
     return [start + row for row in range(count)]
+
+
+def wins_in_words(columns: dict[str, list[Answer]]) -> str | None:
+    """On which share of the prompts the last version scores above the first; None without scores or with one version.
+
+    Two equal scores count as half a win.
+    """
+    first = next(iter(columns))
+    last = next(reversed(columns))
+    pairs = [(a.score, b.score) for a, b in zip(columns[first], columns[last], strict=True)]
+    if first == last or not pairs or any(None in pair for pair in pairs):
+        return None
+    wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)
+    return f"{last} scores above {first} on {wins / len(pairs):.0%} of {len(pairs)} prompts"

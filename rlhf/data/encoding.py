@@ -1,8 +1,6 @@
-"""Rows of token ids, the same in every stage: tokenizer, encoded rows, --inspect_data."""
+"""Rows of token ids, the same in every stage: tokenizer and encoded rows."""
 
-import sys
 from collections.abc import Iterable
-from itertools import groupby
 
 from transformers import AutoTokenizer
 
@@ -12,7 +10,6 @@ from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.template import turns_of
-from rlhf.run.terminal import printable
 
 
 # ---- tokenizer ----
@@ -71,6 +68,7 @@ def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: i
         except Unusable as reason:
             funnel.drop(str(reason), row["where"])
             continue
+        funnel.lengths.append(len(query_ids))
         if len(query_ids) > max_length:
             funnel.drop(f"prompt longer than {max_length} tokens", row["where"])
             continue
@@ -91,6 +89,8 @@ def _encoded(prompt_format: PromptFormat, row: dict, sides: tuple[str, ...], fun
 
 def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str, funnel: Funnel) -> bool:
     """Return True if one or two encoded answers to one query can be trained on, else count the row in `funnel`."""
+    longest = max(len(query_ids) + len(answer_ids) for query_ids, answer_ids in pairs)
+    funnel.lengths.append(longest)
     # The first reason that holds is counted: each test relies on those before it.
     reason = None
     if any(len(answer_ids) == 1 for _, answer_ids in pairs):
@@ -98,7 +98,7 @@ def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str,
         reason = "answer without a token"
     elif len(pairs[0][0]) >= max_length:
         reason = f"prompt longer than {max_length} tokens"
-    elif max(len(query_ids) + len(answer_ids) for query_ids, answer_ids in pairs) > max_length:
+    elif longest > max_length:
         reason = f"longer than {max_length} tokens"
     elif len(pairs) == 2 and pairs[0] == pairs[1]:
         # Different texts may have equal ids, after the tokenizer's normaliser.
@@ -107,47 +107,3 @@ def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str,
     if reason:
         funnel.drop(reason, where)
     return reason is None
-
-
-# ---- looking ----
-def inspect_rows(prompt_format: PromptFormat, rows: list[dict], funnel: Funnel, count: int = 3) -> None:
-    """Print the funnel and the first rows as the model will see them: text, ids, and 1 where there is a loss."""
-    print(f"{funnel.table()}\n{prompt_format.describe()}")
-
-    for number, row in enumerate(rows[:count], start=1):
-        for name, ids, mask in _sequences(row):
-            print(f"\n--- row {number}, {name}, {len(ids)} tokens")
-            print(_readable(prompt_format, ids))
-            print("ids ", *ids)
-            print("mask", *mask)
-
-
-def _readable(prompt_format: PromptFormat, ids: list[int]) -> str:
-    """Text of a row; on a terminal its control tokens have a colour, which tells them from typed ones."""
-    tokenizer = prompt_format.tokenizer
-    if not sys.stdout.isatty():
-        return printable(tokenizer.decode(ids))
-
-    control = set(prompt_format.control.ids.values())
-    text = ""
-    for is_control, group in groupby(ids, key=control.__contains__):
-        # Data may hold escape sequences, which would steer the terminal.
-        piece = printable(tokenizer.decode(list(group)))
-        text += f"\033[36m{piece}\033[0m" if is_control else piece
-    return text
-
-
-def _sequences(row: dict) -> list[tuple[str, list[int], list[int]]]:
-    """(name, ids, mask) of each sequence of an encoded row of any kind."""
-    if "input_ids" in row:
-        return [("query and answer", row["input_ids"], row["completion_mask"])]
-
-    query = row["query_ids"]
-    no_loss = [0] * len(query)
-    sequences = []
-    for name in ("chosen", "rejected"):
-        if f"{name}_ids" in row:
-            answer = row[f"{name}_ids"]
-            sequences.append((name, query + answer, no_loss + [1] * len(answer)))
-    # A row of PPO has its query alone.
-    return sequences or [("query", query, no_loss)]

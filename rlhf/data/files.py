@@ -16,12 +16,16 @@ from pathlib import Path
 from rlhf.data.dialogues import BadRow
 from rlhf.data.located import Located, first_sentence, not_utf8, twice
 from rlhf.data.tables import csv_rows, parquet_rows
+from rlhf.run.launch import say
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 # Beside these: a prompt a line (given by its name, never found in a directory), and any text file compressed.
 TEXT = ".txt"
 COMPRESSED = ".gz"
+
+# The separator is found in the file; by this name people expect a tab.
+TABS = ".tsv"
 
 # What stands in place of a file that Git LFS keeps elsewhere.
 LFS_POINTER = b"version https://git-lfs.github.com/spec"
@@ -61,7 +65,9 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
 
     # Editors on Windows put it there; it is no part of the text.
-    data = data.removeprefix(codecs.BOM_UTF8)
+    if data.startswith(codecs.BOM_UTF8):
+        data = data.removeprefix(codecs.BOM_UTF8)
+        say(f"{label} begins with a byte order mark, which is left out")
 
     # 3. Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
     text = data.decode("utf-8", "surrogateescape")
@@ -84,9 +90,11 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read: that of "rows.jsonl.gz" is ".jsonl"."""
+    """The suffix that says how a file is read: that of "rows.jsonl.gz" is ".jsonl", that of "rows.tsv" ".csv"."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == COMPRESSED else suffix
+    if suffix == COMPRESSED:
+        suffix = Path(path.stem).suffix.lower()
+    return ".csv" if suffix == TABS else suffix
 
 
 def _bytes_of(path: Path, label: str) -> bytes:

@@ -21,6 +21,7 @@ class Funnel:
         dropped: rows by reason. places: up to three "file:line" for each reason.
         bad_rows: "file:line: reason" of each malformed row.
         formats: how the columns of each source were read.
+        lengths: tokens of every row that was encoded (of a pair, of its longer side), kept or not.
     """
 
     read: int = 0
@@ -30,6 +31,7 @@ class Funnel:
     places: dict[str, list[str]] = field(default_factory=dict)
     bad_rows: list[str] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def kept(self) -> int:

@@ -23,6 +23,9 @@ from rlhf.run.pictures import pyplot
 # Held-out pairs that the audit's accuracy and calibration are measured on, at most.
 AUDIT_PAIRS = 2000
 
+# Lines under the verdict that go to a terminal.
+TERMINAL_LINES = 12
+
 
 # ---- running ----
 def audit_model(
@@ -179,21 +182,18 @@ def _remarks(results: dict, note: str) -> list[str]:
 
 
 def table(results: dict) -> str:
-    """The report as plain text for a log, verdict first, at most 99 columns wide."""
-    outcome = results["verdict"]["verdict"]
-    lines = [f"audit of the reward model: {outcome.upper()}"]
+    """The report for a terminal: verdict, and at most TERMINAL_LINES lines; audit.md has the rest."""
+    lines = []
     for remark in _remarks(results, "note:"):
         lines += textwrap.wrap(remark, 99, subsequent_indent="  ")
-
-    for _, rows in sections(results):
-        lines.append("")
-        # Names stand at the left of their column, numbers at the right.
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for name, *rest in rows:
-            cells = [name.ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-            lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    accuracy = results["accuracy"]
+    if accuracy["n"]:
+        lines.append(f"right on {_percent(accuracy['share'])} of {accuracy['n']:,} held-out pairs")
+    # The attacks that come nearest to winning stand first.
+    for kind, part in sorted(_tried(results).items(), key=lambda item: item[1]["share"]):
+        lines.append(f"the real answer wins on {_percent(part['share']):>4} of prompts against {kind}")
+    verdict = f"audit of the reward model: {results['verdict']['verdict'].upper()}"
+    return "\n".join([verdict, *lines[:TERMINAL_LINES]])
 
 
 def markdown(results: dict) -> str:

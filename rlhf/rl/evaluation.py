@@ -4,10 +4,13 @@ import math
 
 import torch
 
+from rlhf.endings import say_end
 from rlhf.models.generation import Rollout
 from rlhf.rl.experience import record_logprobs, sample_responses, score_responses, transform_scores
 from rlhf.rl.loop import PPOLoop, global_moments, next_prompts
 from rlhf.rl.metrics import describe_samples, sample_records
+from rlhf.run.launch import say
+from rlhf.run.log import read_metrics
 
 # Answers of the SFT model that --reward_transform standardize takes its mean and deviation from.
 STATISTICS_SAMPLES = 128
@@ -94,10 +97,21 @@ def criterion(loop: PPOLoop) -> str:
     return "judge" if loop.args.judge_lora_path else "score"
 
 
-def say_best(loop: PPOLoop) -> None:
-    """Say which evaluation was the best, if there was any."""
+def say_finished(loop: PPOLoop) -> None:
+    """Say where the policy is, how much its score rose, which evaluation was the best, and what to look at next."""
+    args = loop.args
+    scores = [record["score/mean"] for record in read_metrics(args.output_dir) if "score/mean" in record]
+    rise = f"score {scores[0]:+.2f} in the first step, {scores[-1]:+.2f} in the last" if scores else None
     if loop.best:
-        print(best_in_words(loop), flush=True)
+        say(best_in_words(loop))
+
+    # Several versions after one flag.
+    versions = [f"ppo={args.output_dir}"]
+    if args.sft_model_lora_path:
+        versions.insert(0, f"sft={args.sft_model_lora_path}")
+    more = {"base_model_name": args.base_model_name, "reward_model_lora_path": args.reward_model_lora_path}
+    made = f"policy adapter in {args.output_dir} (curves: {args.output_dir}/chart.png)"
+    say_end(made, rise, args, "compare.py", adapters=versions, **more, prompts="prompts.txt")
 
 
 def best_in_words(loop: PPOLoop) -> str:

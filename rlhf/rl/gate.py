@@ -128,6 +128,4 @@ def _warn_or_refuse(reward_dir: str | Path, winning: dict[str, float], mode: str
     if mode == "refuse":
         raise ValueError(f"{words}, or go on all the same with --reward_gate warn")
 
-    # The frame of "!" is hard to miss among the lines of a starting run.
-    frame = "!" * 80
-    warnings.warn(f"\n{frame}\n{words}; PPO goes on because of --reward_gate warn\n{frame}", stacklevel=2)
+    warnings.warn(f"{words}; PPO goes on because of --reward_gate warn", stacklevel=2)

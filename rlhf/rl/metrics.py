@@ -131,16 +131,17 @@ def utilisation(
     return {} if share is None else {"mfu": share}
 
 
-def step_line(metrics: dict, total: int, eta: str) -> str:
-    """A step in one line."""
-    speed = f", {format_mfu(metrics['mfu'])}" if "mfu" in metrics else ""
+def step_line(metrics: dict, total: int, eta: str = "") -> str:
+    """A step in one line of at most 120 columns; metrics.jsonl has the rest."""
+    # The tokens a second of a card that is known say less than the share of its peak.
+    speed = format_mfu(metrics["mfu"]) if "mfu" in metrics else f"{metrics['tokens/s']:.0f} tok/s"
+    seconds = metrics["time/step"]
+    kl = metrics["kl/mean"]
     return (
-        f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.3f} | kl {metrics['kl/mean']:.2f} nats "
-        f"| len {metrics['len/mean']:.1f} (min {metrics['len/min']:.0f}) | empty {metrics['empty_frac']:.1%} "
-        f"| entropy {metrics['entropy']:.2f} | {metrics['time/step']:.1f} s "
-        f"(rollout {metrics['time/rollout']:.1f}, score {metrics['time/score']:.1f}, "
-        f"update {metrics['time/update']:.1f}) | {metrics['tokens/s']:,.0f} tokens/s, "
-        f"{metrics['samples/s']:.2f} samples/s{speed} | ETA {eta}"
+        f"step {metrics['step']}/{total} | score {metrics['score/mean']:+.2f} "
+        f"| kl {kl:.{0 if abs(kl) >= 100 else 2}f} | len {metrics['len/mean']:.0f} "
+        f"| empty {metrics['empty_frac']:.0%} | entropy {metrics['entropy']:.2f} "
+        f"| {seconds:.{0 if seconds >= 100 else 1}f} s, {speed}{eta}"
     )
 
 

@@ -22,8 +22,12 @@ from rlhf.run.startup import hand_signals_back, looks_only, prepare
 from rlhf.run.stopping import Collapse, Interrupted, listen
 from rlhf.run.terminal import printable
 
-# Flag -> the package it needs, in the version that was tried.
-NEEDED = {"load_in_4bit": ("bitsandbytes", "0.50.2"), "deepspeed": ("deepspeed", "0.19.8")}
+# Flag, and its value where only one needs it -> the package, in the version that was tried.
+NEEDED = {
+    ("load_in_4bit", None): ("bitsandbytes", "0.50.2"),
+    ("deepspeed", None): ("deepspeed", "0.19.8"),
+    ("log_with", "swanlab"): ("swanlab", "0.10.3"),
+}
 
 # What becomes a sentence, beside a lack of memory in whichever form it comes.
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, Collapse)
@@ -34,9 +38,9 @@ def require_optional(args) -> None:
 
     Raises: ValueError in one sentence, with the command that installs the package; those of `check_deepspeed`.
     """
-    for flag, (package, version) in NEEDED.items():
+    for (flag, only), (package, version) in NEEDED.items():
         value = getattr(args, flag, None)
-        if value and find_spec(package) is None:
+        if value and only in (None, value) and find_spec(package) is None:
             raise ValueError(
                 f"--{flag} {value} needs the package {package}, which is not installed: "
                 f"pip install {package}=={version}"
@@ -108,6 +112,14 @@ def silence_libraries() -> None:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")
+    # peft looks whether the vocabulary was enlarged, which nothing here does.
+    warnings.filterwarnings("ignore", message="Could not find a config file in")
+    warnings.showwarning = _one_sentence
+
+
+def _one_sentence(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning for whoever trains, without the line of the source that raised it."""
+    print(f"warning: {printable(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
 
 
 # ---- from the command line to the exit code ----

@@ -1,17 +1,18 @@
-"""The log of a run: metrics.jsonl (the record), samples.jsonl, trackers beside them, time left."""
+"""The log of a run: metrics.jsonl (the record), samples.jsonl, what the screen shows of them, time left."""
 
 import json
 import math
 import os
 import time
-import warnings
 from pathlib import Path
 
 from rlhf.artefacts.damage import refuse_types
 from rlhf.artefacts.files import TOKEN
+from rlhf.run.terminal import columns_here, labelled
+from rlhf.run.trackers import TRACKED_SAMPLES, open_tracker
 
-# Answers with text that go to a tracker at one step, at most: a tracker's page is not for reading all of them.
-TRACKED_SAMPLES = 16
+# Steps of a process before it says how long the rest takes: the first ones are the slowest.
+STEPS_BEFORE_ETA = 20
 
 
 def duration(seconds: float) -> str:
@@ -29,11 +30,13 @@ class Eta:
         self.start = time.monotonic()
 
     def left(self, done: int) -> str:
-        """Time left as h:mm:ss after `done` steps."""
+        """The end of a step's line: " | ETA h:mm:ss" after `done` steps, "" where there are too few to tell."""
         # Steps of an earlier process took time that this clock has not seen.
-        steps = max(1, done - self.first)
+        steps = done - self.first
+        if steps < STEPS_BEFORE_ETA:
+            return ""
         pace = (time.monotonic() - self.start) / steps
-        return duration(pace * (self.total - done))
+        return f" | ETA {duration(pace * (self.total - done))}"
 
 
 # Fields of a record that are no measured number.
@@ -74,7 +77,7 @@ class MetricsLog:
         self.last = records[-1] if records else {}
 
         # A tracker is three functions, and without one they do nothing.
-        tracking = _open_tracker(tracker, Path(output_dir), config or {})
+        tracking = open_tracker(tracker, Path(output_dir), config or {})
         self._log, self._log_samples, self._close = tracking
 
     def write(self, record: dict) -> None:
@@ -93,9 +96,7 @@ class MetricsLog:
             out.write(_json_lines(rows))
 
         for row in rows[:shown]:
-            # `repr`: a line end in an answer must not break the log's lines.
-            answer = f"{row['query']!r} -> {row['response']!r}"
-            print(f"  {answer} (score {row['score']:+.3f}, {row['length']} tokens)", flush=True)
+            show_answer(row["query"], row["response"], f"score {row['score']:+.2f}, {row['length']} tokens")
 
         if rows:
             self._log_samples(rows[:TRACKED_SAMPLES])
@@ -103,6 +104,12 @@ class MetricsLog:
     def close(self) -> None:
         """Flush the tracker."""
         self._close()
+
+
+def show_answer(query: str, response: str, about: str) -> None:
+    """Print a query and its answer as text, a rule beside them; `about` stands under the answer."""
+    lines = labelled([("prompt", query.strip()), ("answer", response), ("", f"({about})")], columns_here())
+    print(*lines, "", sep="\n", flush=True)
 
 
 def _cut_back(file: Path, done: int) -> list[dict]:
@@ -114,94 +121,6 @@ def _cut_back(file: Path, done: int) -> list[dict]:
         part.write_text(_json_lines(rows), encoding="utf-8")
         os.replace(part, file)
     return rows
-
-
-# ---- trackers ----
-def _open_tracker(tracker: str | None, output_dir: Path, config: dict):
-    """Functions (log numbers, log samples, close) of a tracker."""
-    if tracker is None:
-        return _no_tracker()
-    try:
-        functions = _open_wandb(output_dir, config) if tracker == "wandb" else _open_tensorboard(output_dir)
-    # Whatever a tracker does wrong, the run goes on: metrics.jsonl is the record.
-    except Exception as error:
-        return _no_tracker(f"{tracker} could not be started ({type(error).__name__}: {error})")
-    return tuple(_forgiving(function, tracker) for function in functions)
-
-
-def _no_tracker(reason: str | None = None):
-    """Three functions that do nothing; `reason` is said once."""
-    if reason:
-        warnings.warn(f"{' '.join(reason.split())[:300]}: the run goes on with metrics.jsonl alone", stacklevel=2)
-    return (lambda record: None), (lambda rows: None), (lambda: None)
-
-
-def _forgiving(function, tracker: str):
-    """`function` of a tracker, left alone after its first failure, which is a warning."""
-    failed = []
-
-    def call(*given):
-        if failed:
-            return
-        try:
-            function(*given)
-        except Exception as error:
-            failed.append(error)
-            _no_tracker(f"{tracker} failed ({type(error).__name__}: {error})")
-
-    return call
-
-
-def _open_wandb(output_dir: Path, config: dict):
-    """Functions of wandb. Without a key or a host it works offline and says how to sync later."""
-    # An optional package: only a run that asks for it needs it.
-    import wandb
-
-    # In the run's own directory, so that it is found again when it was offline.
-    settings = {"project": "lora-rlhf", "dir": str(output_dir), "config": config, "name": output_dir.name}
-    # By default it waits 90 seconds for a host that does not answer.
-    if "WANDB_INIT_TIMEOUT" not in os.environ:
-        settings["settings"] = wandb.Settings(init_timeout=20)
-
-    try:
-        run = wandb.init(**settings)
-    except wandb.Error as error:
-        # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
-        why = str(error).partition("\n")[0]
-        warnings.warn(f"wandb is offline ({why}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
-        run = wandb.init(mode="offline", **settings)
-
-    def log(record: dict) -> None:
-        run.log(record, step=record.get("step"))
-
-    def log_samples(rows: list[dict]) -> None:
-        # As text: a column of a wandb table has one type, and a row may lack a field.
-        names = sorted(set().union(*rows))
-        data = [[str(row.get(name, "")) for name in names] for row in rows]
-        table = wandb.Table(columns=names, data=data)
-        run.log({"samples": table}, step=rows[0]["step"])
-
-    return log, log_samples, run.finish
-
-
-def _open_tensorboard(output_dir: Path):
-    """Functions of TensorBoard, which writes into tensorboard/ of the run's directory."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(str(output_dir / "tensorboard"))
-
-    def log(record: dict) -> None:
-        for key, value in record.items():
-            writer.add_scalar(key, value, record.get("step"))
-
-    def log_samples(rows: list[dict]) -> None:
-        lines = []
-        for row in rows:
-            score = f" ({row['score']:+.3f})" if "score" in row else ""
-            lines.append(f"- {row['query']} -> {row['response']}{score}")
-        writer.add_text("samples", "\n".join(lines), rows[0]["step"])
-
-    return log, log_samples, writer.close
 
 
 # ---- reading ----

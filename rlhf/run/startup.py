@@ -72,8 +72,8 @@ def _refuse_missing_packages() -> None:
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ValueError(
-            f"{sys.executable} has no {', '.join(missing)}: run `source .venv/bin/activate`, or first make .venv with "
-            "`bash scripts/run_demo.sh`"
+            f"{sys.executable} has no {', '.join(missing)}: run `source .venv/bin/activate`, or make .venv first: "
+            "`source scripts/setup_venv.sh`"
         )
 
 

@@ -1,6 +1,7 @@
 """Text in a terminal: the width of Chinese characters, wrapping by width, control characters made visible."""
 
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterator
 
@@ -61,6 +62,11 @@ def _pieces(paragraph: str, columns: int) -> Iterator[str]:
             yield piece
         else:
             yield from piece
+
+
+def columns_here() -> int:
+    """Width of the terminal; 100 where the output goes into a file."""
+    return shutil.get_terminal_size((100, 24)).columns
 
 
 def labelled(rows: list[tuple[str, str]], columns: int) -> list[str]:

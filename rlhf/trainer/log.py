@@ -162,7 +162,7 @@ class StageLog(TrainerCallback):
         return (
             f"step {state.global_step}/{state.max_steps} | loss {record['loss']:.4f} | lr {record['lr']:.2e} | "
             f"grad_norm {norm:.2f} | {record['tokens/s']:,} tokens/s, {record['samples/s']:.1f} samples/s"
-            f"{utilisation} | {record['time/step']:.2f} s/step | ETA {self.eta.left(state.global_step)}"
+            f"{utilisation} | {record['time/step']:.2f} s/step{self.eta.left(state.global_step)}"
         )
 
     def speed(self, state, seconds: float) -> dict[str, float]:

@@ -4,7 +4,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.template import turns_of
 from rlhf.models.generation import greedy_answers
 from rlhf.run.launch import say
-from rlhf.run.log import MetricsLog
+from rlhf.run.log import MetricsLog, show_answer
 from rlhf.trainer.stage_trainer import is_zero3
 
 
@@ -23,6 +23,6 @@ def show(args, trainer, prompt_format: PromptFormat, rows: list[dict], log: Metr
     answers = greedy_answers(base, prompt_format, queries, args.sample_max_new_tokens)
     records = []
     for prompt, answer in zip([row["prompt"] for row in rows], answers, strict=True):
-        print(f"  step {step} | {prompt!r} -> {answer!r}", flush=True)
+        show_answer(prompt, answer, f"step {step}")
         records.append({"step": step, "query": prompt, "response": answer})
     log.write_samples(records, shown=0)

@@ -18,7 +18,7 @@ from rlhf.artefacts.output_dir import claim_output_dir, refuse_used, sweep
 from rlhf.artefacts.resume import finished_run
 from rlhf.models.loading import load_base
 from rlhf.models.lora import add_lora
-from rlhf.run import log as run_log
+from rlhf.run import trackers
 from rlhf.run.log import MetricsLog
 
 
@@ -215,10 +215,10 @@ def test_a_tracker_that_fails_is_a_warning_and_the_record_goes_on(tmp_path, monk
     def broken(*given):
         raise RuntimeError("service\nis gone")
 
-    monkeypatch.setattr(run_log, "_open_wandb", broken)
+    monkeypatch.setitem(trackers.OPENERS, "wandb", broken)
     with pytest.warns(UserWarning, match="wandb could not be started .*service is gone.* goes on with metrics.jsonl"):
         MetricsLog(tmp_path, "wandb").write({"step": 1})
-    monkeypatch.setattr(run_log, "_open_wandb", lambda *given: (broken, broken, broken))
+    monkeypatch.setitem(trackers.OPENERS, "wandb", lambda *given: (broken, broken, broken))
     log = MetricsLog(tmp_path, "wandb", done=1)
     with pytest.warns(UserWarning, match="wandb failed"):
         log.write({"step": 2})

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import gpu_7b, gpu_peers, ppo_step, sft_step
+from benchmarks import gpu_7b, gpu_peers, ppo_step, settings, sft_step
 from benchmarks.gpu_measure import Meter, Row, Target, cells
 from benchmarks.model import EOS, VOCABULARY, causal_model, config
 from benchmarks.ppo_workload import SETTINGS, prompts, set_chance_of_eos
@@ -178,3 +178,11 @@ def test_a_row_is_held_against_the_limit_and_its_target():
     assert shown == ("0.5", "20.00", "12,000", "41.00", "40.0%", "0.14", "28.0%", ">= 15 samples/s", "yes")
     assert cells(row, Card("", None, None))[5:8] == ("-", "-", "-")
     assert not Target(memory=40).met(row)
+
+
+def test_the_settings_that_are_compared_differ_from_the_first_in_one_thing_each():
+    args = settings.Arguments(model="base", learning_rates=[1e-3, 1e-4], ranks=[16, 4, 64], epochs=[1.0, 3.0])
+    made = settings.settings(args)
+    assert made[0] == (1e-3, 16, 1.0) and len(made) == len(set(made)) == 5
+    for other in made[1:]:
+        assert sum(a != b for a, b in zip(made[0], other, strict=True)) == 1

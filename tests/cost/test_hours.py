@@ -35,7 +35,8 @@ def folders(tmp_path_factory):
     Qwen3Config(
         **sizes, intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8, head_dim=128, vocab_size=151936
     ).save_pretrained(folder / "qwen")
-    return {"baichuan-inc/baichuan-7B": str(folder / "baichuan"), "Qwen/Qwen3-8B": str(folder / "qwen")}
+    names = ("baichuan-inc/baichuan-7B", "models/baichuan-7B")
+    return dict.fromkeys(names, str(folder / "baichuan")) | {"Qwen/Qwen3-8B": str(folder / "qwen")}
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +136,22 @@ def test_a_mini_batch_that_fits_divides_the_batch_and_the_optimizer_step(
 
 
 # ---- the commands ----
-def readme_commands() -> list[tuple[int, str, list[str]]]:
-    """(GB of the card that the comment above names, script, flags) of the training commands of README.md."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+# Commands that train nothing.
+LOOKS = {"--plan", "--inspect_data", "--audit_only"}
+
+
+def page_commands(page: str) -> list[tuple[int, str, list[str]]]:
+    """(GB of the card that the comment at the head of a block names, script, flags) of a page's training commands."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     named = []
     for block in re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
         size = re.match(r"# (\d+) GB$", block, re.MULTILINE)
         for line in block.replace("\\\n", " ").splitlines():
             found = shlex.split(line, comments=True)
-            if len(found) > 1 and found[1].removesuffix(".py") in STAGES and "--plan" not in found:
-                named.append((size and int(size[1]), found[1].removesuffix(".py"), found[2:]))
+            # The interpreter and variables may stand before the script.
+            place = next((place for place, word in enumerate(found) if word.removesuffix(".py") in STAGES), None)
+            if place is not None and not LOOKS & set(found):
+                named.append((size and int(size[1]), found[place].removesuffix(".py"), found[place + 1 :]))
     return named
 
 
@@ -172,15 +179,25 @@ def fits(size: int, stage: str, flags: list[str], folders, bases) -> bool:
     script, kind = STAGES[stage]
     known = [folders.get(word, word) for word in flags]
     args = script.parse_args(known)
-    base = bases[args.base_model_name if kind == "ppo" else args.model_name]
+    # The base of the Trainer stages has a default, too.
+    name = args.base_model_name if kind == "ppo" else args.model_name
+    base = bases[folders.get(name, name)]
     return memory_of(args, base, kind).peak() <= size * 1e9
 
 
 def test_every_command_of_the_readme_fits_the_card_it_names(folders, bases):
-    commands = readme_commands()
+    commands = page_commands("README.md")
     assert {stage for _, stage, _ in commands} == set(STAGES)
     for size, stage, flags in commands:
         assert size and fits(size, stage, flags, folders, bases), (size, stage, flags)
+
+
+@pytest.mark.parametrize("page", ["start", "stages", "models", "data", "reward", "ppo", "running"])
+def test_every_command_of_the_pages_fits_the_card_it_names_or_24_gb(page, folders, bases):
+    commands = page_commands(f"docs/{page}.md")
+    assert commands
+    for size, stage, flags in commands:
+        assert fits(size or 24, stage, flags, folders, bases), (size, stage, flags)
 
 
 def test_every_command_of_the_scripts_fits_the_card_it_names(folders, bases, tmp_path):

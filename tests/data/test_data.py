@@ -18,8 +18,9 @@ from rlhf.data.arguments import SFT_DATASET, DataArguments
 from rlhf.data.batches import LengthGroupedSampler, collate_prompts
 from rlhf.data.choose_format import text_format
 from rlhf.data.control_tokens import continuation, encode
-from rlhf.data.encoding import inspect_rows, load_tokenizer, preference_rows, prompt_rows, sft_rows
+from rlhf.data.encoding import load_tokenizer, preference_rows, prompt_rows, sft_rows
 from rlhf.data.funnel import Funnel, split_eval, subset
+from rlhf.data.inspection import inspect_rows
 from rlhf.data.reading import data_fingerprint, load_rows, load_splits
 from rlhf.data.template import DEFAULT_TEMPLATE, render
 from rlhf.reward.pairs import PairCollator
@@ -495,11 +496,34 @@ def test_inspection_prints_the_funnel_text_ids_and_mask(tiny_base, capsys):
     assert printed.count("--- row") == 6
     for part in (
         "row 3, rejected",
-        "问：问题2\n\n答：坏2</s>",
+        "问：问题2\n\n答：〖坏2</s>〗",
         "mask 0 0",
         " ".join(map(str, encoded[0]["query_ids"])),
     ):
         assert part in printed
+
+
+def test_inspection_counts_lengths_of_all_rows_and_of_both_sides(tiny_base, capsys):
+    tokenizer = load_tokenizer(tiny_base)
+    prompt_format = text_format(tokenizer)
+    texts = [("好" * (3 + n), "坏") for n in range(39)] + [("好" * 2000, "坏")]
+    rows = [{"prompt": f"问{n}", "chosen": a, "rejected": b, "where": f"f:{n}"} for n, (a, b) in enumerate(texts)]
+    longest = []
+    for row in rows:
+        pairs = [prompt_format.encode_answer([("user", row["prompt"])], row[side]) for side in ("chosen", "rejected")]
+        longest.append(max(len(query) + len(answer) for query, answer in pairs))
+    assert longest[-1] > 1024 > 512 > sorted(longest)[-2]
+
+    funnel = Funnel(read=40)
+    encoded = preference_rows(prompt_format, rows, 512, funnel)
+    inspect_rows(prompt_format, encoded, funnel)
+    printed = capsys.readouterr().out
+    by_length = sorted(longest)
+    assert f"half have at most {by_length[20]}, 95 % at most {by_length[38]}, the longest {by_length[39]}" in printed
+    assert "lost by it: 2.5% at 512, 2.5% at 1024" in printed
+    means = [sum(len(row[f"{side}_ids"]) for row in encoded) / 39 for side in ("chosen", "rejected")]
+    assert f"chosen {means[0]:.0f}, rejected {means[1]:.0f}; chosen is the longer one in 100% of the pairs" in printed
+    assert "may learn length" in printed
 
 
 # ---- the real samples, at real size ----

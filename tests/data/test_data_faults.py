@@ -841,3 +841,18 @@ def test_a_file_in_the_old_chinese_encoding_is_told_so_once(tmp_path):
     said = str(error.value)
     assert said.count("GB18030: convert") == 1
     assert "pairs.jsonl:10: " in said and "(and 8 more)" in said
+
+
+def test_a_byte_order_mark_is_read_and_noted(tmp_path, capsys):
+    file = tmp_path / "pairs.jsonl"
+    row = json.dumps({"prompt": "问", "chosen": "好", "rejected": "坏"}) + "\n"
+    file.write_bytes(b"\xef\xbb\xbf" + row.encode())
+    assert load_rows(str(file), "preference")[0][0]["prompt"] == "问"
+    assert capsys.readouterr().out == f"{file} begins with a byte order mark, which is left out\n"
+
+
+def test_a_tsv_file_is_read_by_its_tabs_in_a_directory_too(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("prompt\tchosen\trejected\n问，一\t好\t坏\n", encoding="utf-8")
+    for source in (tmp_path / "pairs.tsv", tmp_path):
+        rows, _ = load_rows(str(source), "preference")
+        assert [(row["prompt"], row["chosen"]) for row in rows] == [("问，一", "好")]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -643,19 +644,18 @@ def test_there_is_no_audit_where_none_was_written(tmp_path):
     assert read_audit(tmp_path) is None
 
 
-def test_the_table_for_the_log_begins_with_the_verdict_is_plain_aligned_and_narrow(audited):
+def test_the_report_for_the_terminal_is_the_verdict_and_twelve_lines_the_worst_first(audited):
     found = audited(lengths_of)
     lines = table(found).splitlines()
-    assert all(words in " ".join(table(found).split()) for words in found["verdict"]["reasons"])
-    assert lines[0] == "audit of the reward model: FAIL"
+    assert lines[0] == "audit of the reward model: FAIL" and len(lines) == 13
     assert max(map(len, lines)) < 100
     assert all(line.isascii() for line in lines)
-    start = lines.index("") + 1
-    block = list(itertools.takewhile(bool, lines[start:]))
-    column = block[0].index("prompts") + len("prompts")
-    assert [line.split()[0] for line in block[1:]] == list(KINDS)
-    # Of some prompts the other answer is too much like the chosen one to be tried.
-    counts = {line.split()[0]: line[column - 3 : column] for line in block[1:]}
-    assert 190 < int(counts.pop("other_answer")) <= 200
-    assert set(counts.values()) == {"200"}
-    assert all(line[column] == " " for line in block[1:])
+    said = " ".join(table(found).split())
+    reasons = found["verdict"]["reasons"]
+    assert reasons and all(words in said for words in reasons[:3])
+
+    # Without a reason to fail, the attacks are what there is to say.
+    passed = found | {"verdict": {"verdict": "pass", "reasons": [], "notes": [], "winning": {}}}
+    shares = [int(share) for share in re.findall(r"wins on +(\d+)% of prompts against", table(passed))]
+    assert len(shares) >= 10 and shares == sorted(shares)
+    assert f"of {found['accuracy']['n']:,} held-out pairs" in table(passed)

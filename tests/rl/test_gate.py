@@ -24,6 +24,7 @@ from rlhf.data.funnel import Funnel, one_half
 from rlhf.reward.audit_report import read_audit
 from rlhf.reward.degenerate import GATE_KINDS, HARDENING_KINDS, KINDS, degenerate_pairs, kinds_of
 from rlhf.rl import gate
+from rlhf.run.log import read_metrics
 
 ROWS = [
     {"prompt": f"{who}喜欢什么？", "chosen": f"{who}喜欢{what}！", "rejected": f"{who}。", "where": "f:1"}
@@ -174,7 +175,7 @@ def test_options_reach_the_training_loss_and_leave_the_evaluation_alone(tiny_bas
         out = tmp_path / str(number)
         args = reward_arguments(tiny_base, pairs, out, audit=False, max_steps=1, learning_rate=1e-9, **flags)
         reward_modeling.main(args)
-        rows = reward_modeling.read_metrics(out)
+        rows = read_metrics(out)
         first.append(next(row["loss"] for row in rows if "loss" in row))
         evaluated.append(load_run(out)["metrics"]["eval_loss"])
     assert len({round(loss, 5) for loss in first}) == 3
