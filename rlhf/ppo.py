@@ -106,15 +106,17 @@ def policy_loss(
     mask: Tensor,
     cliprange: float,
     n_tokens: float | Tensor | None = None,
+    cliprange_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate objective, signed so that lower is better.
 
-        loss = mean over real tokens of max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange))
+        loss = mean over real tokens of max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange_high))
 
     Args:
         logprobs: [B, T] float32, nats, under the policy being trained (carries the gradient).
         old_logprobs, advantages: [B, T] float32, fixed since the rollout. mask: [B, T] bool.
         n_tokens: denominator of every mean in place of the local token count (1 gives sums, to be divided globally).
+        cliprange_high: the bound above, where it is another (Yu et al. 2025, arXiv:2503.14476, section 3.1).
     Returns: the loss (scalar) and {"policykl", "approxkl", "clipfrac", "ratio/mean"} over n_tokens, and "ratio/max".
     Source: Schulman et al. 2017, arXiv:1707.06347, equation 7; estimators k1, k2: joschu.net/blog/kl-approx.html.
     """
@@ -123,7 +125,8 @@ def policy_loss(
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0)
     advantages = torch.where(mask, advantages, 0)
     ratio = log_ratio.exp()
-    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    high = cliprange if cliprange_high is None else cliprange_high
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + high)
     loss = torch.where(mask, torch.maximum(unclipped, clipped), 0).sum() / n_tokens
 
     with torch.no_grad():
@@ -224,13 +227,15 @@ def selective_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     return _SelectiveLogprobs.apply(logits.flatten(0, -2), ids.flatten()).view_as(ids)
 
 
-def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
+def group_advantages(scores: Tensor, group_size: int, kind: str, scale_by_std: bool = True) -> Tensor:
     """Advantages without a critic, from several answers to one prompt.
 
         rloo: score - mean of the other scores of its group;  grpo: (score - group mean) / (group std + 1e-4)
 
     Args:
         scores: [B] float32, the `group_size` answers to a prompt next to each other. kind: "rloo" or "grpo".
+        scale_by_std: False leaves out grpo's division (Liu et al. 2025, arXiv:2503.20783): easy and hard prompts then
+            weigh by how much their answers differ.
     Returns: [B] float32.
     Raises: ValueError where B is no multiple of group_size, group_size < 2, or the kind is unknown.
     Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300, section 4.1.
@@ -242,8 +247,19 @@ def group_advantages(scores: Tensor, group_size: int, kind: str) -> Tensor:
         others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
         return (groups - others).flatten()
     if kind == "grpo":
-        return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).flatten()
+        centred = groups - groups.mean(1, keepdim=True)
+        return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale_by_std else centred).flatten()
     raise ValueError(f"group_advantages: unknown kind {kind!r}, use rloo or grpo")
+
+
+def dead_groups(scores: Tensor, group_size: int) -> Tensor:
+    """[B / group_size] bool: groups whose answers all have one score, from which nothing can be learnt.
+
+    Args:
+        scores: [B] float32, the answers to a prompt next to each other.
+    """
+    groups = scores.view(-1, group_size)
+    return (groups.max(1).values - groups.min(1).values) < 1e-6
 
 
 class FixedKLController:

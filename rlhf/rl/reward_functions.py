@@ -1,0 +1,147 @@
+"""Reward functions of the user's own: found, called on a batch, and held to what they promise.
+
+A file of reward functions is the user's own code and runs as such, without a sandbox.
+"""
+
+import hashlib
+import importlib.util
+import math
+import signal
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from rlhf.reward import functions
+
+READY = ("overlong", "repetition", "exact_answer", "pattern")
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A function of --reward_functions.
+
+    Attributes:
+        name: in metrics and samples. spec: as the command line has it. sha256: of its file, for a resume to compare.
+    """
+
+    name: str
+    spec: str
+    call: Callable[[list[str], list[str], list[dict]], list]
+    sha256: str
+
+
+def load_functions(specs: list[str]) -> list[RewardFunction]:
+    """The functions that FILE:FUNCTION, the name of a ready one, or either with =TEXT name.
+
+    Raises: ValueError in one sentence where a file or a function is missing, or the file cannot be run.
+    """
+    found = [_load(spec) for spec in specs]
+    names = [function.name for function in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"--reward_functions names {name} twice: its parts could not be told apart in the log")
+    return found
+
+
+def _load(spec: str) -> RewardFunction:
+    place, equals, text = spec.partition("=")
+    file, colon, name = place.rpartition(":")
+    if not colon:
+        if place not in READY:
+            ready = ", ".join(READY)
+            raise ValueError(f"--reward_functions {spec}: write FILE:FUNCTION, or one of the ready ones: {ready}")
+        module = functions
+        name = place
+        path = Path(functions.__file__)
+    else:
+        path = Path(file)
+        module = _run(path, spec)
+
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"--reward_functions {spec}: {path} has no function {name}; it has {', '.join(own) or 'none'}"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    call = (lambda *batch: function(*batch, text)) if equals else function
+    return RewardFunction(name, spec, call, digest)
+
+
+def _run(path: Path, spec: str) -> ModuleType:
+    """The module that a file defines. Raises: ValueError naming the file and the line where it fails."""
+    if not path.is_file():
+        raise ValueError(f"--reward_functions {spec}: there is no file {path}")
+    source = importlib.util.spec_from_file_location(f"reward_functions_{path.stem}", path)
+    if source is None or source.loader is None:
+        raise ValueError(f"--reward_functions {spec}: {path} is no Python file")
+    module = importlib.util.module_from_spec(source)
+    try:
+        source.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"--reward_functions {spec}: {path} cannot be run ({_cause(error, path)})") from error
+    return module
+
+
+def call_function(
+    function: RewardFunction, prompts: list[str], responses: list[str], rows: list[dict], timeout: float = 0.0
+) -> Tensor:
+    """[B] float32: a function's score of each response, NaN where it does not apply.
+
+    Args:
+        rows: as the function takes them. timeout: seconds that a call may take; 0: any.
+    Raises: ValueError naming the function, the row and the value where it raises, takes too long, or gives anything
+        but one finite number or None a response.
+    """
+    name = f"reward function {function.name}"
+    try:
+        with _within(timeout):
+            scores = function.call(prompts, responses, rows)
+    except TimeoutError:
+        raise ValueError(f"{name} took longer than --reward_timeout {timeout:g} seconds for a batch") from None
+    except Exception as error:
+        raise ValueError(f"{name} failed: {_cause(error)}") from error
+
+    if torch.is_tensor(scores) or hasattr(scores, "tolist"):
+        scores = scores.tolist()
+    if not isinstance(scores, list | tuple) or len(scores) != len(responses):
+        given = f"{len(scores)} scores" if isinstance(scores, list | tuple) else type(scores).__name__
+        raise ValueError(f"{name} gave {given} for {len(responses)} responses: it has to give one for each")
+    for row, score in enumerate(scores):
+        if score is not None and not (isinstance(score, bool | int | float) and math.isfinite(score)):
+            raise ValueError(f"{name} gave {score!r:.60} for row {row} ({responses[row]!r:.60}): not a finite number")
+    return torch.tensor([math.nan if score is None else float(score) for score in scores])
+
+
+@contextmanager
+def _within(seconds: float):
+    """Raise TimeoutError in the block once the seconds are over; 0 waits for ever."""
+    if not seconds:
+        yield
+        return
+
+    def stop(signum, frame):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _cause(error: Exception, path: Path | None = None) -> str:
+    """An error of the user's own code in a few words: kind, text, file and line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if path is None or frame.filename == str(path)]
+    place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    words = " ".join(str(error).split())[:160]
+    return f"{type(error).__name__}{': ' if words else ''}{words}{place}"
