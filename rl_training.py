@@ -18,13 +18,15 @@ from rlhf.data.arguments import DataArguments
 from rlhf.flags import parse
 from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
 from rlhf.rl.artefact_flags import ArtefactFlags
+from rlhf.rl.function_flags import FunctionFlags
 from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
 class ScriptArguments(
-    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, UpdateFlags, WatchFlags
-):
+    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, FunctionFlags,
+    UpdateFlags, WatchFlags,
+):  # fmt: skip
     """Flags of rl_training.py; every flag the tutorial had still parses."""
 
 
@@ -41,15 +43,28 @@ import torch
 from accelerate import Accelerator
 
 from rlhf import ppo
-from rlhf.artefacts import adapters, checkpoint, fingerprints, output_dir, resume
+from rlhf.artefacts import checkpoint, output_dir, resume
 from rlhf.cost import flops, plan
 from rlhf.data import encoding, inspection, reading
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models import generation, loading
-from rlhf.rl import charts, evaluation, experience, gate, guard, metrics, roles, starting, state, update
+from rlhf.rl import (
+    charts,
+    evaluation,
+    experience,
+    groups,
+    guard,
+    metrics,
+    rewards,
+    roles,
+    starting,
+    state,
+    update,
+)  # fmt: skip
 from rlhf.rl.loop import PPOLoop, next_prompts
+from rlhf.rl.reward_functions import load_functions
 from rlhf.run import launch, stopping
 from rlhf.run.log import Eta, MetricsLog
 
@@ -89,19 +104,23 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
     # 1. Sample
     loop.roles.train(False)
-    rollout = experience.sample_responses(loop, next_prompts(loop, step), loop.generator(step, "rollout"))
+    prompts = next_prompts(loop, step)
+    rollout = experience.sample_responses(loop, prompts, loop.generator(step, "rollout"))
     times.append(clock())
 
     # 2. Score under every role
-    raw_scores = experience.score_responses(loop, rollout)
+    parts = rewards.raw_parts(loop, rollout, prompts)
+    if args.drop_dead_groups:
+        rollout, _, parts = groups.replace_dead_groups(loop, step, (rollout, prompts, parts))
+    raw_scores = rewards.raw_score(loop, parts)
     experience.record_logprobs(loop, rollout)
     numbers = {"log-probability": rollout.logprobs, "value": rollout.values, "score": raw_scores}
     numbers |= {"reference log-probability": rollout.ref_logprobs}
     guard.refuse_non_finite(accelerator, numbers)
 
     # 3. Rewards and advantages
-    scores = experience.transform_scores(loop, raw_scores, rollout)
-    rewards, kl = experience.set_advantages(loop, rollout, scores)
+    scores = rewards.total(loop, parts, rollout)
+    token_rewards, kl = experience.set_advantages(loop, rollout, scores)
     times.append(clock())
 
     # 4. Update
@@ -112,9 +131,12 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     times.append(clock())
 
     # 5. What the log says
-    columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": rewards.sum(1)}
+    columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": token_rewards.sum(1)}
+    if loop.functions:
+        columns |= {f"reward/{name}": part for name, part in parts.items()}
     samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.stop_ids)
     record = {"step": step + 1, **metrics.describe(accelerator, rollout, samples), **moved}
+    record |= rewards.describe_parts(loop, parts) | groups.describe_groups(loop, scores)
     lr = loop.optimizer.param_groups[0]["lr"]
     record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out, "lr": lr}
     record |= metrics.timings(accelerator, rollout, times)
@@ -128,27 +150,6 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
 
 # ---- start ----
-def check_inputs(args: ScriptArguments, prompt_format: PromptFormat) -> dict:
-    """Refuse what does not belong together, before any model is loaded; return what run.json says of the inputs."""
-    base = fingerprints.base_fingerprint(args.base_model_name)
-    wanted = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
-    sft = args.sft_model_lora_path
-    reward = args.reward_model_lora_path
-    parents = {"sft": sft, "reward": reward} if sft else {"reward": reward}
-    if sft:
-        adapters.check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
-    adapters.check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
-    if args.merged_sft_model_path:
-        adapters.check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
-        parents[resume.MERGED] = args.merged_sft_model_path
-    gate.read_gate(reward, args.reward_gate)
-
-    if args.judge_lora_path:
-        adapters.check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
-        parents["judge"] = args.judge_lora_path
-    return {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
-
-
 def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) -> roles.Roles:
     """Base and adapters; policy and critic come from a checkpoint if there is one."""
     critic = None
@@ -200,6 +201,7 @@ def make_loop(
         optimizer=update.make_optimizer(args, loaded),
         kl_controller=kl_controller,
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target),
+        functions=load_functions(args.reward_functions),
     )
 
 
@@ -230,6 +232,7 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
             last = record
             if log:
                 metrics.log_step(log, record, samples, total, eta, args.sample_freq)
+                rewards.warn_of_dominating(loop, record)
             if reason is None:
                 loop.last_good = state.last_good(loop, record, start.weights)
                 save_what_is_due(loop, step, run, record)
@@ -298,7 +301,7 @@ def main(args: ScriptArguments) -> None:
         return
     longest = args.max_prompt_length + args.output_max_length
     loading.refuse_small_base(args.base_model_name, tokenizer, longest, "--max_prompt_length, --output_max_length")
-    run = check_inputs(args, prompt_format)
+    run = starting.check_inputs(args, prompt_format)
 
     # 3. Data; from here on the output directory is ours.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())

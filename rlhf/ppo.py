@@ -234,11 +234,10 @@ def group_advantages(scores: Tensor, group_size: int, kind: str, scale_by_std: b
 
     Args:
         scores: [B] float32, the `group_size` answers to a prompt next to each other. kind: "rloo" or "grpo".
-        scale_by_std: False leaves out grpo's division (Liu et al. 2025, arXiv:2503.20783): easy and hard prompts then
-            weigh by how much their answers differ.
+        scale_by_std: False leaves out grpo's division, which favours very easy and very hard prompts.
     Returns: [B] float32.
     Raises: ValueError where B is no multiple of group_size, group_size < 2, or the kind is unknown.
-    Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300, section 4.1.
+    Source: Ahmadian et al. 2024, arXiv:2402.14740; Shao et al. 2024, arXiv:2402.03300; Liu et al. 2025, 2503.20783.
     """
     if group_size < 2 or len(scores) % group_size:
         raise ValueError(f"group_advantages: {len(scores)} scores do not form groups of {group_size} (at least 2)")
@@ -250,16 +249,6 @@ def group_advantages(scores: Tensor, group_size: int, kind: str, scale_by_std: b
         centred = groups - groups.mean(1, keepdim=True)
         return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale_by_std else centred).flatten()
     raise ValueError(f"group_advantages: unknown kind {kind!r}, use rloo or grpo")
-
-
-def dead_groups(scores: Tensor, group_size: int) -> Tensor:
-    """[B / group_size] bool: groups whose answers all have one score, from which nothing can be learnt.
-
-    Args:
-        scores: [B] float32, the answers to a prompt next to each other.
-    """
-    groups = scores.view(-1, group_size)
-    return (groups.max(1).values - groups.min(1).values) < 1e-6
 
 
 class FixedKLController:

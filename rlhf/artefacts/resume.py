@@ -44,6 +44,9 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
     if tokenizer is not None and before.get("tokenizer") != tokenizer_fingerprint(tokenizer):
         changed.append("the tokenizer")
 
+    if before.get("functions", []) != run.get("functions", []):
+        changed.append("the reward functions")
+
     # A role that is left out counts too: without its judge a run would compare scores of two kinds.
     parents = run.get("parents", {})
     for role in sorted(parents.keys() | before["parents"].keys()):
@@ -71,7 +74,9 @@ def _place(path: str | None) -> str | None:
 def _only_longer(changes: list[str], args) -> bool:
     """Return True if only the run's length differs; it counts where the learning rate depends on the length."""
     rules = resume_rules(type(args))
-    # Each entry of `differences` begins with "--" and the name.
+    # Each entry of `differences` begins with "--" and the name; one of `_other_inputs` names no flag.
+    if not all(words.startswith("--") for words in changes):
+        return False
     names = [words.split()[0][2:] for words in changes]
     # Any other schedule would have had other learning rates from the first step on.
     return args.lr_scheduler_type == "constant" and all(rules[name] == "longer" for name in names)

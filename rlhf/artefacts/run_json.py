@@ -14,6 +14,7 @@ from rlhf.artefacts.fingerprints import parent_entry, tokenizer_fingerprint
 KINDS = {
     "stage": str, "arguments": dict, "base": dict, "tokenizer": (str, type(None)), "data": dict, "parents": dict,
     "metrics": dict, "versions": dict, "prompt_template": (str, type(None)), "prompt_format": (dict, type(None)),
+    "functions": list,
 }  # fmt: skip
 FORMAT_KINDS = {
     "prompt_template": str, "sha256": str, "text": str, "chat_template_kwargs": (dict, type(None)),
@@ -26,14 +27,24 @@ FORMAT_NEEDED = ("prompt_template", "text", "chat_template_kwargs", "system_prom
 
 # ---- writing ----
 def write_run(
-    output_dir, *, stage, args, base, tokenizer, prompt_format, data=None, parents=None, metrics=None
+    output_dir,
+    *,
+    stage,
+    args,
+    base,
+    tokenizer,
+    prompt_format,
+    data=None,
+    parents=None,
+    functions=None,
+    metrics=None,
 ) -> dict:
     """Write run.json, which later stages read to refuse what does not fit; returns what was written.
 
     Args:
         stage: "sft", "reward" or "ppo". args: the script's dataclass (no secrets are among the flags).
         base: of `base_fingerprint`. prompt_format: of `PromptFormat.record`, or None. data: fingerprint, funnel.
-        parents: role -> directory.
+        parents: role -> directory. functions: of `record_of`, where functions score.
     """
     # The fingerprint hides these ids, and a reader may want to know them.
     special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
@@ -58,6 +69,8 @@ def write_run(
         "git_commit": _git_commit(),
     }
 
+    if functions:
+        run["functions"] = functions
     write_json(Path(output_dir) / "run.json", run)
     return run
 

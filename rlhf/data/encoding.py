@@ -72,7 +72,7 @@ def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: i
         if len(query_ids) > max_length:
             funnel.drop(f"prompt longer than {max_length} tokens", row["where"])
             continue
-        columns = {name: row[name] for name in ("prompt", "turns", "where") if name in row}
+        columns = {name: row[name] for name in ("prompt", "turns", "where", "columns") if name in row}
         kept.append(columns | {"query_ids": query_ids})
     return kept
 

@@ -182,6 +182,9 @@ class _Reader:
         good = [example for example in made if self._is_usable(example, where, seen)]
         for example in good:
             example.update(where=where, opening=opening(example, self.template))
+            # Reward functions may look at any column.
+            if getattr(self.args, "reward_functions", None):
+                example["columns"] = row
         return good
 
     def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:

@@ -55,7 +55,8 @@ class Rollout:
     """One batch of queries with their responses. Queries pad left, responses right, so response token t is at Q + t.
 
     query_ids [B, Q], query_mask [B, Q], response_ids [B, T], mask [B, T]; logprobs, values and entropy [B, T] as they
-    were while sampling, 0 on padding. The rest is filled in later: ref_logprobs, advantages, returns [B, T].
+    were while sampling, 0 on padding. The rest is filled in later: ref_logprobs, advantages, returns [B, T], and learn
+    [B, T] bool, the tokens that the update learns from, where those are not all of `mask`.
     """
 
     query_ids: Tensor
@@ -68,6 +69,12 @@ class Rollout:
     ref_logprobs: Tensor | None = None
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    learn: Tensor | None = None
+
+    @property
+    def learnt(self) -> Tensor:
+        """[B, T] bool: the tokens that the update learns from."""
+        return self.mask if self.learn is None else self.learn
 
     @property
     def input_ids(self) -> Tensor:
@@ -248,30 +255,3 @@ def greedy_answers(
         text = prompt_format.tokenizer.decode(ids[mask], skip_special_tokens=True)
         answers.append(text if whole else f"{text} ...")
     return answers
-
-
-def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
-    """Row indices in batches of `rows_at_once`, rows of similar length together: less padding is computed."""
-    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
-    # A stable sort, for the same batches on every machine.
-    order = lengths.argsort(stable=True)
-    return list(order.split(rows_at_once))
-
-
-def join(parts: list[Rollout], pad_token_id: int) -> Rollout:
-    """Several rollouts as one, padded to the widest query (on the left) and response (on the right)."""
-    joined = {}
-    for field in dataclasses.fields(Rollout):
-        tensors = [getattr(part, field.name) for part in parts]
-        if any(tensor is None for tensor in tensors):
-            continue
-        width = max(tensor.shape[1] for tensor in tensors)
-        value = pad_token_id if field.name.endswith("_ids") else 0
-        left = field.name.startswith("query")
-        joined[field.name] = torch.cat([_pad(tensor, width, value, left) for tensor in tensors])
-    return Rollout(**joined)
-
-
-def _pad(tensor: Tensor, width: int, value: int, left: bool) -> Tensor:
-    missing = width - tensor.shape[1]
-    return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)

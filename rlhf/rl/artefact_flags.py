@@ -17,7 +17,9 @@ class ArtefactFlags(Flags):
     sft_model_lora_path: str | None = flag(
         None, help="SFT adapter to start from; none: a fresh one on a chat model", group="artefacts", resume="path"
     )
-    reward_model_lora_path: str = flag(help="reward adapter with its score head", group="artefacts", resume="path")
+    reward_model_lora_path: str | None = flag(
+        None, help="reward adapter with its score head; none: functions alone", group="artefacts", resume="path"
+    )
     merged_sft_model_path: str | None = flag(
         None, help="merged SFT model as reference; none: the SFT adapter itself", group="artefacts", resume="path"
     )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rlhf.models.generation import Rollout, Sampling
+from rlhf.rl import rewards
 from rlhf.rl.evaluation import sft_answers
-from rlhf.rl.experience import sample_responses, score_responses, transform_scores
+from rlhf.rl.experience import sample_responses
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.roles import Roles, role_logprobs
 from rlhf.run.launch import say
@@ -46,7 +47,9 @@ def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fre
     _check_tokens(roles, tokenizer, sampling)
     _check_finite(rollout)
     _check_recorded(roles, rollout, sampling)
-    _check_scores(roles, rollout, sampling)
+    # Functions see text, which has no padding.
+    if "reward" in roles.score_heads:
+        _check_scores(roles, rollout, sampling)
     return _check_reference(roles, rollout, sampling) if fresh else []
 
 
@@ -171,7 +174,7 @@ def _check_merged(roles: Roles, largest: float, mean: float) -> list[str]:
 
 
 # ---- the score ----
-def _check_spread(loop: PPOLoop, rollout: Rollout) -> None:
+def _check_spread(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> None:
     """Refuse scores that hardly vary after the transform: nothing could be learnt from them.
 
     Collective: all ranks call it, and come to one decision.
@@ -182,17 +185,17 @@ def _check_spread(loop: PPOLoop, rollout: Rollout) -> None:
         needed = max(needed, SATURATED)
 
     # A few answers are enough to see that scores vary, and too few to say that they do not.
-    few = _gathered(loop, transform_scores(loop, score_responses(loop, rollout), rollout))
+    few = _gathered(loop, rewards.total(loop, rewards.raw_parts(loop, rollout, prompts), rollout))
     if few.std() > 2 * needed:
         return
-    rollouts, raw = sft_answers(loop)
-    batches = zip(rollouts, raw, strict=True)
-    scores = _gathered(loop, torch.cat([transform_scores(loop, part, batch) for batch, part in batches]))
+    rollouts, parts = sft_answers(loop)
+    batches = list(zip(rollouts, parts, strict=True))
+    scores = _gathered(loop, torch.cat([rewards.total(loop, part, batch) for batch, part in batches]))
     # NaN, which compares as False, is refused.
     if scores.std() > needed:
         return
 
-    raw = _gathered(loop, torch.cat(raw))
+    raw = _gathered(loop, torch.cat([rewards.raw_score(loop, part) for part in parts]))
     mean, std = scores.mean().item(), scores.std().item()
     reason = f"a sigmoid needs {SATURATED}"
     if needed > SATURATED or args.reward_transform != "sigmoid":
@@ -222,7 +225,7 @@ def check_start(loop: PPOLoop, fresh: bool) -> None:
     for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
         warnings.warn(warning, stacklevel=2)
     if fresh:
-        _check_spread(loop, rollout)
+        _check_spread(loop, rollout, prompts)
     if rollout.ended(loop.sampling.stop_ids).any():
         say("check: log-probabilities, scores, reference and stop token are as they should be")
         return

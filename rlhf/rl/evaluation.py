@@ -6,8 +6,9 @@ import torch
 
 from rlhf.endings import say_end
 from rlhf.models.generation import Rollout
-from rlhf.rl.experience import record_logprobs, sample_responses, score_responses, transform_scores
-from rlhf.rl.loop import PPOLoop, global_moments, next_prompts
+from rlhf.rl import rewards
+from rlhf.rl.experience import record_logprobs, sample_responses, score_responses
+from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.metrics import describe_samples, sample_records
 from rlhf.run.launch import say
 from rlhf.run.log import read_metrics
@@ -33,12 +34,12 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
     rollout = sample_responses(loop, prompts, loop.generator(0, "evaluation"))
 
     # 2. What reward model, reference and judge say of them.
-    raw_scores = score_responses(loop, rollout)
+    parts = rewards.raw_parts(loop, rollout, prompts)
     record_logprobs(loop, rollout)
     kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
-    scores = transform_scores(loop, raw_scores, rollout)
+    scores = rewards.total(loop, parts, rollout)
     reward = scores - loop.kl_controller.value * kl
-    columns = {"score": scores, "raw_score": raw_scores, "kl": kl, "reward": reward}
+    columns = {"score": scores, "raw_score": rewards.raw_score(loop, parts), "kl": kl, "reward": reward}
     judged = None
     if loop.args.judge_lora_path:
         judged = score_responses(loop, rollout, "judge")
@@ -50,6 +51,7 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
     if judged is not None:
         mean, error = mean_and_error(loop.accelerator.gather(judged))
         measured |= {"judge/mean": mean, "judge/error": error}
+    measured |= rewards.describe_parts(loop, parts)
     measured["score/error"] = mean_and_error(loop.accelerator.gather(scores))[1]
 
     # It repeats score/mean under a name for trackers, which is wanted of training only.
@@ -127,8 +129,8 @@ def best_in_words(loop: PPOLoop) -> str:
     return words
 
 
-def sft_answers(loop: PPOLoop) -> tuple[list[Rollout], list[torch.Tensor]]:
-    """About STATISTICS_SAMPLES answers of the SFT model over all ranks, in batches, and the raw scores of each batch.
+def sft_answers(loop: PPOLoop) -> tuple[list[Rollout], list[dict[str, torch.Tensor]]]:
+    """About STATISTICS_SAMPLES answers of the SFT model over all ranks, in batches, with the parts of their scores.
 
     The policy has to be the SFT model still.
     """
@@ -139,14 +141,10 @@ def sft_answers(loop: PPOLoop) -> tuple[list[Rollout], list[torch.Tensor]]:
     rollouts = []
     for n in range(batches):
         rollouts.append(sample_responses(loop, next_prompts(loop, n), loop.generator(n, "statistics")))
-    return rollouts, [score_responses(loop, rollout) for rollout in rollouts]
+    parts = [rewards.raw_parts(loop, rollout, next_prompts(loop, n)) for n, rollout in enumerate(rollouts)]
+    return rollouts, parts
 
 
 def measure_sft_scores(loop: PPOLoop) -> dict[str, float]:
-    """Mean and standard deviation of the raw scores of the SFT model's own answers, which `standardize` uses."""
-    scores = torch.cat(sft_answers(loop)[1])
-    every_one = torch.ones_like(scores, dtype=torch.bool)
-    mean, variance = global_moments(loop.accelerator, scores, every_one)
-    if variance == 0:
-        raise ValueError("the reward model gives all answers of the SFT model one score: it cannot teach anything")
-    return {"mean": mean.item(), "std": variance.sqrt().item()}
+    """Mean and standard deviation of the parts of the SFT model's own scores, which `standardize` uses."""
+    return rewards.statistics(loop, sft_answers(loop)[1])

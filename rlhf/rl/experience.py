@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batches import collate_prompts
-from rlhf.models.generation import Rollout, by_length, generate, join
+from rlhf.models.generation import Rollout, generate
+from rlhf.models.rollouts import by_length, join
 from rlhf.ppo import gae, group_advantages, token_rewards, whiten
 from rlhf.rl.loop import PPOLoop, global_moments
 from rlhf.rl.roles import critic_values, role_logprobs
@@ -66,26 +67,6 @@ def record_logprobs(loop: PPOLoop, rollout: Rollout) -> None:
     rollout.ref_logprobs, _ = role_logprobs(roles, "reference", rollout, loop.sampling, args.forward_batch_size)
 
 
-def transform_scores(loop: PPOLoop, raw_scores: Tensor, rollout: Rollout) -> Tensor:
-    """[B] float32: the scores that PPO maximises, made from the reward model's own."""
-    args = loop.args
-    scores = raw_scores
-    if args.reward_transform == "sigmoid":
-        scores = raw_scores.sigmoid()
-    elif args.reward_transform == "standardize":
-        stats = loop.reward_stats
-        standardized = (raw_scores - stats["mean"]) / stats["std"]
-        # The clamp keeps one outlier from dominating a batch.
-        scores = standardized.clamp(-5, 5)
-    elif args.reward_transform != "raw":
-        raise ValueError(f"--reward_transform {args.reward_transform} was not settled before the first score")
-
-    # An answer cut at the maximum length never reached its end.
-    unfinished = ~rollout.ended(loop.sampling.stop_ids)
-    scores = scores - args.reward_baseline - args.missing_eos_penalty * unfinished
-    return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
-
-
 def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
     """Fill in the advantages and, for a critic, the returns.
 
@@ -100,13 +81,15 @@ def set_advantages(loop: PPOLoop, rollout: Rollout, scores: Tensor) -> tuple[Ten
 
     # The log reports rewards as they are; only the advantages are made of whitened ones.
     learnt = rewards
+    if args.mask_truncated:
+        rollout.learn = mask & rollout.ended(loop.sampling.stop_ids)[:, None]
     if args.whiten_rewards:
         moments = global_moments(loop.accelerator, rewards, mask)
         learnt = whiten(rewards, mask, shift_mean=False, moments=moments)
 
     if args.advantage != "gae":
         # A group is its own baseline: every token of a response gets what the response is worth above the others.
-        worth = group_advantages(learnt.sum(1), args.group_size, args.advantage)
+        worth = group_advantages(learnt.sum(1), args.group_size, args.advantage, args.scale_by_std)
         rollout.advantages = torch.where(mask, worth[:, None], 0)
         return rewards, kl
 

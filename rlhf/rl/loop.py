@@ -13,6 +13,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.generation import Sampling
 from rlhf.ppo import AdaptiveKLController, FixedKLController, masked_moments, moments_of
 from rlhf.rl.guard import CollapseGuard
+from rlhf.rl.reward_functions import RewardFunction
 from rlhf.rl.roles import Roles
 
 
@@ -30,6 +31,9 @@ class PPOLoop:
     optimizer: torch.optim.Optimizer
     kl_controller: FixedKLController | AdaptiveKLController
     guard: CollapseGuard
+    functions: list[RewardFunction] = field(default_factory=list)
+    # The warning that one part of the score decides alone was given.
+    dominated: bool = False
     # Mean and deviation of the SFT model's raw scores, for --reward_transform standardize.
     reward_stats: dict[str, float] = field(default_factory=dict)
     # Evaluation of the SFT model, before the first step.

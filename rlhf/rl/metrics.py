@@ -23,7 +23,9 @@ def sample_records(tokenizer, rollout: Rollout, columns: dict[str, Tensor], stop
 
     # 2. Numbers, each column copied from the GPU once.
     columns = {**columns, "length": rollout.lengths(), "ended": rollout.ended(stop_ids)}
-    table |= {name: column.tolist() for name, column in columns.items()}
+    for name, column in columns.items():
+        # A reward function need not apply to every answer; JSON has no NaN.
+        table[name] = [None if number != number else number for number in column.tolist()]
 
     # 3. Columns become rows.
     rows = zip(*table.values(), strict=True)

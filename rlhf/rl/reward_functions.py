@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -27,13 +28,25 @@ class RewardFunction:
     """A function of --reward_functions.
 
     Attributes:
-        name: in metrics and samples. spec: as the command line has it. sha256: of its file, for a resume to compare.
+        name: in metrics and samples. argument: the text behind "=", or None. sha256: of its file.
     """
 
     name: str
-    spec: str
+    argument: str | None
     call: Callable[[list[str], list[str], list[dict]], list]
     sha256: str
+
+
+def record_of(functions_used: list[RewardFunction]) -> list[dict]:
+    """What run.json keeps of the functions, for a resume to compare."""
+    names = ("name", "argument", "sha256")
+    return [{name: getattr(function, name) for name in names} for function in functions_used]
+
+
+def files_of(specs: list[str]) -> dict[str, str]:
+    """Flag with its value -> file, of the functions that are in files."""
+    places = {spec: spec.partition("=")[0].rpartition(":")[0] for spec in specs}
+    return {f"--reward_functions {spec}": file for spec, file in places.items() if file}
 
 
 def load_functions(specs: list[str]) -> list[RewardFunction]:
@@ -61,7 +74,9 @@ def _load(spec: str) -> RewardFunction:
         path = Path(functions.__file__)
     else:
         path = Path(file)
-        module = _run(path, spec)
+        if not path.is_file():
+            raise ValueError(f"--reward_functions {spec}: there is no file {path}")
+        module = _run(path, path.read_bytes(), spec)
 
     function = getattr(module, name, None)
     if not callable(function):
@@ -71,13 +86,12 @@ def _load(spec: str) -> RewardFunction:
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     call = (lambda *batch: function(*batch, text)) if equals else function
-    return RewardFunction(name, spec, call, digest)
+    return RewardFunction(name, text if equals else None, call, digest)
 
 
-def _run(path: Path, spec: str) -> ModuleType:
-    """The module that a file defines. Raises: ValueError naming the file and the line where it fails."""
-    if not path.is_file():
-        raise ValueError(f"--reward_functions {spec}: there is no file {path}")
+@lru_cache
+def _run(path: Path, contents: bytes, spec: str) -> ModuleType:
+    """The module that a file of these contents defines, run once. Raises: ValueError naming where it fails."""
     source = importlib.util.spec_from_file_location(f"reward_functions_{path.stem}", path)
     if source is None or source.loader is None:
         raise ValueError(f"--reward_functions {spec}: {path} is no Python file")

@@ -14,10 +14,11 @@ from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import follow_umask, load_tensors, refuse_written
 from rlhf.models.forward import backbone_of, enable_packing, forked_rng, forward, hidden_at, pack, scatter_by_mask
-from rlhf.models.generation import Rollout, Sampling, by_length
+from rlhf.models.generation import Rollout, Sampling
 from rlhf.models.linear import fuse_linears
 from rlhf.models.loading import disable_dropout, load_base
 from rlhf.models.lora import add_lora, lora_config, score_head_of
+from rlhf.models.rollouts import by_length
 from rlhf.models.scoring import score
 from rlhf.ppo import selective_logprobs
 
@@ -127,7 +128,7 @@ def load_roles(
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
     Args:
-        sft_dir: None starts the policy as a fresh adapter (`new_adapter`: its flags and seed), from the bare base.
+        sft_dir: None starts the policy as a fresh adapter (`new_adapter`: its flags, its seed). reward_dir: or None.
         merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
         policy_dir: a PPO directory whose policy and critic go on; by default SFT and a value head of zeros.
         judge_dir: a second reward adapter, for a judge that PPO does not train against.
@@ -156,8 +157,7 @@ def load_roles(
         add_lora(model, critic_dir, "value", trainable=True)
     value_head = None
     if critic is not None:
-        # The reward model's head tells how wide the hidden states are.
-        value_head = _value_head(score_heads["reward"].in_features, policy_dir).to(device)
+        value_head = _value_head(base.config.get_text_config().hidden_size, policy_dir).to(device)
 
     # 3. A merged reference, a second model beside the base.
     reference = None

@@ -1,20 +1,26 @@
 """Before the first step of a PPO run: what the policy starts from, its first evaluation, the checks and the gate."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 
+from rlhf.artefacts.adapters import check_adapter, check_merged
 from rlhf.artefacts.checkpoint import numbered
+from rlhf.artefacts.fingerprints import base_fingerprint
 from rlhf.artefacts.output_dir import claim_output_dir
+from rlhf.artefacts.resume import MERGED
 from rlhf.artefacts.run_json import load_run
 from rlhf.cost.fitting import choose_mini_batch, settle_mini_batch
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.template import CHAT
 from rlhf.models.loading import read_config
 from rlhf.models.untrained import warn_of_untrained
-from rlhf.rl import evaluation
+from rlhf.rl import evaluation, rewards
 from rlhf.rl.artefact_flags import OUTPUT_DIR
 from rlhf.rl.check import check_start
-from rlhf.rl.gate import quick_gate, stored_audit
+from rlhf.rl.gate import quick_gate, read_gate, stored_audit
 from rlhf.rl.loop import PPOLoop
+from rlhf.rl.reward_functions import files_of, load_functions, record_of
 from rlhf.run.launch import say
 
 # The default of --output_dir until PPO had a directory of its own.
@@ -23,6 +29,8 @@ FORMER_OUTPUT_DIR = "runs/"
 # KL penalty of a score in its own units, which for a sigmoid is the tutorial's, and in standard deviations.
 TUTORIAL_KL_COEF = 0.5
 STANDARDIZED_KL_COEF = 0.2
+# Code cannot be gamed as a reward model can: what it is right about may be followed farther.
+FUNCTIONS_KL_COEF = 0.05
 
 # The tutorial's learning rate is for a 7B base, 4,096 wide. Adam moves every weight by about the learning rate, so the
 # change of a layer's output grows with its width: the rate goes as 1 / width (Yang et al. 2022, arXiv:2203.03466).
@@ -74,6 +82,8 @@ def _refuse_former_directory() -> None:
 
 
 def _transform(args) -> tuple[str, str]:
+    if not args.reward_model_lora_path:
+        return "raw", "there is no reward model, and --function_transforms is for functions"
     # The tutorial's command keeps what it did; nobody else merges an SFT model for PPO.
     if args.merged_sft_model_path:
         return "sigmoid", "as in the tutorial's command, which has --merged_sft_model_path"
@@ -81,6 +91,8 @@ def _transform(args) -> tuple[str, str]:
 
 
 def _kl_coef(args) -> tuple[float, str]:
+    if not args.reward_model_lora_path:
+        return FUNCTIONS_KL_COEF, "of a function's score, which says what is right"
     if args.reward_transform == "standardize":
         return STANDARDIZED_KL_COEF, "of a standard deviation of the score"
     return TUTORIAL_KL_COEF, "the tutorial's, for a score as it is"
@@ -112,11 +124,35 @@ CHOICES = {"reward_transform": _transform, "init_kl_coef": _kl_coef, "learning_r
 
 
 # ---- start ----
+def check_inputs(args, prompt_format: PromptFormat) -> dict:
+    """Refuse what does not belong together, before any model is loaded; return what run.json says of the inputs."""
+    base = base_fingerprint(args.base_model_name)
+    wanted = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
+    sft = args.sft_model_lora_path
+    reward = args.reward_model_lora_path
+    parents = {role: folder for role, folder in (("sft", sft), ("reward", reward)) if folder}
+    if sft:
+        check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
+    if reward:
+        check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
+    if args.merged_sft_model_path:
+        check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
+        parents[MERGED] = args.merged_sft_model_path
+    if reward:
+        read_gate(reward, args.reward_gate)
+
+    if args.judge_lora_path:
+        check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
+        parents["judge"] = args.judge_lora_path
+    run = {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
+    return run | ({"functions": record_of(load_functions(args.reward_functions))} if args.reward_functions else {})
+
+
 def claim(args) -> list[Path]:
     """Claim the output directory; returns what an earlier run left, for `clear` once every input has been read."""
     names = ("sft_model_lora_path", "reward_model_lora_path", "judge_lora_path", "merged_sft_model_path")
     names += ("base_model_name", "dataset_name", "eval_dataset_name", "chat_template")
-    inputs = {f"--{name}": getattr(args, name) for name in names}
+    inputs = {f"--{name}": getattr(args, name) for name in names} | files_of(args.reward_functions)
     return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
@@ -139,14 +175,14 @@ def say_start(loop: PPOLoop) -> None:
 def measure_start(loop: PPOLoop, fresh: bool) -> None:
     """Measure the SFT model's scores and evaluate it (once), and refuse to start on a silent defect."""
     args = loop.args
-    if args.reward_transform == "standardize" and not loop.reward_stats:
+    if "standardize" in map(partial(rewards.transform_of, loop), rewards.part_names(loop)) and not loop.reward_stats:
         if not fresh:
-            raise ValueError("the checkpoint was made without --reward_transform standardize: go on as it began")
+            raise ValueError("the checkpoint was made without a standardized score: go on as it began")
         loop.reward_stats = evaluation.measure_sft_scores(loop)
 
     if args.eval_freq and fresh:
         loop.baseline = evaluation.evaluate(loop)[0]
     if args.check:
         check_start(loop, fresh)
-    if fresh and stored_audit(args.reward_model_lora_path) is None:
+    if fresh and args.reward_model_lora_path and stored_audit(args.reward_model_lora_path) is None:
         quick_gate(loop)

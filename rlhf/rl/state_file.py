@@ -25,7 +25,6 @@ STATE_KINDS = {
     "best": dict, "guard": dict,
 }  # fmt: skip
 FIELD_KINDS = {
-    "reward_stats": {"mean": float, "std": float},
     "best": {"step": int, "value": float, "gain": (int, float), "error": (int, float)},
 }
 
@@ -56,6 +55,7 @@ def read_state(folder: Path) -> dict:
         if state[name]:
             refuse_types(state[name], file, kinds, required=tuple(kinds))
     refuse_types(state["baseline"], file, dict.fromkeys(state["baseline"], (int, float)))
+    refuse_types(state["reward_stats"], file, dict.fromkeys(state["reward_stats"], float))
 
     guard = refuse_types(state["guard"], file, {"start": dict, "recent_kl": list}, required=("start", "recent_kl"))
     refuse_types(guard["start"], file, dict.fromkeys(guard["start"], float))

@@ -119,6 +119,8 @@ class Learner:
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """Means over real tokens of all ranks of SUMS, the largest ratio, and the mean gradient norm."""
         totals = self.accelerator.reduce(totals, "sum")
+        # Of nothing but masked answers every sum is 0.
+        totals[0] = totals[0].clamp(min=1)
         means = {name: (totals[i] / totals[0]).item() for i, name in enumerate(SUMS) if name != "tokens"}
         largest = torch.stack(self.largest).max()
         means["ratio/max"] = self.accelerator.gather(largest[None]).max().item()
@@ -138,8 +140,9 @@ class Learner:
         # 1. The policy's loss; with critic_only just for the metrics, without a graph.
         with torch.set_grad_enabled(not self.critic_only):
             logprobs, hidden = response_logprobs(self.roles.model, part, self.sampling)
-            loss, stats = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, args.cliprange, n_tokens=1)
-        stats |= {"tokens": part.mask.sum(), "loss/policy": loss}
+            given = logprobs, part.logprobs, part.advantages, part.learnt, args.cliprange
+            loss, stats = policy_loss(*given, n_tokens=1, cliprange_high=args.cliprange_high)
+        stats |= {"tokens": part.learnt.sum(), "loss/policy": loss}
 
         # 2. The value loss of a head on the policy's hidden states goes through the same graph.
         if critic and not own_critic:
@@ -168,7 +171,7 @@ class Learner:
     def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
         """The value loss of one mini-batch as a sum over its tokens, and its statistics."""
         values = scatter_by_mask(self.roles.values(hidden), part.mask)
-        loss, stats = value_loss(values, part.values, part.returns, part.mask, self.args.cliprange_value, n_tokens=1)
+        loss, stats = value_loss(values, part.values, part.returns, part.learnt, self.args.cliprange_value, n_tokens=1)
         return {**stats, "loss/value": loss}
 
     def step(self) -> None:
@@ -186,7 +189,8 @@ class Learner:
 
         # 2. The gradient of the mean over the window's real tokens on all ranks. The losses are in `flat` for the
         # check that they are finite.
-        tokens = flat[-len(counts)]
+        # A window of nothing but masked answers has none.
+        tokens = flat[-len(counts)].clamp(min=1)
         ratio = flat[1 - len(counts)]
         gradient = flat[: -len(counts)] / tokens
         norm = gradient.norm().item()
@@ -221,7 +225,7 @@ class Learner:
         """Mean over real tokens of all ranks of one of SUMS."""
         sums = self.accelerator.reduce(sums, "sum")
         total = sums[SUMS.index(name)]
-        return (total / sums[0]).item()
+        return (total / sums[0].clamp(min=1)).item()
 
 
 def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torch.Generator) -> list[Tensor]:

@@ -13,9 +13,10 @@ from rlhf.data.control_tokens import encode
 from rlhf.data.encoding import load_tokenizer
 from rlhf.models.decoding import GrowingDecoder, RoomyLayer, StaticDecoder, roomy_cache, supports_static_cache
 from rlhf.models.forward import backbone_of, pack
-from rlhf.models.generation import Rollout, Sampling, _choose, by_length, generate, join
+from rlhf.models.generation import Rollout, Sampling, _choose, generate
 from rlhf.models.kernels import BY_ROW
 from rlhf.models.loading import load_base
+from rlhf.models.rollouts import by_length, join
 from rlhf.rl.roles import load_roles, response_logprobs, role_logprobs
 
 TOLERANCE = {"atol": 1e-5, "rtol": 0}

@@ -24,7 +24,7 @@ def test_a_step_repeated_from_its_checkpoint_changes_every_byte_alike(stages, tm
     args = rl_training.parse_args([*stages["ppo"].argv, "--output_dir", str(tmp_path), "--bf16", "False"])
     prompt_format = text_format(load_tokenizer(args.base_model_name))
     accelerator = Accelerator(cpu=True)
-    run = rl_training.check_inputs(args, prompt_format)
+    run = rl_training.starting.check_inputs(args, prompt_format)
     *prompts, _ = rl_training.load_prompts(args, prompt_format, None)
 
     # A checkpoint after two steps, with everything in it that a run may have by then.

@@ -1,0 +1,35 @@
+"""Batches of rollouts: rows of similar length together, and several rollouts as one."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from rlhf.models.generation import Rollout
+
+
+def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
+    """Row indices in batches of `rows_at_once`, rows of similar length together: less padding is computed."""
+    lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+    # A stable sort, for the same batches on every machine.
+    order = lengths.argsort(stable=True)
+    return list(order.split(rows_at_once))
+
+
+def join(parts: list[Rollout], pad_token_id: int) -> Rollout:
+    """Several rollouts as one, padded to the widest query (on the left) and response (on the right)."""
+    joined = {}
+    for field in dataclasses.fields(Rollout):
+        tensors = [getattr(part, field.name) for part in parts]
+        if any(tensor is None for tensor in tensors):
+            continue
+        width = max(tensor.shape[1] for tensor in tensors)
+        value = pad_token_id if field.name.endswith("_ids") else 0
+        left = field.name.startswith("query")
+        joined[field.name] = torch.cat([_pad(tensor, width, value, left) for tensor in tensors])
+    return Rollout(**joined)
+
+
+def _pad(tensor: Tensor, width: int, value: int, left: bool) -> Tensor:
+    missing = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (missing, 0) if left else (0, missing), value=value)

@@ -1,0 +1,182 @@
+"""The score of an answer from its parts: the reward model's, and those of functions in code.
+
+    total = sum over parts of  weight * transform(part)  - baseline - penalty where the answer was cut
+
+A function that does not apply to an answer (None) adds nothing to its total, and counts in no mean.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from rlhf.models.generation import Rollout
+from rlhf.rl import experience
+from rlhf.rl.loop import PPOLoop
+from rlhf.rl.reward_functions import call_function
+from rlhf.run.log import read_metrics
+
+# The part that a reward adapter plays, beside the functions' own names.
+REWARD_MODEL = "reward_model"
+
+# Share of the parts' variance from which on one of them decides alone, and standard deviations of its start that
+# another has to have fallen by.
+DOMINANT = 0.9
+FALLEN = 0.5
+
+
+def part_names(loop: PPOLoop) -> list[str]:
+    """The parts of the score, in the order of --reward_weights."""
+    model = [REWARD_MODEL] if loop.args.reward_model_lora_path else []
+    return model + [function.name for function in loop.functions]
+
+
+def raw_parts(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> dict[str, Tensor]:
+    """Part -> [B] float32, what each says by itself; NaN where a function does not apply.
+
+    Args:
+        prompts: the row of each answer, in the rollout's order.
+    Raises: ValueError where a function breaks its promise.
+    """
+    parts = {}
+    if loop.args.reward_model_lora_path:
+        parts[REWARD_MODEL] = experience.score_responses(loop, rollout)
+    if loop.functions:
+        texts = [row["prompt"] for row in prompts]
+        real = zip(rollout.response_ids, rollout.mask, strict=True)
+        responses = [loop.prompt_format.decode(ids[mask].tolist()) for ids, mask in real]
+        sizes = zip(prompts, rollout.lengths().tolist(), strict=True)
+        most = loop.sampling.max_new_tokens
+        rows = [row.get("columns", {}) | {"response_tokens": size, "max_tokens": most} for row, size in sizes]
+        for function in loop.functions:
+            # A function may change what it is given: each has its own copies.
+            given = list(texts), list(responses), [dict(row) for row in rows]
+            scores = call_function(function, *given, loop.args.reward_timeout)
+            parts[function.name] = scores.to(rollout.mask.device)
+    return parts
+
+
+def weighted(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
+    """[B] float32: sum of the parts by their weights, as they are; what does not apply counts 0."""
+    weights = loop.args.reward_weights or [1.0] * len(parts)
+    terms = [weight * part.nan_to_num(nan=0.0) for weight, part in zip(weights, parts.values(), strict=True)]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+def raw_score(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
+    """[B] float32: the reward model's own score; without one, the weighted sum of what the functions say."""
+    return parts[REWARD_MODEL] if REWARD_MODEL in parts else weighted(loop, parts)
+
+
+def transform_of(loop: PPOLoop, part: str) -> str:
+    """How a part is transformed before it is weighed: raw, sigmoid or standardize."""
+    args = loop.args
+    if part == REWARD_MODEL:
+        return args.reward_transform
+    chosen = args.function_transforms or ["raw"]
+    place = [function.name for function in loop.functions].index(part)
+    return chosen[place] if len(chosen) > 1 else chosen[0]
+
+
+def total(loop: PPOLoop, parts: dict[str, Tensor], rollout: Rollout) -> Tensor:
+    """[B] float32: the scores that PPO maximises."""
+    args = loop.args
+    changed = {}
+    for name, part in parts.items():
+        prefix = "" if name == REWARD_MODEL else f"{name}/"
+        changed[name] = _transformed(part, transform_of(loop, name), loop.reward_stats, prefix)
+    scores = weighted(loop, changed)
+
+    # An answer cut at the maximum length never reached its end.
+    unfinished = ~rollout.ended(loop.sampling.stop_ids)
+    scores = scores - args.reward_baseline - args.missing_eos_penalty * unfinished
+    return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
+
+
+def _transformed(part: Tensor, how: str, stats: dict[str, float], prefix: str) -> Tensor:
+    if how == "sigmoid":
+        return part.sigmoid()
+    if how == "standardize":
+        # The clamp keeps one outlier from dominating a batch.
+        return ((part - stats[f"{prefix}mean"]) / stats[f"{prefix}std"]).clamp(-5, 5)
+    if how != "raw":
+        raise ValueError(f"--reward_transform {how} was not settled before the first score")
+    return part
+
+
+def statistics(loop: PPOLoop, parts: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Mean and deviation of the parts to be standardised, over all ranks: "mean", "std", "<function>/mean" and so on.
+
+    Raises: ValueError where a part gives all of these answers one score.
+    """
+    stats = {}
+    for name in part_names(loop):
+        if transform_of(loop, name) != "standardize":
+            continue
+        scores = torch.cat([batch[name] for batch in parts])
+        mean, std = moments(loop, scores)
+        if not std > 0:
+            who = "the reward model" if name == REWARD_MODEL else f"the reward function {name}"
+            raise ValueError(f"{who} gives all answers of the SFT model one score: it cannot teach anything")
+        prefix = "" if name == REWARD_MODEL else f"{name}/"
+        stats |= {f"{prefix}mean": mean, f"{prefix}std": std}
+    return stats
+
+
+def moments(loop: PPOLoop, part: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation over all ranks of the answers that a part applies to; NaN where it is none."""
+    mean, variance = experience.global_moments(loop.accelerator, part.nan_to_num(), ~part.isnan())
+    return mean.item(), variance.sqrt().item()
+
+
+def describe_parts(loop: PPOLoop, parts: dict[str, Tensor]) -> dict[str, float]:
+    """reward/<part>/mean and /std over all ranks; {} where a reward model scores alone."""
+    if not loop.functions:
+        return {}
+    record = {}
+    for name, part in parts.items():
+        mean, std = moments(loop, part)
+        # A part that applied to nothing has nothing to report.
+        if math.isfinite(mean):
+            record |= {f"reward/{name}/mean": mean, f"reward/{name}/std": std}
+    return record
+
+
+def warn_of_dominating(loop: PPOLoop, record: dict[str, float]) -> None:
+    """Say once that one part of the score has come to decide alone, compared with the run's first step."""
+    if not loop.functions or loop.dominated:
+        return
+    sentence = dominating_part(loop, record, read_metrics(loop.args.output_dir)[0])
+    if sentence:
+        loop.dominated = True
+        warnings.warn(sentence, stacklevel=2)
+
+
+def dominating_part(loop: PPOLoop, record: dict[str, float], first: dict[str, float]) -> str | None:
+    """A sentence where one part makes up nearly all of the score's variance while another falls; else None.
+
+    Args:
+        record, first: `describe_parts` of this step and of the first one.
+    """
+    names = [name for name in part_names(loop) if f"reward/{name}/std" in record and f"reward/{name}/std" in first]
+    weights = dict(zip(part_names(loop), loop.args.reward_weights or [1.0] * len(part_names(loop)), strict=True))
+    variances = {name: (weights[name] * record[f"reward/{name}/std"]) ** 2 for name in names}
+    whole = sum(variances.values())
+    if len(names) < 2 or not whole > 0:
+        return None
+
+    largest = max(variances, key=variances.get)
+    fallen = [
+        name
+        for name in names
+        if name != largest
+        and record[f"reward/{name}/mean"] < first[f"reward/{name}/mean"] - FALLEN * first[f"reward/{name}/std"]
+    ]
+    if variances[largest] < DOMINANT * whole or not fallen:
+        return None
+    return (
+        f"{largest} makes up {variances[largest] / whole:.0%} of the score's variance, and {fallen[0]} has fallen "
+        f"from {first[f'reward/{fallen[0]}/mean']:.2f} to {record[f'reward/{fallen[0]}/mean']:.2f}: the other parts "
+        "hardly count; change --reward_weights, or standardize the parts"
+    )
