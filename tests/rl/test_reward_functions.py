@@ -91,7 +91,7 @@ def test_parts_are_weighed_and_logged_beside_a_reward_adapter(world, tiny_base, 
 def test_without_a_reward_adapter_functions_alone_teach(world, tiny_base, tmp_path, advantage):
     base = sharper(tiny_base, tmp_path / "base")
     changed = {
-        "base_model_name": base, "sft_model_lora_path": random_adapter(base, tmp_path / "sft"), "steps": 64 * 14,
+        "base_model_name": base, "sft_model_lora_path": random_adapter(base, tmp_path / "sft"), "steps": 64 * 20,
         "advantage": advantage, "batch_size": 64, "mini_batch_size": 64, "gradient_accumulation_steps": 1,
         "ppo_epochs": 4, "output_max_length": 1, "init_kl_coef": 0.0, "on_collapse": "off", "sample_freq": 1000,
     }  # fmt: skip
