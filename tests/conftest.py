@@ -15,6 +15,7 @@ import sentencepiece
 import torch
 from chat_tokenizers import make
 from forked import stages, whole, zygote  # noqa: F401 (fixtures for all)
+from short_runs import short_inputs  # noqa: F401 (a fixture for all)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

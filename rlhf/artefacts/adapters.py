@@ -23,6 +23,7 @@ from rlhf.artefacts.files import (
     write_json,
 )
 from rlhf.artefacts.fingerprints import same_base, same_parent, tokenizer_fingerprint
+from rlhf.artefacts.foreign import other_layout
 from rlhf.artefacts.run_json import load_run
 
 
@@ -80,12 +81,15 @@ CONFIG_KINDS = {
     "inference_mode": bool, "init_lora_weights": (bool, str),
 }  # fmt: skip
 
+# Lists of numbers, or of pairs of them; all others are of words.
+NUMBERED = ("layers_to_transform", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
+
 
 def _refuse_strange_config(file: Path) -> None:
     """Raises: ValueError naming the field of an adapter_config.json that no adapter could have been saved with."""
     content = refuse_types(read_object(file), file, CONFIG_KINDS)
     for name, value in content.items():
-        if isinstance(value, list) and name != "layers_to_transform":
+        if isinstance(value, list) and name not in NUMBERED:
             words = {f"{name} {number}": word for number, word in enumerate(value)}
             refuse_types(words, file, dict.fromkeys(words, str))
         # Settings of a way to initialise, or of another library.
@@ -101,7 +105,9 @@ def read_adapter(adapter_dir: str | Path) -> tuple[PeftConfig, dict[str, torch.T
     """Config and weights of an adapter; an old .bin is read with weights_only=True, so no pickle code runs."""
     folder = Path(adapter_dir)
     if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{folder} is no adapter directory: it has no adapter_config.json")
+        raise FileNotFoundError(
+            f"{folder} is no adapter directory: it has no adapter_config.json{other_layout(folder)}"
+        )
 
     # peft takes whatever stands there, and fails much later.
     file = folder / "adapter_config.json"
@@ -129,7 +135,8 @@ def check_adapter(
     """
     # Most likely a path with a mistake in it.
     if not (Path(adapter_dir) / "adapter_config.json").is_file():
-        hint = "" if Path(adapter_dir).is_dir() else nearest(str(adapter_dir))
+        place = Path(adapter_dir)
+        hint = other_layout(place) if place.exists() else nearest(str(adapter_dir))
         raise FileNotFoundError(f"{flag} {adapter_dir} is no adapter directory: it has no adapter_config.json{hint}")
 
     # Without run.json there is nothing to compare by, and loading still refuses tensors of other shapes.

@@ -105,7 +105,7 @@ def _is_unsafe(error: Exception) -> bool:
 # Words of an allocation that failed where the error's class says nothing: on a CPU, or below PyTorch.
 NO_MEMORY = (
     "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory",
-    "can't start new thread", "Cannot allocate memory", "bad_alloc",
+    "can't start new thread", "Cannot allocate memory", "bad_alloc", "failed to map segment",
 )  # fmt: skip
 
 
@@ -113,4 +113,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an allocation that failed, whichever library says so and how."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    # A library that is loaded late is mapped into memory too.
+    return isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)

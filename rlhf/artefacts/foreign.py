@@ -10,6 +10,7 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
@@ -88,6 +89,22 @@ def refuse_unmergeable(config: PeftConfig, weights: dict[str, Tensor], model, ow
                     f"{owner} was trained with a vocabulary of {len(tensor)} tokens, this base has {rows}: resize the "
                     "base's embeddings and save it with that tokenizer first"
                 )
+
+
+def other_layout(place: Path) -> str:
+    """The end of a sentence on a place that is no adapter directory: what another tool has left there; else nothing."""
+    if place.is_file():
+        return ": give the directory that the file lies in"
+    # ms-swift keeps the states of a run in <run>/checkpoint-<n>, transformers in checkpoint-<n>.
+    inner = [file.parent for pattern in ("*", "*/*") for file in place.glob(f"{pattern}/adapter_config.json")]
+    if inner:
+        last = max(inner, key=lambda folder: [int(digits) for digits in re.findall(r"\d+", str(folder))])
+        return f": give the adapter in it, {last}"
+    if list(place.glob("*.gguf")):
+        return ": GGUF files are for inference alone: save the adapter itself (unsloth: save_pretrained)"
+    if (place / "config.json").is_file():
+        return ": it holds a whole model (unsloth calls it merged): give that as the base"
+    return ""
 
 
 def changes_embeddings(config: LoraConfig) -> bool:

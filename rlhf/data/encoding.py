@@ -1,11 +1,13 @@
 """Rows of token ids, the same in every stage: tokenizer and encoded rows."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
 import rlhf.baichuan  # noqa: F401  (registers the Baichuan classes with the Auto classes)
 from rlhf.artefacts.damage import refused
+from rlhf.artefacts.files import nearest
 from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
@@ -14,7 +16,14 @@ from rlhf.data.template import turns_of
 
 # ---- tokenizer ----
 def load_tokenizer(name_or_path: str):
-    """The tokenizer as its files define it. Raises: ValueError, in one sentence, where it is missing or damaged."""
+    """The tokenizer as its files define it.
+
+    Raises: FileNotFoundError, ValueError, in one sentence, where it is missing or damaged.
+    """
+    if not Path(name_or_path).exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise FileNotFoundError(
+            f"--tokenizer_name {name_or_path} does not exist{nearest(name_or_path)}: give a directory or a hub id"
+        )
     with refused(f"the tokenizer of {name_or_path}", "give a directory with all its files, or a hub id"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)

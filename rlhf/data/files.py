@@ -97,6 +97,13 @@ def kind_of(path: Path) -> str:
     return ".csv" if suffix == TABS else suffix
 
 
+def has_mark(path: Path) -> bool:
+    """Return True if a text file begins with a byte order mark, which is read as no part of its first column."""
+    opened = gzip.open if path.suffix.lower() == COMPRESSED else open
+    with opened(path, "rb") as content:
+        return content.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+
+
 def _bytes_of(path: Path, label: str) -> bytes:
     """Contents of a file, unpacked where it is compressed. Raises: ValueError where that fails or has no end."""
     if path.suffix.lower() != COMPRESSED:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlhf.data.columns import find_format
 from rlhf.data.dialogues import BadRow, Unusable
-from rlhf.data.files import TEXT, kind_of
+from rlhf.data.files import TEXT, has_mark, kind_of
 from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
 from rlhf.data.located import GB18030_HINT, Located, write_bad_rows
@@ -144,6 +144,9 @@ class _Reader:
 
         if fmt:
             self.funnel.formats.append(str(fmt))
+        for name in dict.fromkeys(where.rpartition(":")[0] for where, _ in located):
+            if Path(name).is_file() and has_mark(Path(name)):
+                self.funnel.formats.append(f"the byte order mark of {name} is left out")
 
         # Duplicates are sought inside one source: `load_splits` treats a prompt in both by itself.
         seen: set[tuple] = set()

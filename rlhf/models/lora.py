@@ -189,6 +189,13 @@ def score_head_of(rest: dict[str, Tensor], reward_dir: str | Path) -> nn.Linear:
     Raises: ValueError where there is none.
     """
     heads = [tensor for tensor in rest.values() if tensor.dim() == 2 and tensor.shape[0] == 1]
+    other = next((file.name for file in sorted(Path(reward_dir).glob("value_head.*"))), None)
+    if not heads and other:
+        raise ValueError(
+            f"reward adapter {reward_dir} keeps its head in {other}, as LLaMA-Factory does: copy v_head.summary.weight"
+            " from there into adapter_model.safetensors as base_model.model.score.weight (its bias moves all scores "
+            "alike), or train it with reward_modeling.py"
+        )
     if len(heads) != 1:
         raise ValueError(f"reward adapter {reward_dir} has no score head: was it written by reward_modeling.py?")
     head = nn.Linear(heads[0].shape[1], 1, bias=False).requires_grad_(False)

@@ -138,6 +138,7 @@ def resume(loop: PPOLoop, folder: Path) -> int:
         )
     _put_back(loop, state)
     loop.last_good = load_last_good(folder, loop.accelerator.device)
+    say(f"going on from {folder}")
     if loop.accelerator.is_main_process and loop.args.resume_from_checkpoint == "True":
         # A run that was killed between its last checkpoint and the rotation left one checkpoint too many.
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)

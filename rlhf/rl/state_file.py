@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlhf.artefacts.checkpoint import read_manifest
 from rlhf.artefacts.damage import refuse_other_shapes, refuse_types, refused
 from rlhf.artefacts.files import load_tensors, read_object, write_json
 
@@ -73,7 +74,8 @@ def save_last_good(folder: Path, good: Copies) -> None:
 
 def load_last_good(folder: Path, device: torch.device) -> Copies | None:
     """Read what `save_last_good` wrote, or return None for a run that never rolls back."""
-    if not (folder / GOOD_FILE).is_file():
+    # Listed, for anybody may have put a file of that name there.
+    if GOOD_FILE not in read_manifest(folder)["files"]:
         return None
     tensors = {name: tensor.to(device) for name, tensor in load_tensors(folder / GOOD_FILE).items()}
 

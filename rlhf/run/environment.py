@@ -5,6 +5,8 @@ of them alone is a remainder of another program: a run that believed it would pr
 """
 
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 
 # What a launcher sets for each process that it starts.
@@ -24,6 +26,9 @@ LEFT_ASIDE = (
 )  # fmt: skip
 # Values of these that ask for nothing.
 NOTHING = ("", "no", "false", "False", "0", "1", "NO")
+
+# What Python takes its encoding from, in its order.
+LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
 
 
 @dataclass(frozen=True)
@@ -74,16 +79,49 @@ def read_launch(nproc: int = 0) -> Launch:
     return Launch(rank, size, given["LOCAL_RANK"], launched=True)
 
 
-def leave_aside() -> list[str]:
-    """Take settings out of the environment that would change numbers unseen. Returns: those that asked for something.
+def refuse_unusable() -> None:
+    """Refuse settings of Python under which no script can work, before the libraries stumble over them.
 
-    Variables of a launcher with one process go too: a library would open ports for them.
+    Raises: ValueError naming the variable to unset.
+    """
+    if sys.flags.optimize > 1:
+        raise ValueError(
+            "Python runs without docstrings (PYTHONOPTIMIZE=2, or -OO), which transformers cannot be loaded without: "
+            "unset PYTHONOPTIMIZE"
+        )
+    encoding = sys.getfilesystemencoding()
+    try:
+        "\u95ee".encode(encoding)
+    except UnicodeEncodeError:
+        # Bytes of UTF-8 would be taken for other letters, or for none.
+        if not all(word.isascii() for word in sys.argv):
+            locale = next((f"{name}={os.environ[name]}" for name in LOCALE if os.environ.get(name)), "no locale")
+            raise ValueError(
+                f"the environment has {locale}, under which Python reads a command line as {encoding}: unset "
+                "PYTHONUTF8, or set LC_ALL=C.UTF-8"
+            ) from None
+
+
+def leave_aside() -> list[str]:
+    """Take settings out of the environment that would change numbers unseen, or end a run at a warning.
+
+    Returns: a sentence on each of those that asked for something.
     """
     aside = []
     for name in LEFT_ASIDE:
         value = os.environ.pop(name, None)
         if value is not None and value not in NOTHING:
-            aside.append(f"{name}={value}")
+            aside.append(f"{name}={value} in the environment is left aside: the flags decide")
+
+    # From PYTHONWARNINGS or -W: any library's remark on its next version would be the end.
+    if any(option.startswith("error") for option in sys.warnoptions):
+        options = ",".join(sys.warnoptions)
+        aside.append(f"PYTHONWARNINGS={options} is left aside: no run ends at a warning")
+        warnings.simplefilter("default")
+        # As Python has it where nobody asks.
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        os.environ.pop("PYTHONWARNINGS", None)
     return aside
 
 

@@ -47,7 +47,8 @@ def plain(value):
     """A JSON-safe value: non-finite numbers become the strings "nan", "inf", "-inf", so every line stays JSON."""
     if not isinstance(value, float):
         return value
-    return round(value, 8) if math.isfinite(value) else str(value)
+    # Digits and not decimals, which would make a learning rate of 1e-9 a 0; nine tell any two float32 numbers apart.
+    return float(f"{value:.9g}") if math.isfinite(value) else str(value)
 
 
 def _json_lines(rows: list[dict]) -> str:

@@ -9,7 +9,7 @@ import sys
 from importlib.util import find_spec
 
 from rlhf.run import workers
-from rlhf.run.environment import leave_aside, read_launch
+from rlhf.run.environment import leave_aside, read_launch, refuse_unusable
 
 # Packages of requirements.txt that every script loads.
 NEEDED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "sentencepiece", "safetensors")
@@ -36,6 +36,7 @@ def prepare(parse_args):
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
     nproc = getattr(args, "nproc", 1)
     try:
+        refuse_unusable()
         _refuse_missing_packages()
         launch = read_launch(nproc)
     except ValueError as error:
@@ -43,9 +44,9 @@ def prepare(parse_args):
         sys.exit(1)
 
     workers.follow_parent()
-    for setting in leave_aside():
+    for left in leave_aside():
         if launch.rank == 0:
-            print(f"{setting} in the environment is left aside: the flags decide", flush=True)
+            print(left, flush=True)
 
     if launch.launched or looks_only(args) or wanted_processes(nproc) == 1:
         return args

@@ -10,7 +10,9 @@ from adapters import random_adapter
 from commands import run_here
 from conftest import INITIALIZER_RANGE, TINY, save_random_model
 from forked import PROMPTS
+from safetensors.torch import load_file, save_file
 
+from rlhf.artefacts.adapters import check_adapter, read_adapter
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -105,6 +107,55 @@ def one_sentence(found: tuple[int, str, str]) -> str:
     lines = [line for line in said.splitlines() if ": error: " in line]
     assert code == 1 and len(lines) == 1 and "Traceback" not in said, (code, said)
     return lines[0]
+
+
+# ---- layouts of other tools ----
+def test_where_an_adapter_lies_in_the_layout_of_another_tool_is_said(good, tmp_path):
+    swift = tmp_path / "output"
+    for name in ("v0-20260101-120000/checkpoint-100", "v1-20260102-080000/checkpoint-20", "v1-20260102-080000/images"):
+        (swift / name).mkdir(parents=True)
+        if "checkpoint" in name:
+            shutil.copy(Path(good["sft"], "adapter_config.json"), swift / name)
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / "config.json").write_text("{}")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+
+    newest = swift / "v1-20260102-080000" / "checkpoint-20"
+    for place, words in (
+        (swift, f"give the adapter in it, {newest}$"),
+        (swift / "v1-20260102-080000", f"give the adapter in it, {newest}$"),
+        (merged, "it holds a whole model .* give that as the base$"),
+        (tmp_path / "gguf", "GGUF files are for inference alone"),
+        (Path(good["sft"]) / "adapter_model.safetensors", "give the directory that the file lies in$"),
+        (swift / "v1-20260102-080000" / "images", r"it has no adapter_config\.json$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            check_adapter(place, stage="sft", base={})
+        with pytest.raises(FileNotFoundError, match=words):
+            read_adapter(place)
+
+
+def test_a_head_that_llama_factory_keeps_beside_the_adapter_is_named(good, tmp_path):
+    folder = tmp_path / "reward"
+    shutil.copytree(good["sft"], folder)
+    (folder / "run.json").unlink()
+    head = {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.zeros(1)}
+    save_file(head, folder / "value_head.safetensors")
+    said = one_sentence(run_here(*use(good, "--reward_model_lora_path", str(folder), tmp_path / "out")))
+    assert "keeps its head in value_head.safetensors, as LLaMA-Factory does: copy v_head.summary.weight" in said
+
+    # The way out that the sentence names.
+    config = json.loads((folder / "adapter_config.json").read_text())
+    weights = load_file(folder / "adapter_model.safetensors")
+    weights["base_model.model.score.weight"] = head["v_head.summary.weight"]
+    save_file(weights, folder / "adapter_model.safetensors")
+    assert config["modules_to_save"] is None
+    code, _, said = run_here(*use(good, "--reward_model_lora_path", str(folder), tmp_path / "out"), "--steps", "8",
+                             "--batch_size", "8", "--mini_batch_size", "8", "--output_max_length", "4",
+                             "--reward_gate", "warn")  # fmt: skip
+    assert code == 0, said
 
 
 # ---- adapters know their base ----

@@ -430,7 +430,7 @@ def test_batches_pad_with_an_unused_token_where_the_pad_token_is_eos_and_the_tok
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8").replace("<pad>", "<hello>")
     (tmp_path / "tokenizer.json").write_text(text, encoding="utf-8")
     assert padding_id(load_tokenizer(str(tmp_path))) == 0
-    with pytest.raises(ValueError, match="no tokenizer could be loaded from"):
+    with pytest.raises(FileNotFoundError, match=r"--tokenizer_name .*missing does not exist: give a directory"):
         load_tokenizer(str(tmp_path / "missing"))
 
 

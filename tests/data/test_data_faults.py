@@ -483,8 +483,12 @@ def test_a_byte_order_mark_is_no_part_of_the_rows(kind, suffix, tmp_path):
     rows = [good(kind, number) for number in range(5)]
     text = {"jsonl": "\n".join(map(dumped, rows)), "json": dumped(rows), "csv": csv_text(rows)}[suffix]
     path = tmp_path / f"a.{suffix}"
-    path.write_bytes(codecs.BOM_UTF8 + text.encode())
-    assert len(load_rows(str(path), kind)[0]) == 5
+    for mark in (codecs.BOM_UTF8, b""):
+        path.write_bytes(mark + text.encode())
+        rows, funnel = load_rows(str(path), kind)
+        assert len(rows) == 5
+        # Said, because another reader of the file might not leave it out.
+        assert (f"the byte order mark of {path} is left out" in funnel.table()) == bool(mark)
 
 
 @pytest.mark.parametrize("kind", KINDS)

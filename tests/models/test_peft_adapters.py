@@ -22,6 +22,13 @@ from rlhf.models.lora import add_lora, continue_adapter
 from rlhf.rl.roles import load_roles
 
 ATTENTION = ["q_proj", "v_proj"]
+# As unsloth writes it for any of its models.
+PARTS = "self_attn|attention|attn|mlp|feed_forward|ffn|dense"
+NAMES = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
+UNSLOTH = (
+    rf"(?:.*?(?:language|text).*?(?:{PARTS}).*?(?:{NAMES}).*?)"
+    rf"|(?:\bmodel\.layers\.[\d]{{1,}}\.(?:{PARTS})\.(?:(?:{NAMES})))"
+)
 # What a shared base carries exactly: settings of LoraConfig beside rank 4, alpha 8 and the attention projections.
 CARRIED = {
     "plain": {},
@@ -31,6 +38,7 @@ CARRIED = {
     "dora": {"use_dora": True},
     "layers_to_transform": {"layers_to_transform": [1]},
     "expression": {"target_modules": r".*layers\.0\.mlp\.(up|down)_proj"},
+    "unsloth": {"target_modules": UNSLOTH},
     "all_linear": {"target_modules": "all-linear"},
     "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "output_layer": {"target_modules": ["q_proj", "lm_head"]},

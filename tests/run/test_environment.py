@@ -1,10 +1,13 @@
 """Variables of launchers: believed together, refused alone, and never changing numbers unseen."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 from commands import run_here
-from stages import write_answers
+from forked import ROOT
+from short_runs import SCRIPTS, short_run
 
 from rlhf.run.environment import LEFT_ASIDE, MPI_VARIABLES, Launch, leave_aside, read_launch
 from rlhf.run.launch import _without_values
@@ -70,23 +73,68 @@ def test_an_mpi_launcher_of_one_process_is_none(monkeypatch):
 def test_settings_that_would_change_numbers_are_left_aside_and_said(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    assert leave_aside() == ["ACCELERATE_MIXED_PRECISION=fp16"]
+    (said,) = leave_aside()
+    assert said.startswith("ACCELERATE_MIXED_PRECISION=fp16 in the environment is left aside")
     assert "ACCELERATE_USE_FSDP" not in os.environ
 
 
-@pytest.mark.parametrize("script", ["sft_training", "rl_training", "merge_lora"])
-def test_a_stage_that_would_keep_silent_says_so_and_fails(monkeypatch, tiny_base, tmp_path, script):
-    monkeypatch.setenv("RANK", "8")
-    base = "--base_model_name" if script != "sft_training" else "--model_name"
-    more = {
-        "sft_training": ["--dataset_name", write_answers(tmp_path / "a.jsonl")],
-        "rl_training": ["--reward_model_lora_path", "r"],
-        "merge_lora": ["--lora_path", "s"],
-    }[script]
-    code, _, errors = run_here(script, base, tiny_base, "--output_dir", str(tmp_path / "out"), *more)
+@pytest.mark.parametrize(("name", "value"), [("RANK", "8"), ("RANK", "x"), ("WORLD_SIZE", "")])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_that_would_keep_silent_says_so_and_fails(monkeypatch, short_inputs, tmp_path, script, name, value):
+    monkeypatch.setenv(name, value)
+    out = tmp_path / "out"
+    code, _, errors = run_here(script, *short_run(script, short_inputs), "--output_dir", str(out))
     assert code == 1
-    assert errors.startswith(f"{script}.py: error: the environment has RANK=8 without WORLD_SIZE")
-    assert not (tmp_path / "out").exists()
+    assert errors.startswith(f"{script}.py: error: the environment has {name}=") and errors.count("\n") == 1
+    assert not out.exists()
+
+
+# ---- Python's own variables ----
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_ends_neither_at_a_warning_nor_at_a_character(zygote, short_inputs, tmp_path, script):
+    job = {"environment": {"PYTHONWARNINGS": "error"}, "encoding": "ascii"}
+    argv = [*short_run(script, short_inputs), "--output_dir", str(tmp_path / "out")]
+    assert zygote.run_script(script, argv, tmp_path / "log", **job) == 0, zygote.said()[-3000:]
+    assert zygote.said().isascii()
+    # What goes into files is no matter of the terminal.
+    said = "PYTHONWARNINGS=error is left aside: no run ends at a warning"
+    assert said in zygote.said()
+    texts = [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".jsonl", ".md", ".html")]
+    assert script in ("merge_lora", "reward_modeling") or any(not path.read_text("utf-8").isascii() for path in texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["latin-1", "gbk"])
+def test_other_encodings_of_a_terminal_end_no_run(zygote, short_inputs, tmp_path, encoding):
+    argv = [*short_run("compare", short_inputs), "--output_dir", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    assert zygote.run_script("compare", argv, log, encoding=encoding) == 0
+    assert ("小猫喜欢什么" in log.read_text(encoding)) == (encoding == "gbk")
+
+
+def refusal(*options: str, words: tuple[str, ...] = (), **variables: str) -> str:
+    """What `refuse_unusable` says in a Python of its own with these options, variables and words."""
+    lines = ("from rlhf.run import environment as e", "try: e.refuse_unusable()", "except ValueError as x: print(x)")
+    program = "\n".join(lines)
+    command = [sys.executable, *options, "-c", program, *words]
+    return subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT), **variables}, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def test_a_python_without_docstrings_is_refused_before_a_library_fails():
+    assert "unset PYTHONOPTIMIZE" in refusal(PYTHONOPTIMIZE="2")
+    assert "unset PYTHONOPTIMIZE" in refusal("-OO")
+    assert refusal() == refusal(PYTHONOPTIMIZE="1") == ""
+
+
+def test_a_locale_that_reads_other_letters_is_refused_where_there_are_some():
+    bare = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = refusal(words=("小猫",), **bare)
+    assert said.startswith("the environment has LC_ALL=POSIX, under which Python reads a command line as ascii")
+    assert refusal(words=("cat",), **bare) == ""
+    assert refusal(words=("小猫",), LC_ALL="POSIX") == refusal(words=("小猫",), LC_ALL="C.UTF-8") == ""
 
 
 def test_the_command_that_goes_on_keeps_every_flag_but_those_that_say_how_to_start():

@@ -26,6 +26,12 @@ def test_answers_with_separators_of_unicode_are_read_back_and_kept_on_resume(tmp
     assert read_lines(tmp_path / "samples.jsonl") == rows
 
 
+@pytest.mark.parametrize("value", [1e-9, 1.25e-12, 0.1, 123456.789, 3.0e20, float(np.float32(1 / 3))])
+def test_a_number_of_any_size_is_logged_with_its_digits(tmp_path, value):
+    MetricsLog(tmp_path).write({"step": 1, "lr": value})
+    assert read_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "lr": pytest.approx(value, rel=1e-8, abs=0)}]
+
+
 def test_a_line_cut_by_a_crash_ends_the_records(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_lines(tmp_path / "x.jsonl") == [{"step": 1}, {"step": 2}]

@@ -11,7 +11,9 @@ Jobs come as JSON lines on stdin: {"script", "argv", "log"}. More keys of a job:
     delay        without a target: seconds from the child's start
     seconds      after which the child gets SIGALRM, and bytes: of address space that it may take
     file_bytes   that a file may grow to, as under ulimit -f; the log is such a file too
-    environment  variables of the child
+    environment  variables of the child; PYTHONWARNINGS=error among them is obeyed, as Python does at its start
+    encoding     of the child's stdout and stderr, strict, as under PYTHONIOENCODING
+    cwd          directory of the child
     ranks, port  that many processes of one gloo group
     rank         the process that gets the signal (0)
 
@@ -28,6 +30,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from types import SimpleNamespace
 
 
@@ -105,9 +108,23 @@ def child(job: dict, rank: int) -> None:
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    # And stdin is where the zygote gets its jobs from.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
+
+    if "encoding" in job:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding=job["encoding"], errors="strict")
+    if os.environ.get("PYTHONWARNINGS") == "error":
+        sys.warnoptions.append("error")
+        warnings.simplefilter("error")
 
     script = importlib.import_module(job["script"])
     sys.argv = [f"{job['script']}.py", *job["argv"]]
+    if "cwd" in job:
+        os.chdir(job["cwd"])
+        # A launcher starts its workers by this name.
+        sys.argv[0] = script.__file__
     code = 0
     try:
         if rank == job.get("rank", 0):
