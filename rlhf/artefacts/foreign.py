@@ -92,7 +92,7 @@ def refuse_unmergeable(config: PeftConfig, weights: dict[str, Tensor], model, ow
 
 
 def other_layout(place: Path) -> str:
-    """The end of a sentence on a place that is no adapter directory: what another tool has left there; else nothing."""
+    """End of a sentence on a place that is no adapter directory: what another tool has left there; else nothing."""
     if place.is_file():
         return ": give the directory that the file lies in"
     # ms-swift keeps the states of a run in <run>/checkpoint-<n>, transformers in checkpoint-<n>.

@@ -1,11 +1,15 @@
 """Launchers: processes that a stage starts itself, signals and failures among them, several machines."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
-from forked import free_port
+from forked import free_port, group
 from launched import ENVIRONMENT, ROOT, launch, make_world
 from test_rl_training import PROMPTS
 
@@ -55,6 +59,71 @@ def test_both_processes_stop_together_on_a_signal_to_their_launcher_and_go_on_la
 
     launch("rl_training.py", *flags, "--steps", str(8 * (done + 1)))
     assert [row["step"] for row in read_metrics(out)] == list(range(1, done + 2))
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that a process has started, and those that they have started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *children_of(int(child))]
+    return found
+
+
+def listens_at(pids: list[int]) -> set[str]:
+    """Addresses, as the system writes them, at which these processes listen for connections."""
+    sockets = set()
+    for pid in pids:
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            # A file may be closed between two looks.
+            with suppress(FileNotFoundError):
+                sockets.add(os.readlink(link))
+    addresses = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == LISTENING and f"socket:[{rest[5]}]" in sockets:
+                addresses.add(local.partition(":")[0])
+    return addresses
+
+
+# As /proc/net/tcp has it.
+LISTENING = "0A"
+LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and workers follow their parent on Linux alone")
+def test_processes_of_one_machine_listen_to_it_alone_and_end_with_a_launcher_that_is_killed(zygote, stages, tmp_path):
+    out = tmp_path / "out"
+    flags = [*stages["ppo"].argv, "--steps", "80000", "--output_dir", str(out), "--resume_from_checkpoint", "True"]
+    process = subprocess.Popen(
+        [sys.executable, "rl_training.py", *flags, "--nproc", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, cwd=ROOT,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    workers = children_of(process.pid)
+    assert sum(b"rl_training.py" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in workers) >= 2
+    assert listens_at([process.pid, *workers]) <= set(LOOPBACK)
+
+    # As a scheduler does that runs out of memory: nobody is asked.
+    process.kill()
+    process.stdout.read()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "workers outlive their launcher"
+        time.sleep(0.1)
+
+    # They have saved themselves, and two others go on from there.
+    done = int(newest_complete(out).name.removeprefix("step_"))
+    assert done >= 2
+    blow = {"signum": signal.SIGTERM, "target": "rlhf.rl.update:policy_loss", "when": "before", "call": 5}
+    assert zygote.run(stages["ppo"], out, "--steps", "80000", **group(2), **blow) == 128 + signal.SIGTERM, (
+        zygote.said()
+    )
+    assert f"going on from {out}/step_{done}" in zygote.said()
 
 
 def test_a_failing_worker_hands_on_its_exit_code_and_its_sentence(world, tmp_path):
