@@ -50,22 +50,10 @@ from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models import generation, loading
-from rlhf.rl import (
-    charts,
-    evaluation,
-    experience,
-    groups,
-    guard,
-    metrics,
-    rewards,
-    roles,
-    starting,
-    state,
-    update,
-)  # fmt: skip
+from rlhf.rl import charts, evaluation, experience, groups, guard, metrics, rewards, roles, starting, state, update
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.reward_functions import load_functions
-from rlhf.run import launch, stopping
+from rlhf.run import launch, pictures, stopping
 from rlhf.run.log import Eta, MetricsLog
 
 
@@ -242,7 +230,7 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
     finally:
         if log:
             log.close()
-            charts.draw_run(args.output_dir)
+            pictures.attempt(charts.draw_run, args.output_dir)
     return last
 
 

@@ -96,7 +96,8 @@ def other_layout(place: Path) -> str:
     if place.is_file():
         return ": give the directory that the file lies in"
     # ms-swift keeps the states of a run in <run>/checkpoint-<n>, transformers in checkpoint-<n>.
-    inner = [file.parent for pattern in ("*", "*/*") for file in place.glob(f"{pattern}/adapter_config.json")]
+    files = [*place.glob("*/adapter_config.json"), *place.glob("*/*/adapter_config.json")]
+    inner = [file.parent for file in files]
     if inner:
         last = max(inner, key=lambda folder: [int(digits) for digits in re.findall(r"\d+", str(folder))])
         return f": give the adapter in it, {last}"

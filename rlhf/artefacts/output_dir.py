@@ -35,12 +35,17 @@ _locks: dict[Path, object] = {}
 
 
 # ---- output directory ----
+def real(path: str | Path) -> Path:
+    """The place of a path without links; of a link to itself the link, at which `Path.resolve` would raise."""
+    return Path(os.path.realpath(path))
+
+
 def lock(folder: Path) -> None:
     """Hold an output directory for this process until it ends, however it ends.
 
     Raises: FileExistsError where another process holds it, with its number.
     """
-    if folder.resolve() in _locks:
+    if real(folder) in _locks:
         return
 
     # Opened without being emptied: the number in it may be the holder's.
@@ -61,7 +66,7 @@ def lock(folder: Path) -> None:
     handle.truncate(0)
     handle.write(f"{os.getpid()}\n")
     handle.flush()
-    _locks[folder.resolve()] = handle
+    _locks[real(folder)] = handle
 
 
 def sweep(folder: Path) -> None:
@@ -156,9 +161,9 @@ def _refuse_input(flag: str, given: str | None, folder: Path, old: list[Path]) -
     """Raises: ValueError where --overwrite_output_dir would remove an input of the same command."""
     if not given or not Path(given).exists() or not old:
         return
-    place = Path(given).resolve()
+    place = real(given)
     # An adapter that lies in the directory itself is made of its files.
-    doomed = {path.resolve() for path in old} | {folder.resolve()} & {place}
+    doomed = {real(path) for path in old} | {real(folder)} & {place}
     if place in doomed or doomed & set(place.parents):
         raise ValueError(
             f"{flag} {given} lies in --output_dir {folder}, which --overwrite_output_dir True clears: give another "
@@ -181,7 +186,7 @@ def refuse_used(output_dir: str) -> Path:
     target = Path(output_dir)
     # Of a link its target is filled.
     if target.is_symlink():
-        target = target.resolve()
+        target = real(target)
     _refuse_unwritable(target)
     if not target.exists():
         return target

@@ -18,7 +18,7 @@ from rlhf.reward.audit import GATE, audit, row_scorer
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.statistics import BINS
 from rlhf.run.launch import say
-from rlhf.run.pictures import pyplot
+from rlhf.run.pictures import attempt, pyplot
 
 # Held-out pairs that the audit's accuracy and calibration are measured on, at most.
 AUDIT_PAIRS = 2000
@@ -271,7 +271,7 @@ def write_audit(results: dict, folder: str | Path) -> None:
     content = json.dumps(results, ensure_ascii=False, allow_nan=False)
     (folder / "audit.json").write_text(content + "\n", encoding="utf-8")
     (folder / "audit.md").write_text(markdown(results), encoding="utf-8")
-    draw(results, folder / "audit.png")
+    attempt(draw, results, folder / "audit.png")
 
 
 def read_audit(folder: str | Path) -> dict | None:

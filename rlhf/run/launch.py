@@ -32,6 +32,9 @@ NEEDED = {
 # What becomes a sentence, beside a lack of memory in whichever form it comes.
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, Collapse)
 
+# Characters of a sentence on standard error, at most.
+MAX_SENTENCE = 2000
+
 
 def require_optional(args) -> None:
     """Refuse a flag whose package is not installed, or a DeepSpeed configuration that cannot work.
@@ -163,17 +166,17 @@ def run_main(main, args) -> None:
 
 def sentence(error: Exception, args) -> str:
     """An error in one line; a full disk always in the same words, whichever file met it."""
-    if is_out_of_memory(error) and not isinstance(error, MemoryError):
-        # Where a step ran out of it the sentence names the batch (rlhf/run/stopping.py).
-        why = str(error).strip().partition("\n")[0][:120]
+    # Where a step ran out of memory the sentence names the batch (rlhf/run/stopping.py).
+    if is_out_of_memory(error) and not (isinstance(error, MemoryError) and str(error)):
+        why = (str(error).strip() or "MemoryError").partition("\n")[0][:120]
         return (
             f"this machine's memory is used up ({why}): end other programs, or lower --max_length and the batch sizes"
         )
     if is_too_large(error):
         return f"{error.filename or 'a file'}: {limit_of_files()}"
     if getattr(error, "errno", None) not in NO_ROOM:
-        # It may name files and hold contents that are not ours.
-        return printable(" ".join(str(error).split("\n")))
+        # It may name files and hold contents that are not ours, of any length.
+        return shortened(printable(" ".join(str(error).split("\n"))))
 
     # The directory may not be there yet.
     folder = getattr(args, "output_dir", ".")
@@ -184,6 +187,11 @@ def sentence(error: Exception, args) -> str:
         f"the disk of {error.filename or folder} is full: {free:,} bytes are free in --output_dir {folder}. "
         f"Make room, and give the same command again{resume}"
     )
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle where it is longer than a sentence: a value may be pages long."""
+    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE // 2]} ... {text[-MAX_SENTENCE // 2 :]}"
 
 
 def _say_how_to_go_on(stop: Interrupted) -> None:

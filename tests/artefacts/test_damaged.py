@@ -204,6 +204,7 @@ def test_a_lack_of_memory_is_one_sentence_in_every_form():
     for error in (
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         RuntimeError("can't start new thread"), OSError(12, "Cannot allocate memory"), torch.OutOfMemoryError("x"),
+        MemoryError(), ImportError("_path.so: failed to map segment from shared object"),
     ):  # fmt: skip
         assert is_out_of_memory(error)
         assert sentence(error, object()).startswith("this machine's memory is used up (")

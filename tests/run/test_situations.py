@@ -56,6 +56,13 @@ def test_a_limit_for_memory_is_one_sentence_in_sft_too(zygote, stages, tmp_path,
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
+def test_a_chart_that_cannot_be_drawn_costs_no_policy(zygote, stages, whole, tmp_path):
+    out = tmp_path / "out"
+    assert zygote.run(stages["ppo"], out, target="rlhf.rl.charts:pyplot", when="full") == 0, zygote.said()[-3000:]
+    assert "a picture could not be drawn (OSError" in zygote.said()
+    assert result(out) == whole["ppo"]
+
+
 # ---- foreign files in a checkpoint ----
 @pytest.mark.parametrize("name", NAMES)
 def test_files_that_a_manifest_does_not_list_change_no_byte(zygote, stages, whole, tmp_path, name):
