@@ -20,7 +20,7 @@ from rlhf.run import workers
 from rlhf.run.environment import read_launch
 from rlhf.run.startup import hand_signals_back, looks_only, prepare
 from rlhf.run.stopping import Collapse, Interrupted, listen
-from rlhf.run.terminal import printable
+from rlhf.run.terminal import printable, shortened
 
 # Flag, and its value where only one needs it -> the package, in the version that was tried.
 NEEDED = {
@@ -31,9 +31,6 @@ NEEDED = {
 
 # What becomes a sentence, beside a lack of memory in whichever form it comes.
 MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, Collapse)
-
-# Characters of a sentence on standard error, at most.
-MAX_SENTENCE = 2000
 
 
 def require_optional(args) -> None:
@@ -187,11 +184,6 @@ def sentence(error: Exception, args) -> str:
         f"the disk of {error.filename or folder} is full: {free:,} bytes are free in --output_dir {folder}. "
         f"Make room, and give the same command again{resume}"
     )
-
-
-def shortened(text: str) -> str:
-    """`text` without its middle where it is longer than a sentence: a value may be pages long."""
-    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE // 2]} ... {text[-MAX_SENTENCE // 2 :]}"
 
 
 def _say_how_to_go_on(stop: Interrupted) -> None:

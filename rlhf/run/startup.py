@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from rlhf.run import workers
 from rlhf.run.environment import leave_aside, read_launch, refuse_unusable
+from rlhf.run.terminal import printable_errors
 
 # Packages of requirements.txt that every script loads.
 NEEDED = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "sentencepiece", "safetensors")
@@ -32,7 +33,8 @@ def prepare(parse_args):
     """
     _print_whatever_comes()
     # A wrong command line ends here, before any process is started.
-    args = parse_args()
+    with printable_errors():
+        args = parse_args()
     # A script without --nproc (merge, compare) is one process, however many GPUs there are.
     nproc = getattr(args, "nproc", 1)
     try:

@@ -1,9 +1,12 @@
 """Text in a terminal: the width of Chinese characters, wrapping by width, control characters made visible."""
 
+import io
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 
 
 def display_width(text: str) -> int:
@@ -36,6 +39,26 @@ def _shown(character: str) -> str:
     # Control characters but for the new line; separators of lines and paragraphs; half a surrogate pair.
     unsafe = character in BIDI or unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs")
     return "\ufffd" if unsafe and character != "\n" else character
+
+
+# Characters of a sentence on standard error, at most.
+MAX_SENTENCE = 2000
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle where it is longer than a sentence: a value may be pages long."""
+    return text if len(text) <= MAX_SENTENCE else f"{text[: MAX_SENTENCE // 2]} ... {text[-MAX_SENTENCE // 2 :]}"
+
+
+@contextmanager
+def printable_errors():
+    """Let what the block writes to standard error through at its end only, made printable: argparse repeats values."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            yield
+    finally:
+        sys.stderr.write(shortened(printable(said.getvalue())))
 
 
 def wrap(text: str, columns: int) -> list[str]:

@@ -48,6 +48,9 @@ PLACES = (
     "two words", "inputs/sft/adapter_model.safetensors", "inputs/./base/../sft", "out", "小猫", "new\nline",
 )  # fmt: skip
 
+# Kinds of mistakes; those that the parser does not find are the interesting ones.
+MISTAKES = ("value add path " * 4 + "repeat drop swap typo bare none many").split()
+
 # A write outside of the folder of a case would be a mess, and none of these is meant by anybody.
 OUTPUT = "output_dir"
 
@@ -91,13 +94,13 @@ class Line:
             return self.draw.choice(PLACES)
         kind = self.draw.random()
         choices = field.metadata.get("choices") if field else None
-        if choices and kind < 0.5:
+        if choices and kind < 0.8:
             return str(self.draw.choice(choices))
-        if field and isinstance(field.default, bool) and kind < 0.5:
+        if field and isinstance(field.default, bool) and kind < 0.8:
             return self.draw.choice(("True", "False"))
-        if field and isinstance(field.default, int | float) and kind < 0.5:
+        if field and isinstance(field.default, int | float) and kind < 0.8:
             return str(self.draw.choice((0, 1, -1, 2, 3, 0.1, 1.0, field.default, 10**9, -(10**9), 1e-9)))
-        return self.draw.choice(ODD if kind < 0.75 else PLACES)
+        return self.draw.choice(self.draw.choice((ODD, PLACES)))
 
     def spoil(self) -> None:
         """Make one mistake."""
@@ -105,9 +108,7 @@ class Line:
         at = draw.randrange(len(self.flags))
         flag = self.flags[at]
         name = flag[0][2:]
-        mistake = draw.choice(
-            ("value", "value", "add", "add", "add", "repeat", "drop", "swap", "typo", "path", "bare", "none", "many")
-        )
+        mistake = draw.choice(MISTAKES)
         if mistake == "value":
             flag[1:] = [self.value(name)]
         elif mistake == "add":

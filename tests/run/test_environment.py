@@ -89,6 +89,21 @@ def test_a_script_that_would_keep_silent_says_so_and_fails(monkeypatch, short_in
     assert not out.exists()
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_word_is_repeated_without_what_would_steer_a_terminal_and_not_for_pages(short_inputs, script):
+    code, _, errors = run_here(script, *short_run(script, short_inputs), "\u202e\x1b[31m" + "x" * 9000)
+    assert code == 2 and "error: " in errors
+    assert "\u202e" not in errors and "\x1b" not in errors and len(errors) < 2500
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_link_to_itself_as_the_output_directory_is_a_sentence(short_inputs, tmp_path, script):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    out = str(tmp_path / "loop")
+    code, _, errors = run_here(script, *short_run(script, short_inputs), "--output_dir", out)
+    assert code == 1 and f"{script}.py: error: " in errors and out in errors
+
+
 # ---- Python's own variables ----
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
