@@ -170,7 +170,7 @@ def sentence(error: Exception, args) -> str:
             f"this machine's memory is used up ({why}): end other programs, or lower --max_length and the batch sizes"
         )
     if is_too_large(error):
-        return f"{error.filename or 'a file'}: {limit_of_files()}"
+        return f"{getattr(error, 'filename', None) or 'a file'}: {limit_of_files()}"
     if getattr(error, "errno", None) not in NO_ROOM:
         # It may name files and hold contents that are not ours, of any length.
         return shortened(printable(" ".join(str(error).split("\n"))))

@@ -208,6 +208,7 @@ def test_a_lack_of_memory_is_one_sentence_in_every_form():
     ):  # fmt: skip
         assert is_out_of_memory(error)
         assert sentence(error, object()).startswith("this machine's memory is used up (")
+    assert "ulimit -f" in sentence(ValueError("x.json: File too large (os error 27)"), object())
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(OSError(2, "missing"))
 
 
