@@ -23,13 +23,11 @@ STOPPED = {
 
 
 # ---- limits of the shell ----
-# Bytes that a file may grow to: less than the optimizer's state, and less than the tokenizer alone.
-@pytest.mark.parametrize("limit", [9_000, 100_000])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_limit_for_files_is_named_and_leaves_nothing_that_looks_finished(
-    zygote, stages, whole, tmp_path, name, limit
-):
+def test_a_limit_for_files_is_named_and_leaves_nothing_that_looks_finished(zygote, stages, whole, tmp_path, name):
     out = tmp_path / "out"
+    # Less than the optimizer's state takes.
+    limit = 9_000
     assert zygote.run(stages[name], out, file_bytes=limit) == 1, zygote.said()[-3000:]
     assert f"this shell's limit of {limit:,} bytes: raise it with ulimit -f unlimited" in zygote.complaint()
     assert not any((out / file).exists() for file in ("adapter_model.safetensors", "adapter_config.json", "run.json"))
@@ -47,8 +45,8 @@ def test_a_result_over_the_limit_for_files_leaves_none_of_its_parts(zygote, stag
     assert kept <= {".lock", "metrics.jsonl", "samples.jsonl", "chart.png"}
 
 
-# MB beyond what the imports take: a file cannot be mapped, a thread not begun, a tensor not allocated.
-@pytest.mark.parametrize("more", [2, 8, 24])
+# MB beyond what the imports take: a file cannot be mapped, or a tensor not allocated.
+@pytest.mark.parametrize("more", [2, 24])
 def test_a_limit_for_memory_is_one_sentence_in_sft_too(zygote, stages, tmp_path, more):
     own = int(Path(f"/proc/{zygote.process.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     assert zygote.run(stages["sft"], tmp_path / "out", bytes=own + (more << 20)) == 1, zygote.said()[-3000:]
@@ -171,11 +169,10 @@ def test_a_run_resumed_at_its_last_step_shows_the_same_answers(zygote, stages, w
 
 
 # ---- waiting for others ----
-@pytest.mark.parametrize("name", NAMES)
-def test_a_process_that_waits_for_others_ends_at_a_signal(zygote, stages, tmp_path, name):
+def test_a_process_that_waits_for_others_ends_at_a_signal(zygote, stages, tmp_path):
     # The other of two processes never comes.
     variables = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     job = {"environment": variables, "signum": TERM, "delay": 2.0, "seconds": 60}
-    assert zygote.run(stages[name], tmp_path / "out", **job) == 128 + TERM, zygote.said()[-3000:]
+    assert zygote.run(stages["sft"], tmp_path / "out", **job) == 128 + TERM, zygote.said()[-3000:]
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
