@@ -167,7 +167,9 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     model = load_pair(base_dir, args.lora_path, args.dtype, device)
     expected = probe(model)
     if args.lora_path is not None:
-        model = model.merge_and_unload(safe_merge=True)
+        # Not every kind of LoRA is a change of weights.
+        with damage.refused(f"adapter {args.lora_path} on this base", "it cannot be merged"):
+            model = model.merge_and_unload(safe_merge=True)
 
     # 3. Save, and load what was saved: only that proves the files right.
     with output_dir.staged(target) as folder:

@@ -189,6 +189,17 @@ def test_a_saved_copy_of_the_bases_own_embedding_is_no_module_of_its_own(bases, 
         merge_lora.main(merge_lora.parse_args(arguments))
 
 
+def test_a_kind_of_lora_that_is_no_change_of_weights_is_not_merged(bases, tmp_path):
+    # It counts for tokens after its own words alone.
+    folder = plain_adapter(bases["untied"], tmp_path / "a", {"alora_invocation_tokens": [5, 6]})
+    words = ["--base_model_name", bases["untied"], "--lora_path", folder, "--output_dir", str(tmp_path / "merged")]
+    with pytest.raises(ValueError, match=r"adapter .* cannot be used \(.*: it cannot be merged"):
+        merge_lora.main(merge_lora.parse_args(words))
+    assert not (tmp_path / "merged").exists()
+    with pytest.raises(ValueError, match="uses alora_invocation_tokens"):
+        add_lora(load_base(bases["untied"], torch.float32), folder, "policy", trainable=False)
+
+
 # ---- the shared cases ----
 def test_the_shared_cases_are_exact_or_refused(shared_data, tmp_path):
     cases = shared_data.parent / "cases"
