@@ -241,6 +241,8 @@ def main() -> None:
             seen[what if fine else what.split()[0]] += 1
             if not fine:
                 print(what, flush=True)
+            if number % 100 == 99:
+                print(f"{number + 1}: {dict(seen)}", flush=True)
         zygote.close()
     print(f"seed {args.seed}: {dict(seen)}")
     sys.exit(0 if all(what.startswith("exit ") for what in seen) else 1)

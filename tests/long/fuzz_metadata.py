@@ -3,8 +3,9 @@
     python tests/long/fuzz_metadata.py --files 2000 --seed 0       a line for each failure, and a summary
     python tests/long/fuzz_metadata.py --seed 0 --only 17          one case again, with all that it printed
 
-A case depends on the seed and its number alone. Files of a checkpoint are damaged under a manifest that fits, so that
-nothing but the way of reading protects from what they say.
+A case depends on the seed and its number alone. Half of the files of a checkpoint are damaged under a manifest that
+fits, so that nothing but the way of reading protects from what they say. The others must be found by their manifest:
+where the run goes on, its weights have to be those of an undisturbed one.
 """
 
 import argparse
@@ -25,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 
 import conftest  # noqa: E402
 from chat_tokenizers import make  # noqa: E402
-from forked import KILL, Zygote, make_stages  # noqa: E402
+from forked import FILES, KILL, Zygote, make_stages  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from rlhf.artefacts.checkpoint import MANIFEST, read_manifest, write_manifest  # noqa: E402
@@ -80,7 +81,8 @@ def make_world(folder: Path, zygote: Zygote) -> None:
     # After the first of its checkpoints.
     blow = {"signum": KILL, "target": "rlhf.rl.update:policy_loss", "when": "before", "call": 10}
     assert zygote.run(stages["ppo"], folder / "ppo_stopped", **blow) == 128 + KILL, zygote.said()
-    assert zygote.run(stages["ppo"], folder / "ppo_done") == 0, zygote.said()
+    for name, stage in stages.items():
+        assert zygote.run(stage, folder / f"{name}_done") == 0, zygote.said()
 
 
 def conftest_base(folder: Path) -> None:
@@ -203,8 +205,11 @@ def damage(file: Path, draw: random.Random) -> None:
     file.write_bytes(damage_bytes(data, draw) if changed is None else changed)
 
 
-def prepare(world: Path, at: Path, draw: random.Random) -> tuple[str, str]:
-    """A copy of the world in `at` with one file damaged. Returns: the file's name there, the command that reads it."""
+def prepare(world: Path, at: Path, draw: random.Random) -> tuple[str, str, bool]:
+    """A copy of the world in `at` with one file damaged.
+
+    Returns: the file's name there, the command that reads it, whether a manifest has to find the damage.
+    """
     shutil.copytree(world, at, copy_function=os.link, symlinks=True)
     # Weighted by the draw of the target, for the kinds of files matter and not how many each has.
     target = draw.choice(TARGETS)
@@ -213,9 +218,15 @@ def prepare(world: Path, at: Path, draw: random.Random) -> tuple[str, str]:
     name = draw.choice(names)
     about = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     damage(folder / name, draw)
-    if about and name != MANIFEST:
+    honest = about is not None and name != MANIFEST and draw.random() < 0.5
+    if about and name != MANIFEST and not honest:
         write_manifest(folder, {key: value for key, value in about.items() if key not in ("files", "versions")})
-    return f"{folder.relative_to(at)}/{name}", draw.choice(target.commands)
+    return f"{folder.relative_to(at)}/{name}", draw.choice(target.commands), honest
+
+
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """Bytes of the adapter and heads that a finished run has left."""
+    return {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
 
 
 # ---- one case ----
@@ -224,7 +235,7 @@ def check(zygote: Zygote, world: Path, stages: dict, seed: int, number: int, sho
     draw = random.Random(f"{seed} {number}")
     at = Path(tempfile.mkdtemp(dir=world.parent)) / "world"
     try:
-        name, line = prepare(world, at, draw)
+        name, line, honest = prepare(world, at, draw)
         if line.endswith(("_resume", "_done")):
             stage = stages[line.split("_")[0]]
             out = "ppo_done" if line == "ppo_done" else f"{stage.script_name}_stopped"
@@ -237,6 +248,7 @@ def check(zygote: Zygote, world: Path, stages: dict, seed: int, number: int, sho
         log = at.parent / "log"
         code = zygote.run_script(script, argv, log, seconds=SECONDS, bytes=BYTES)
         said = zygote.said() if log.stat().st_size < 1 << 20 else "more than a megabyte"
+        same = not honest or weights_of(at / out) == weights_of(world / out.replace("stopped", "done"))
     finally:
         if not shown:
             shutil.rmtree(at.parent)
@@ -249,6 +261,8 @@ def check(zygote: Zygote, world: Path, stages: dict, seed: int, number: int, sho
         return f"TRACEBACK {where}: {said.strip().splitlines()[-1][:160]}"
     if "\x1b" in said or "\u202e" in said:
         return f"ESCAPES {where}"
+    if code == 0 and not same:
+        return f"DIFFERS {where}"
     if code == 0:
         return "runs" if not errors else f"ERROR AND EXIT 0 {where}"
     if code == 1 and len(errors) == 1 and len(errors[0]) < 2000:
@@ -278,6 +292,8 @@ def main() -> None:
             seen[what.split()[0]] += 1
             if what not in ("runs", "refused"):
                 print(what, flush=True)
+            if number % 100 == 99:
+                print(f"{number + 1}: {dict(seen)}", flush=True)
         zygote.close()
     print(f"seed {args.seed}: {dict(seen)}")
     sys.exit(0 if set(seen) <= {"runs", "refused"} else 1)
