@@ -144,6 +144,15 @@ def test_a_python_without_docstrings_is_refused_before_a_library_fails():
     assert refusal() == refusal(PYTHONOPTIMIZE="1") == ""
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_so_before_its_libraries_load(short_inputs, tmp_path, script):
+    words = [*short_run(script, short_inputs), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-OO", str(ROOT / f"{script}.py"), *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1 and ended.stderr.startswith(f"{script}.py: error: Python runs without docstrings")
+    assert ended.stderr.count("\n") == 1
+
+
 def test_a_locale_that_reads_other_letters_is_refused_where_there_are_some():
     bare = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     said = refusal(words=("小猫",), **bare)
