@@ -156,16 +156,15 @@ def finished_run(args, stage: str, now: dict | None = None) -> dict | None:
         return None
 
     changes = differences(run["arguments"], args, ignored=("free", "path"))
-    if now is not None:
-        changes += _other_inputs(run, now)
-    elif not changes and _other_paths(run["arguments"], args):
+    inputs = _other_inputs(run, now) if now is not None else []
+    if now is None and not changes and _other_paths(run["arguments"], args):
         return None
     # A longer run goes on from the newest checkpoint, if there is one.
-    if changes and _only_longer(changes, args):
+    if changes and not inputs and _only_longer(changes, args):
         return None
-    if changes:
+    if changes or inputs:
         raise ValueError(
-            f"--output_dir {args.output_dir} holds a finished run with another {', '.join(changes)}: give "
-            "--overwrite_output_dir True to train again, or another directory"
+            f"--output_dir {args.output_dir} holds a finished run of another command; different: "
+            f"{', '.join(changes + inputs)}: give --overwrite_output_dir True to train again, or another directory"
         )
     return run

@@ -139,6 +139,20 @@ def test_a_run_whose_paths_are_spelled_otherwise_is_finished_or_goes_on(zygote, 
     assert zygote.run_script(stage.script, argv, tmp_path / "log", **load) == 0, zygote.said()[-2000:]
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_finished_run_on_other_data_is_refused_by_that(zygote, stages, tmp_path, name):
+    stage = stages[name]
+    out = tmp_path / "out"
+    assert zygote.run(stage, out) == 0
+    # As many rows, the first of them another.
+    flag = stage.argv.index("--dataset_name") + 1
+    rows = Path(stage.argv[flag]).read_text("utf-8").splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join([*rows[1:], rows[0].replace("喜欢", "不喜欢")]), "utf-8")
+    code = zygote.run(stage, out, "--dataset_name", str(tmp_path / "other.jsonl"))
+    assert code == 1, zygote.said()[-2000:]
+    assert "holds a finished run of another command; different: the data" in zygote.complaint()
+
+
 # ---- the last step ----
 LAST = {
     "before the last evaluation": {"target": "rlhf.trainer.training:final_evaluation", "when": "before"},
