@@ -39,6 +39,9 @@ TOLD_TO_UV = {
     "proxy": ("ALL_PROXY", " "),
     "no-cache-dir": ("UV_NO_CACHE", " "),
 }
+# What the stages import of it, in modules.
+IMPORTED = """torch, accelerate, datasets, matplotlib.pyplot, peft, trl.trainer.sft_trainer, transformers.hf_argparser,
+transformers.trainer, transformers.models.llama.modeling_llama""".replace("\n", " ")
 TOO_OLD = """Python 3.11 or newer is needed; {}: name a newer one with PYTHON=...
 On Ubuntu 22.04 either of these helps; then give the same command again:
   python3 -m pip install --user uv     (no root needed; uv brings a Python 3.12 for .venv alone)
@@ -113,7 +116,7 @@ def choose_python():
 
 def find_uv():
     """Command that runs uv, or None. pip and uv's own installer put it where PATH may not lead."""
-    places = (["uv"], [PYTHON, "-m", "uv"], [os.path.expanduser("~/.local/bin/uv")], [sys.executable, "-m", "uv"])
+    places = (["uv"], [PYTHON, "-m", "uv"], [os.path.expanduser("~/.local/bin/uv")])
     return next((command for command in places if heard([*command, "--version"])[0] == 0), None)
 
 
@@ -183,20 +186,18 @@ def missing(requirements):
 # ---- installing ----
 
 
-def find_pip():
-    """Command that runs .venv's pip, put there first where uv made .venv without one; [] where that fails."""
+def ask_pip():
+    """Command that runs .venv's pip, and what the user told pip by files and PIP_ variables, as {name: value}.
+
+    Where uv made .venv, pip is put there first. Where that fails, the command is [] and only the variables count.
+    """
     pip = [PYTHON, "-m", "pip"]
-    if heard([*pip, "--version"])[0]:
-        heard([PYTHON, "-m", "ensurepip"])
-    return pip if heard([*pip, "--version"])[0] == 0 else []
-
-
-def read_pip_settings(pip):
-    """What the user told pip by files and PIP_ variables, as {name: value}; without a pip by the variables alone."""
-    code, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL) if pip else (1, "")
+    code, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL)
+    if code and heard([PYTHON, "-m", "ensurepip"])[0] == 0:
+        code, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL)
     if code:
         told = [name for name in os.environ if name.startswith("PIP_")]
-        return {name[4:].lower().replace("_", "-"): os.environ[name] for name in told}
+        return [], {name[4:].lower().replace("_", "-"): os.environ[name] for name in told}
 
     settings = {}
     for section in ("global.", "install.", ":env:."):
@@ -204,7 +205,7 @@ def read_pip_settings(pip):
             name, _, value = line.partition("=")
             if name.startswith(section):
                 settings[name[len(section) :]] = ast.literal_eval(value)
-    return settings
+    return pip, settings
 
 
 def can_write(folder):
@@ -232,9 +233,6 @@ def uv_environment(settings):
         cache = given["UV_CACHE_DIR"] = os.path.join(os.path.expanduser(settings["cache-dir"]), "uv")
     if not can_write(os.environ.get("UV_CACHE_DIR", cache)):
         given["UV_NO_CACHE"] = "1"
-    # pip compiles what it installs. Where Python may not do it later, every start would compile all it imports.
-    if os.environ.get("PYTHONDONTWRITEBYTECODE"):
-        given["UV_COMPILE_BYTECODE"] = "1"
     return {**given, **os.environ}
 
 
@@ -288,8 +286,7 @@ def stop(requirements, why):
 def install(requirements):
     """Install torch, then the rest: by uv, and by pip where uv cannot be had or cannot do it."""
     forget_half_installed()
-    pip = find_pip()
-    settings = read_pip_settings(pip)
+    pip, settings = ask_pip()
     environment = uv_environment(settings)
     bounds = write_bounds()
 
@@ -301,26 +298,38 @@ def install(requirements):
 
     # torch first and alone: a resolver that sees it together with the rest may prefer another build of it.
     torch = next(line for line in requirement_lines("requirements.txt") if line.startswith("torch=="))
+    why_pip = "" if uv else "uv cannot be had here"
     for number, words in enumerate(([torch], ["-r", requirements]), 1):
         say(f"[{number}/2] installing {words[-1]}")
-        why = "uv cannot be had here"
         if uv:
             command = [*uv, "pip", "install", "--python", PYTHON, *bounds, *uv_flags(settings), *words]
-            why = why_uv_cannot(command, environment)
-        if why is None:
-            continue
+            why_pip = why_uv_cannot(command, environment)
+            if not why_pip:
+                continue
 
-        # pip from here on. One small package shows in a second whether it reaches anything at all.
+        # One small package shows in a second whether pip reaches anything.
+        if why_pip:
+            error = why_pip_cannot(pip, bounds)
+            if error:
+                stop(requirements, error)
+            say(f"pip installs: {why_pip}")
         uv = None
-        error = why_pip_cannot(pip, bounds)
-        if error:
-            stop(requirements, error)
-        say(f"pip installs: {why}")
+        why_pip = ""
         if shown([*pip, "install", *bounds, *words]):
             stop(requirements, "pip's words are above")
 
 
 # ---- the whole ----
+
+
+def write_bytecode():
+    """Compile what the stages import, where Python may not do so later: each start would take some 10 s longer.
+
+    pip compiles all that it installs, which takes most of its time; elsewhere Python does it by itself at the first use.
+    """
+    environment = {**os.environ}
+    if environment.pop("PYTHONDONTWRITEBYTECODE", ""):
+        heard([PYTHON, "-c", f"import {IMPORTED}"], env=environment)
 
 
 @contextlib.contextmanager
@@ -380,6 +389,7 @@ def main(requirements):
         if mark.exists():
             mark.unlink()
         install(requirements)
+        write_bytecode()
         line = summary(lambda: time.monotonic() - begin)
         mark.write_text(wanted, encoding="utf-8")
     say(line)
