@@ -10,7 +10,6 @@ requirements.lock bounds every package. Given again after an interruption, it go
 import ast
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -325,7 +324,7 @@ def install(requirements):
 def write_bytecode():
     """Compile what the stages import, where Python may not do so later: each start would take some 10 s longer.
 
-    pip compiles all that it installs, which takes most of its time; elsewhere Python does it by itself at the first use.
+    pip compiles all that it installs, which takes most of its time. Elsewhere Python does it at the first use.
     """
     environment = {**os.environ}
     if environment.pop("PYTHONDONTWRITEBYTECODE", ""):
@@ -335,7 +334,8 @@ def write_bytecode():
 @contextlib.contextmanager
 def only_one():
     """Hold .venv.lock, one set-up at a time. What this one started holds it too, also after a kill of this process."""
-    with open(".venv.lock", "w") as file:
+    # Beside the environment itself: several checkouts may share one by links.
+    with open(f"{os.path.realpath(ENV)}.lock", "w") as file:
         os.set_inheritable(file.fileno(), True)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -370,12 +370,14 @@ print("Python %d.%d.%d" % sys.version_info[:3], f"torch {torch.__version__}", na
 
 def main(requirements):
     begin = time.monotonic()
-    mark = ENV / f"installed_{requirements}"
-    files = ("requirements.txt", requirements, "requirements.lock")
-    wanted = hashlib.sha256("\n".join(line for file in files for line in requirement_lines(file)).encode()).hexdigest()
+    files = (requirements, "requirements.txt", "requirements.lock")
+    wanted = {line for file in files for line in requirement_lines(file)}
 
     def is_done():
-        return mark.is_file() and mark.read_text(encoding="utf-8") == wanted and environment_works()
+        # What was installed for a longer list serves a shorter one.
+        marks = ENV.glob("installed_*.txt")
+        lists = [set(mark.read_text(encoding="utf-8").splitlines()) for mark in marks]
+        return any(wanted <= lines for lines in lists) and environment_works()
 
     if is_done():
         return
@@ -385,13 +387,13 @@ def main(requirements):
             return
         if not environment_works():
             make_environment()
-        # No longer true as soon as a package changes.
-        if mark.exists():
+        # No list is true any more as soon as a package changes.
+        for mark in ENV.glob("installed_*.txt"):
             mark.unlink()
         install(requirements)
         write_bytecode()
         line = summary(lambda: time.monotonic() - begin)
-        mark.write_text(wanted, encoding="utf-8")
+        (ENV / f"installed_{requirements}").write_text("\n".join(sorted(wanted)) + "\n", encoding="utf-8")
     say(line)
 
 

@@ -342,6 +342,12 @@ def test_what_a_kill_left_half_installed_is_installed_again_and_the_rest_is_kept
 
 
 @needs_installers
+def test_a_longer_list_that_is_installed_serves_a_shorter_one(finished):
+    process = finished.start("requirements.txt")
+    assert process.communicate(timeout=60)[0] == f"active: {finished.folder}/.venv\n"
+
+
+@needs_installers
 def test_a_changed_lock_installs_again(finished):
     lock = (finished.folder / "requirements.lock").read_text(encoding="utf-8")
     finished.write("requirements.lock", lock.replace("gamma==1.0", "gamma==2.0"))
