@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = ("requirements.txt", "requirements-dev.txt", "requirements-optional.txt")
@@ -443,6 +444,18 @@ def test_nothing_that_the_requirements_need_is_missing_from_the_lock():
             package, _, marker = need.partition(";")
             if not marker:
                 assert re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", package)[0]).lower() in locked, need
+
+
+def test_contributing_names_the_command_that_made_the_lock():
+    command = re.search(r"uv pip compile .*", (ROOT / "requirements.lock").read_text(encoding="utf-8"))[0]
+    assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_github_runs_the_same_check_on_every_python_of_the_lock():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    job = workflow["jobs"]["tests"]
+    assert job["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert job["steps"][-1]["run"] == "bash .ci/run"
 
 
 def test_the_set_up_runs_on_a_python_that_is_too_old_for_the_rest():
