@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from warm_python import WarmPython
 
 from rlhf.artefacts.checkpoint import newest_complete
 
@@ -28,7 +29,15 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def world(tiny_base, tmp_path_factory):
+def warm():
+    """A python that starts in a moment: the scripts start one about twenty times here, at several seconds each."""
+    made = WarmPython()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def world(tiny_base, warm, tmp_path_factory):
     """A folder with data files, and the environment that points the scripts at it."""
     folder = tmp_path_factory.mktemp("world")
     pairs = list(product(("我", "小猫", "老师", "医生"), ("喜欢", "想要", "不喜欢"), ("苹果", "红茶")))
@@ -39,7 +48,7 @@ def world(tiny_base, tmp_path_factory):
     for name, found in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    environment = {"BASE": tiny_base, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"BASE": tiny_base, "PYTHON": str(warm.python), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return folder, os.environ | environment
 
 
@@ -71,9 +80,9 @@ def test_the_scripts_of_the_four_stages_run_in_turn_and_again(world):
 
 
 def test_a_stage_that_fails_stops_the_script_with_one_sentence(world):
-    said = bash(
-        world, "train_ppo.sh", code=1, DATA="sft.jsonl", SFT_LORA="nowhere", REWARD_LORA="nowhere", OUTPUT="no"
-    )
+    folder, environment = world
+    cold = (folder, environment | {"PYTHON": sys.executable})
+    said = bash(cold, "train_ppo.sh", code=1, DATA="sft.jsonl", SFT_LORA="nowhere", REWARD_LORA="nowhere", OUTPUT="no")
     assert "nowhere is no adapter directory" in said
     assert "Traceback" not in said
 
