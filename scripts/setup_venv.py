@@ -264,13 +264,14 @@ def why_uv_cannot(command, environment):
     return "uv's words are above" if shown(command, env=environment) else None
 
 
-def why_pip_cannot(pip, bounds):
+def why_pip_cannot(pip):
     """None where pip can get one small package that is needed anyway, else its last words."""
     if not pip:
         return "there is no pip either"
-    small = ["install", "--quiet", "--retries", "1", "--no-deps", "--force-reinstall", *bounds, "packaging"]
-    code, text = heard([*pip, *small])
-    return (text.strip().splitlines() or ["pip said nothing"])[-1] if code else None
+    small = next(line for line in requirement_lines("requirements.lock") if line.startswith("packaging=="))
+    code, text = heard([*pip, "install", "--quiet", "--retries", "1", "--no-deps", "--force-reinstall", small])
+    lines = text.strip().splitlines() or ["nothing"]
+    return f"pip reaches no package index and says: {lines[-1]}" if code else None
 
 
 def stop(requirements, why):
@@ -308,7 +309,7 @@ def install(requirements):
 
         # One small package shows in a second whether pip reaches anything.
         if why_pip:
-            error = why_pip_cannot(pip, bounds)
+            error = why_pip_cannot(pip)
             if error:
                 stop(requirements, error)
             say(f"pip installs: {why_pip}")

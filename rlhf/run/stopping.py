@@ -51,7 +51,12 @@ def _note(signum: int, frame) -> None:
     # Only noted: a step, or a checkpoint, must not be left half done.
     if not _first:
         _first.update(signum=signum)
-        print(f"{signal.Signals(signum).name}: stopping at the next safe point; once more stops at once", flush=True)
+        text = f"{signal.Signals(signum).name}: stopping at the next safe point; once more stops at once"
+        try:
+            print(text, flush=True)
+        except RuntimeError:
+            # The signal came in the middle of a print, whose buffer takes no second one.
+            os.write(2, f"{text}\n".encode())
 
 
 def _end_at_the_next(reader: int) -> None:

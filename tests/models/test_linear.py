@@ -194,7 +194,7 @@ def peak(counts):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 weights = [torch.randn(1376, 512), torch.randn(512, 1376).T]
-print(peak(range(900, 860, -1)), peak(range(860, 660, -1)))
+print(peak(range(300, 280, -1)), peak(range(280, 180, -1)))
 """
 
 
@@ -206,7 +206,7 @@ def test_rows_of_ever_new_lengths_leave_no_memory_behind():
     command = [sys.executable, "-c", GROWTH]
     found = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
     before, after = map(int, found.stdout.split())
-    assert after < 1.05 * before  # 1.6 with PyTorch's own setting
+    assert after < 1.05 * before  # 1.3 with PyTorch's own setting
 
 
 def test_a_frozen_layer_hands_gradients_on_and_one_in_training_keeps_its_own():

@@ -239,6 +239,7 @@ def test_without_a_network_one_sentence_names_what_is_missing_and_the_next_try_g
     said = project.set_up(1, PIP_INDEX_URL=closed, PIP_RETRIES="0")
     sentence = said.splitlines()[-1]
     assert ".venv lacks torch==1.5.0, alpha==1.0, beta==1.0" in sentence
+    assert "pip reaches no package index and says: ERROR: No matching distribution found" in sentence
     assert "docs/running.md" in sentence
     assert len(said.splitlines()) <= 4
     if with_uv:
