@@ -144,7 +144,8 @@ def make_environment():
 
     code, text = heard([*uv, "venv", "--python", python or BROUGHT, ENV])
     if code:
-        sys.exit(f"uv could make no environment with Python {python or BROUGHT}: {text.strip()}")
+        last = (text.strip().splitlines() or ["no word of it"])[-1].strip()
+        sys.exit(f"{found}, and uv could make no environment with Python {python or BROUGHT}: {last}")
 
 
 # ---- what is in it ----
