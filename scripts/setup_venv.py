@@ -53,7 +53,7 @@ def say(text):
 
 def heard(command, **options):
     """Exit code and output of `command`, stdout and stderr together; 127 where there is no such program."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "universal_newlines": True, **options}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace", **options}
     words = [str(word) for word in command]
     try:
         # close_fds=False: what is started here holds the lock as long as it runs (`only_one`).
