@@ -160,7 +160,7 @@ def is_whole(info):
     """True where the list of a package's files is there, and every file in it, with its size."""
     record = info / "RECORD"
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else ["RECORD,,"]
-    for line in lines:
+    for line in filter(None, lines):
         name, _, size = line.rsplit(",", 2)
         file = info.parent / name.strip('"')
         if file.suffix != ".pyc" and not (file.is_file() and size in ("", str(file.stat().st_size))):
