@@ -70,7 +70,8 @@ def test_a_score_that_follows_the_judge_up_to_a_point_is_found_out():
     rows = best_of_n.curve(scores, hacked, sizes)
     assert [row["n"] for row in rows] == list(sizes)
     assert all(later["score"] > row["score"] for row, later in pairwise(rows))
-    assert all(row["judged_half"] > 0 for row in rows)
+    # The best of all 64 is always one that the judge dislikes.
+    assert rows[0]["judged_half"] > rows[-1]["judged_half"] == 0
 
 
 # ---- length ----

@@ -251,7 +251,7 @@ def test_the_schedule_is_what_a_run_goes_by(world, tmp_path):
 
 
 def test_scores_stay_within_their_clip(world, tmp_path):
-    out = run(world, tmp_path / "out", score_clip=0.01, sample_freq=1)
+    out = run(world, tmp_path / "out", score_clip=0.01, sample_freq=1, check=False)
     rows = read_lines(out / "samples.jsonl")
     assert max(abs(row["raw_score"]) for row in rows) > 0.05
     assert max(abs(row["score"]) for row in rows) <= 0.01 + 1e-6
