@@ -1,7 +1,11 @@
-"""The tiny base model: its SentencePiece tokenizer, the text it reads, and a pretraining loop small enough to read."""
+"""The tiny base model: its SentencePiece tokenizer, the text it reads, and a pretraining loop small enough to read.
+
+What build_base makes for SHIPPED_SEED ships in demo/shipped_base, with the log of its making.
+"""
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +22,11 @@ from rlhf.data.control_tokens import encode
 from rlhf.data.template import DEFAULT_TEMPLATE, render
 from rlhf.run.log import Eta
 
+# Beside the code that makes it, so that a clone is all that the demo needs.
+SHIPPED = Path(__file__).parent / "shipped_base"
+SHIPPED_SEED = 0
+# Pages that a base reads in six minutes of one core.
+PAGES = 40000
 # Pieces that stand alone, as digits and punctuation do in Baichuan's own tokenizer. They also escape its nmt_nfkc
 # normaliser, which would turn full-width punctuation into half-width.
 SYMBOLS = ["\n", *"0123456789", *"，。！？：～“”", *"对错"]
@@ -157,14 +166,17 @@ def language_model_loss(model: BaichuanForCausalLM, input_ids: Tensor, weights: 
     return (losses * weights).sum() / weights.sum()
 
 
-def pretrain(model: BaichuanForCausalLM, batches: list[tuple[Tensor, Tensor]]) -> None:
-    """One pass of AdamW over the batches, the learning rate on a cosine."""
+def pretrain(model: BaichuanForCausalLM, batches: list[tuple[Tensor, Tensor]], last: int | None = None) -> float:
+    """One pass of AdamW over the batches, the learning rate on a cosine; stops after `last` steps where it is given.
+
+    Returns: the running mean of the loss.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
     steps = len(batches)
     eta = Eta(steps, 0)
     recent = None
 
-    for step, (input_ids, weights) in enumerate(batches):
+    for step, (input_ids, weights) in enumerate(batches[:last]):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
 
@@ -180,10 +192,13 @@ def pretrain(model: BaichuanForCausalLM, batches: list[tuple[Tensor, Tensor]]) -
         done = step + 1
         if done % 100 == 0 or done == steps:
             print(f"step {done:4d}/{steps} | loss {recent:.3f} | {eta.left(done)} left", flush=True)
+    return recent
 
 
-def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) -> None:
-    """Write tokenizer, config and pretrained weights of a native Baichuan into `directory`."""
+def new_base(
+    prompts: list[Prompt], pages: int, seed: int, directory: Path
+) -> tuple[BaichuanForCausalLM, list[tuple[Tensor, Tensor]]]:
+    """A native Baichuan before its pretraining, and the batches of that; its tokenizer is saved in `directory`."""
     rng = random.Random(f"base {seed}")
     corpus = write_corpus(prompts, pages, rng)
     tokenizer = train_tokenizer(corpus, directory)
@@ -201,6 +216,26 @@ def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) ->
     model = BaichuanForCausalLM(config)
     tokens = sum(len(ids) for ids, _ in encoded)
     print(f"base: {model.num_parameters():,} parameters, {pieces} pieces, {tokens:,} tokens", flush=True)
+    return model, make_batches(encoded, rng)
 
-    pretrain(model, make_batches(encoded, rng))
-    model.save_pretrained(directory)
+
+def build_base(prompts: list[Prompt], pages: int, seed: int, directory: Path) -> None:
+    """Write tokenizer, config and pretrained weights of a native Baichuan into `directory`, in half precision.
+
+    The stages load them in float32, from the same 3.5 MB that ship with the project.
+    """
+    model, batches = new_base(prompts, pages, seed, directory)
+    pretrain(model, batches)
+    model.half().save_pretrained(directory)
+
+
+# ---- the one that ships ----
+def shipped_for(seed: int) -> bool:
+    """Return True for the seed whose base ships: another seed holds out prompts which that base has read."""
+    return seed == SHIPPED_SEED
+
+
+def copy_shipped(directory: Path) -> None:
+    """Put the shipped base where build_base would write one."""
+    shutil.copytree(SHIPPED, directory)
+    print(f"base: the one in {SHIPPED.relative_to(SHIPPED.parents[1])} (--build_base True makes it again)", flush=True)

@@ -1,5 +1,8 @@
 """Build the demo's world on disk: a tiny native Baichuan that has read about it, and the data of every stage.
 
+The base of seed 0 ships with the project (demo/shipped_base); that of any other seed is pretrained here, because
+another seed holds out other prompts, which the shipped base has read.
+
 In:  a seed.
 Out: <output_dir>/base (model and tokenizer) and <output_dir>/data: sft.jsonl and preferences.jsonl with their _eval
      files, prompts.jsonl for PPO, heldout.jsonl (prompts no stage trains on), compare.txt (one of each kind).
@@ -13,7 +16,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.base import build_base
+from demo.base import PAGES, build_base, copy_shipped, shipped_for
 from demo.facts import KINDS
 from demo.preferences import DEGENERATE_SHARE, draw_pairs
 from demo.world import Prompt, answer, split_prompts
@@ -30,7 +33,8 @@ class Arguments:
 
     output_dir: str = flag("runs/demo", help="where base/ and data/ go; both are replaced")
     seed: int = flag(0, help="everything random starts here")
-    base_pages: int = flag(40000, help="questions with an answer that the base reads in pretraining")
+    base_pages: int = flag(PAGES, help="questions with an answer that the base reads in pretraining")
+    build_base: bool = flag(False, help="pretrain the base even where the shipped one would do")
     sft_rows: int = flag(1500, help="formal answers for SFT")
     pairs: int = flag(13000, help="preference pairs, a half for each of two reward models")
     eval_pairs: int = flag(600, help="preference pairs on held-out prompts")
@@ -104,7 +108,7 @@ def write_data(args: Arguments, train: list[Prompt], held: list[Prompt], directo
 
 
 def main(args: Arguments) -> None:
-    """Split the prompts, write the data, pretrain the base."""
+    """Split the prompts, write the data, copy or pretrain the base."""
     output_dir = Path(args.output_dir)
     train, held = split_prompts(args.seed)
 
@@ -113,7 +117,10 @@ def main(args: Arguments) -> None:
         shutil.rmtree(output_dir / part, ignore_errors=True)
 
     write_data(args, train, held, output_dir / "data")
-    build_base(train, args.base_pages, args.seed, output_dir / "base")
+    if not args.build_base and shipped_for(args.seed):
+        copy_shipped(output_dir / "base")
+    else:
+        build_base(train, args.base_pages, args.seed, output_dir / "base")
     print(f"base model in {output_dir / 'base'}, data in {output_dir / 'data'}", flush=True)
 
 

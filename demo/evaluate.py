@@ -9,17 +9,19 @@ One sample a prompt, at temperature 0.7 as one would serve a model, with the sup
 """
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from demo.gold import content_correct, gold_score, liveliness
-from rlhf.data.batches import collate_prompts
-from rlhf.data.choose_format import text_format
+from demo.show import print_answers, sample_answers, shown_prompts
+from rlhf.artefacts.checkpoint import numbered
+from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.data.encoding import load_tokenizer
 from rlhf.flags import flag, parse
-from rlhf.models.generation import Sampling, generate
 from rlhf.models.loading import load_base
 from rlhf.models.lora import add_lora
 from rlhf.reward.statistics import wilson
@@ -39,6 +41,7 @@ class Arguments:
     temperature: float = flag(0.7, help="of the sampling; PPO itself samples at 1")
     max_new_tokens: int = flag(64, help="response tokens at most")
     prompts: int = flag(400, help="held-out prompts at most")
+    follow: bool = flag(False, help="wait for the checkpoints of a PPO run that trains beside this")
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -75,73 +78,90 @@ def win_rate(ours: list[float], theirs: list[float]) -> float:
     return mean([0.5 if a == b else float(a > b) for a, b in both])
 
 
-# ---- answers ----
-def find_versions(output_dir: Path) -> dict[str, Path]:
-    """Name -> adapter directory of the SFT model and the PPO checkpoints, in the order of training."""
-    ppo = output_dir / "ppo"
-    # By number: as text, step_10 would come before step_5.
-    steps = sorted(int(folder.name.removeprefix("step_")) for folder in ppo.glob("step_*"))
-    versions = {"sft": output_dir / "sft"}
-    versions |= {f"step_{step}": ppo / f"step_{step}" for step in steps}
-    return versions | {"ppo": ppo}
+# ---- versions ----
+def versions_so_far(output_dir: Path) -> dict[str, Path | None]:
+    """Name -> adapter directory (None for the bare base), in the order of training, of what is finished by now."""
+    versions: dict[str, Path | None] = {"base": None, "sft": output_dir / "sft"}
+    # A checkpoint gets its name when it is complete.
+    versions |= {folder.name: folder for folder in numbered(output_dir / "ppo", "step_")}
+    # The last file of a finished run.
+    if (output_dir / "ppo" / "run.json").is_file():
+        versions["ppo"] = output_dir / "ppo"
+    return versions
 
 
-def sample_answers(model, tokenizer, prompts: list[str], args: Arguments) -> tuple[list[str], float]:
-    """One answer of `model` to each prompt, and their mean length in tokens; the same noise for every version."""
-    prompt_format = text_format(tokenizer)
-    queries = [prompt_format.query_ids([("user", prompt)]) for prompt in prompts]
-    batch = collate_prompts(queries, prompt_format.pad_id)
+def each_version(output_dir: Path, follow: bool) -> Iterator[tuple[str, Path | None]]:
+    """Every version once; with `follow`, those of a PPO run that is still training as soon as they are saved."""
+    seen: set[str] = set()
+    while "ppo" not in seen:
+        versions = versions_so_far(output_dir)
+        new = [name for name in versions if name not in seen]
+        for name in new:
+            yield name, versions[name]
+        seen |= set(new)
+        if not new and not follow:
+            raise ValueError(f"{output_dir}/ppo holds no finished run: run PPO first, or give --follow True")
+        if not new:
+            time.sleep(0.3)
 
-    # An empty answer has to show in the figures, so it is not suppressed as in training.
-    sampling = Sampling(
-        prompt_format.stop_ids,
-        prompt_format.pad_id,
-        args.max_new_tokens,
-        temperature=args.temperature,
-        suppress_empty=False,
-    )
-    # Only PPO asks for values.
-    rollout = generate(
-        model,
-        lambda hidden: hidden.new_zeros(len(hidden)),
-        batch["input_ids"],
-        batch["attention_mask"],
-        sampling,
-        torch.Generator().manual_seed(args.seed),
-    )
 
-    rows = zip(rollout.response_ids, rollout.mask, strict=True)
-    answers = [tokenizer.decode(ids[mask], skip_special_tokens=True).strip() for ids, mask in rows]
-    return answers, rollout.lengths().float().mean().item()
+class GoldJudge:
+    """The gold judge of demo/gold.py with the model to answer it: scores any adapter on the held-out prompts."""
+
+    def __init__(self, base_dir: str, prompts: list[str], args):
+        self.args = args
+        self.prompts = prompts
+        self.model = load_base(base_dir, torch.float32).eval()
+        self.tokenizer = load_tokenizer(base_dir)
+        self.seen = 0
+
+    def use(self, adapter: Path | None):
+        """The model with this adapter alone; the base itself for None, as long as no adapter has been added."""
+        if adapter is None:
+            return self.model
+        self.seen += 1
+        # All adapters stay on the one base: a name of its own for each.
+        name = f"version_{self.seen}"
+        self.model, _ = add_lora(self.model, adapter, name, trainable=False)
+        self.model.base_model.set_adapter(name, inference_mode=True)
+        self.model.eval()
+        return self.model.get_base_model()
+
+    def answers(self, model, prompts: list[str]) -> tuple[list[str], float]:
+        """One answer to each prompt, and their mean length in tokens."""
+        return sample_answers(model, self.tokenizer, prompts, self.args)
+
+    def figures(self, model) -> dict:
+        """Figures of the answers to the held-out prompts, their mean length in tokens among them."""
+        answers, tokens = self.answers(model, self.prompts)
+        return {**gold_figures(self.prompts, answers), "tokens": tokens}
 
 
 def main(args: Arguments) -> None:
     """Let every version answer, ask the gold judge, compare PPO with SFT, write."""
     output_dir = Path(args.output_dir)
-    base_dir = str(output_dir / "base")
-    tokenizer = load_tokenizer(base_dir)
-    model = load_base(base_dir, torch.float32)
     rows = read_lines(output_dir / "data" / "heldout.jsonl")
     prompts = [row["prompt"] for row in rows][: args.prompts]
     if not prompts:
         raise ValueError(f"{output_dir}/data/heldout.jsonl holds no prompt: run demo.build first")
 
-    # The base alone comes first; then one base carries the adapter of each version in turn.
-    model.eval()
-    versions = {}
-    for name, folder in {"base": None, **find_versions(output_dir)}.items():
-        answering = model
-        if folder is not None:
-            model, _ = add_lora(model, folder, name, trainable=False)
-            model.base_model.set_adapter(name, inference_mode=True)
-            model.eval()
-            answering = model.get_base_model()
-
-        answers, tokens = sample_answers(answering, tokenizer, prompts, args)
-        figures = {**gold_figures(prompts, answers), "tokens": tokens}
+    # The same three prompts every time, so that one sees the answers change.
+    shown = shown_prompts(output_dir)
+    gold_judge = GoldJudge(str(output_dir / "base"), prompts, args)
+    versions: dict[str, dict] = {}
+    for name, folder in each_version(output_dir, args.follow):
+        # The end of a run is often its last checkpoint once more.
+        last = list(versions)[-1] if versions else None
+        if name == "ppo" and last != "sft" and same_adapter(folder, folder / last):
+            versions[name] = versions[last]
+            continue
+        model = gold_judge.use(folder)
+        figures = gold_judge.figures(model)
         versions[name] = figures
-        shown = {key: round(value, 3) for key, value in figures.items() if isinstance(value, float)}
-        print(f"{name}: {shown}", flush=True)
+        print(
+            f"{name}: gold score {figures['gold']:.3f}, right {figures['correct']:.1%}, {figures['tokens']:.1f} tokens"
+        )
+        print_answers(name, shown, gold_judge.answers(model, shown)[0])
 
     # A tie is half a win, so this is no plain share of wins; the interval of one is close enough.
     rate = win_rate(versions["ppo"]["scores"], versions["sft"]["scores"])
@@ -156,6 +176,11 @@ def main(args: Arguments) -> None:
     text = json.dumps(result, ensure_ascii=False, indent=1)
     (output_dir / "evaluation.json").write_text(text, encoding="utf-8")
     print(f"PPO against SFT: wins {rate:.3f} ({low:.3f} to {high:.3f}) of {len(prompts)} held-out prompts")
+
+
+def same_adapter(one: Path, other: Path) -> bool:
+    """Return True where two directories hold the same adapter, byte for byte."""
+    return (one / ADAPTER_FILE).read_bytes() == (other / ADAPTER_FILE).read_bytes()
 
 
 if __name__ == "__main__":

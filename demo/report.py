@@ -72,7 +72,8 @@ def summarize(output_dir: Path) -> dict[str, float]:
         "correct/sft": sft["correct"],
         "correct/ppo": ppo["correct"],
         "heldout_prompts": len(evaluation["prompts"]),
-        **{f"seconds/{name}": float(count) for name, count in seconds},
+        **{f"seconds/{name}": float(wall) for name, wall, _ in seconds},
+        **{f"cpu/{name}": float(cpu) for name, _, cpu in seconds},
     }
 
 

@@ -13,15 +13,11 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from demo.evaluate import gold_figures, sample_answers
+from demo.evaluate import GoldJudge
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
-from rlhf.data.encoding import load_tokenizer
 from rlhf.flags import flag, parse
-from rlhf.models.loading import load_base
-from rlhf.models.lora import add_lora
 from rlhf.rl.charts import draw_against_kl, overoptimization
 from rlhf.rl.evaluation import CLEAR
 from rlhf.run.launch import run_script
@@ -60,35 +56,24 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 
 
 # ---- figures ----
-class GoldJudge:
-    """The gold judge of demo/gold.py with the model to answer it: scores any adapter on the held-out prompts."""
+class Looks:
+    """The gold judge's figures of one adapter after another."""
 
     def __init__(self, args: Arguments):
         demo_dir = Path(args.demo_dir)
-        self.args = args
-        self.model = load_base(str(demo_dir / "base"), torch.float32)
-        self.tokenizer = load_tokenizer(str(demo_dir / "base"))
         rows = read_lines(demo_dir / "data" / "heldout.jsonl")
         self.prompts = [row["prompt"] for row in rows][: args.prompts]
-        self.seen = 0
+        self.gold_judge = GoldJudge(str(demo_dir / "base"), self.prompts, args)
 
     def look_at(self, adapter: Path) -> dict:
         """Gold score, share of right and of empty answers, and length of one adapter's answers."""
-        self.seen += 1
-        # All adapters stay on the one base: a name of its own for each.
-        name = f"version_{self.seen}"
-        self.model, _ = add_lora(self.model, adapter, name, trainable=False)
-        self.model.base_model.set_adapter(name, inference_mode=True)
-        self.model.eval()
-
-        answers, tokens = sample_answers(self.model.get_base_model(), self.tokenizer, self.prompts, self.args)
-        figures = gold_figures(self.prompts, answers)
+        figures = self.gold_judge.figures(self.gold_judge.use(adapter))
         # Four hundred answers of every checkpoint would fill story.json; the means and three answers stay.
         means = {key: value for key, value in figures.items() if isinstance(value, float)}
-        return means | {"tokens": tokens, "examples": answers[:3]}
+        return means | {"examples": figures["answers"][:3]}
 
 
-def follow(run_dir: Path, gold_judge: GoldJudge, sft: dict) -> dict:
+def follow(run_dir: Path, looks: Looks, sft: dict) -> dict:
     """One run: its steps, the gold score of every checkpoint, its evaluations, and what one would keep of it."""
     saved = sorted(int(folder.name.removeprefix("step_")) for folder in run_dir.glob("step_*"))
     if not saved:
@@ -97,7 +82,7 @@ def follow(run_dir: Path, gold_judge: GoldJudge, sft: dict) -> dict:
     # The gold judge looks on from outside: the run itself never asks it.
     checkpoints = {0: sft}
     for step in saved:
-        checkpoints[step] = gold_judge.look_at(run_dir / f"step_{step}")
+        checkpoints[step] = looks.look_at(run_dir / f"step_{step}")
 
     # What the run logged itself: steps, and evaluations by its reward model (proxy) and by its judge.
     rows = read_metrics(run_dir)
@@ -113,11 +98,11 @@ def follow(run_dir: Path, gold_judge: GoldJudge, sft: dict) -> dict:
         "evaluations": evaluations,
         "checkpoints": checkpoints,
         "end": checkpoints[last],
-        "kept": kept(run_dir, last, gold_judge, checkpoints),
+        "kept": kept(run_dir, last, looks, checkpoints),
     }
 
 
-def kept(run_dir: Path, last: int, gold_judge: GoldJudge, checkpoints: dict) -> dict:
+def kept(run_dir: Path, last: int, looks: Looks, checkpoints: dict) -> dict:
     """The last step of a run without guards; else best/, if its judge calls it clearly better than the SFT model."""
     run = load_run(run_dir / f"step_{last}")
     if run["arguments"]["on_collapse"] == "off":
@@ -128,7 +113,7 @@ def kept(run_dir: Path, last: int, gold_judge: GoldJudge, checkpoints: dict) -> 
         best = json.loads(state.read_text(encoding="utf-8"))["best"]
         # The gold score decides nothing here: in a real project there is none.
         if best["gain"] > CLEAR * best["error"]:
-            return {"what": f"best/ (step {best['step']})", **gold_judge.look_at(state.parent)}
+            return {"what": f"best/ (step {best['step']})", **looks.look_at(state.parent)}
     return {"what": "the SFT model", **checkpoints[0]}
 
 
@@ -243,14 +228,14 @@ def against_kl(run: dict, sft_gold: float) -> dict[str, tuple[np.ndarray, np.nda
 
 def main(args: Arguments) -> None:
     """Ask the gold judge, write, draw, print."""
-    gold_judge = GoldJudge(args)
-    sft = gold_judge.look_at(Path(args.demo_dir) / "sft")
+    looks = Looks(args)
+    sft = looks.look_at(Path(args.demo_dir) / "sft")
 
     runs = {}
     for run in args.runs:
         name, folder = run.split("=", 1)
         runs[name] = Path(folder)
-    followed = {name: follow(folder, gold_judge, sft) for name, folder in runs.items()}
+    followed = {name: follow(folder, looks, sft) for name, folder in runs.items()}
     story = {"sft": sft, "runs": followed}
 
     output_dir = Path(args.output_dir)
@@ -262,7 +247,7 @@ def main(args: Arguments) -> None:
     for line in events(story):
         print(f"guard, {line}")
 
-    print(f"tokens, right, empty and gold: answers to {len(gold_judge.prompts)} held-out prompts after the last step")
+    print(f"tokens, right, empty and gold: answers to {len(looks.prompts)} held-out prompts after the last step")
     print(f"look at {output_dir}/story.png", flush=True)
 
 
