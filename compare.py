@@ -108,7 +108,7 @@ import torch
 
 from rlhf.artefacts import adapters, fingerprints, run_json
 from rlhf.artefacts import files as files_on_disk
-from rlhf.compare import answers, tables
+from rlhf.compare import answers, html_page, tables
 from rlhf.data import columns, dialogues, encoding, files, formats
 from rlhf.data.choose_format import choose_format, stored_format
 from rlhf.data.prompt_format import PromptFormat
@@ -352,7 +352,7 @@ def main(args: ScriptArguments) -> None:
     # 4. The table in all its forms.
     made = origin(args, prompt_format)
     tables.write_markdown(output_dir / "comparison.md", prompts, columns, made)
-    tables.write_html(output_dir / "comparison.html", prompts, columns, made)
+    html_page.write_html(output_dir / "comparison.html", prompts, columns, made)
     tables.write_csv(output_dir / "comparison.csv", prompts, columns)
     tables.print_table(prompts, columns)
     print(f"\nwritten: {output_dir}/comparison.md, .html, .csv")

@@ -117,7 +117,7 @@ def main(args: Arguments) -> None:
         shutil.rmtree(output_dir / part, ignore_errors=True)
 
     write_data(args, train, held, output_dir / "data")
-    if not args.build_base and shipped_for(args.seed):
+    if not args.build_base and (args.smoke or shipped_for(args.seed)):
         copy_shipped(output_dir / "base")
     else:
         build_base(train, args.base_pages, args.seed, output_dir / "base")

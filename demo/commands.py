@@ -26,13 +26,12 @@ DEMO_SAVE = 4
 class Command:
     """One command line.
 
-    name: of its times. argv: what follows `python`. threads: of its arithmetic. log: file for what it prints, if it
+    name: of its times. argv: what follows `python`. log: file for what it prints, if it
     must not mix with another's. fine: exit codes that are no failure.
     """
 
     name: str
     argv: tuple[str, ...]
-    threads: int = 2
     log: str | None = None
     fine: tuple[int, ...] = (0,)
 
@@ -114,7 +113,7 @@ def demo(args) -> list[Stage]:
             f"{out}/{name} {reward}"
         )
         log = f"{args.output_dir}/judge.log" if name == "judge" else None
-        halves.append(command(name, words, threads=1, log=log))
+        halves.append(command(name, words, log=log))
     stages.append(Stage("reward model, and beside it the judge", 40, (tuple(halves),)))
 
     stages.append(
@@ -139,7 +138,7 @@ def demo(args) -> list[Stage]:
         Stage(
             "PPO, and beside it the gold judge",
             75,
-            ((command("ppo", words, threads=1), command("evaluate", looks_on, threads=1)),),
+            ((command("ppo", words), command("evaluate", looks_on)),),
         )
     )
 
@@ -185,12 +184,11 @@ def collapse(args) -> list[Stage]:
         f"{out}/reward --judge_lora_path {start}/reward --dataset_name {start}/data/prompts.jsonl {PPO} {steps} "
         f"--eval_size 200 --eval_prompts 200 --init_kl_coef 0 {common}"
     )
-    unguarded = command("unguarded", f"{ppo} --on_collapse off --output_dir {out}/unguarded", threads=1)
+    unguarded = command("unguarded", f"{ppo} --on_collapse off --output_dir {out}/unguarded")
     # Exit code 3 means that the guard ended the run, which is a result here and no error.
     guarded = command(
         "guarded",
         f"{ppo} --on_collapse rollback --output_dir {out}/guarded",
-        threads=1,
         log=f"{args.output_dir}/guarded.log",
         fine=(0, 3),
     )
@@ -236,9 +234,9 @@ def long(args) -> list[Stage]:
         f"{start}/reward --judge_lora_path {start}/judge --dataset_name {start}/data/prompts.jsonl {PPO} {steps} "
         f"--eval_size 200 --eval_prompts 200 --on_collapse off --seed {args.seed} --overwrite_output_dir True"
     )
-    free = command("free", f"{ppo} --init_kl_coef 0 --output_dir {out}/free", threads=1)
+    free = command("free", f"{ppo} --init_kl_coef 0 --output_dir {out}/free")
     priced = command(
-        "priced", f"{ppo} --init_kl_coef 0.1 --output_dir {out}/priced", threads=1, log=f"{args.output_dir}/priced.log"
+        "priced", f"{ppo} --init_kl_coef 0.1 --output_dir {out}/priced", log=f"{args.output_dir}/priced.log"
     )
     told = f"-m demo.story --demo_dir {start} --output_dir {out} --seed {args.seed} {story}"
     return [

@@ -21,8 +21,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-# The models are far too small for a GPU, and nothing is fetched from a hub; set before the libraries read it.
-os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+# The models are far too small for a GPU, and nothing is fetched from a hub; set before the libraries read it. One
+# thread a command: the models gain little by a second, and on a busy machine two threads wait for each other.
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
 from demo.commands import STORIES, Command, Stage
 from rlhf.flags import flag, parse
@@ -67,8 +68,7 @@ def parse_args(argv: list[str] | None = None) -> Arguments:
 def typed(command: Command) -> str:
     """The command as one would type it."""
     words = shlex.join(["python", *command.argv])
-    threads = f"OMP_NUM_THREADS={command.threads} "
-    return threads + words + (f" > {command.log}" if command.log else "")
+    return words + (f" > {command.log}" if command.log else "")
 
 
 def start(command: Command) -> int:
@@ -83,7 +83,7 @@ def start(command: Command) -> int:
 
 
 def _start_cold(command: Command) -> int:
-    environment = os.environ | {"OMP_NUM_THREADS": str(command.threads), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     out = open(command.log, "w") if command.log else None  # noqa: SIM115 (the child's until it ends)
     process = subprocess.Popen(
         [sys.executable, *command.argv], stdout=out, stderr=out, env=environment, start_new_session=True
@@ -104,11 +104,8 @@ def _child(command: Command) -> None:
 
     code = 1
     try:
-        import torch
-
         from rlhf.run import launch
 
-        torch.set_num_threads(command.threads)
         module = importlib.import_module(command.module)
         words = list(command.argv)
         sys.argv = words[1:] if words[0] == "-m" else words

@@ -1,4 +1,4 @@
-"""The comparison table as Markdown, HTML, CSV and terminal text. Columns are versions, rows are prompts."""
+"""The comparison table as Markdown, CSV and terminal text. Columns are versions, rows are prompts."""
 
 import csv
 import html
@@ -16,7 +16,7 @@ Columns = dict[str, list[Answer]]
 
 
 def summarize(columns: Columns) -> list[list[str]]:
-    """A header and a line a version: mean tokens, empty and cut answers, mean score where there is one."""
+    """A header and a line a version: mean tokens, empty and cut answers; mean score and win rate where known."""
     header = ["version", "mean tokens", "empty", "cut"]
     lines = []
     for name, cells in columns.items():
@@ -27,10 +27,33 @@ def summarize(columns: Columns) -> list[list[str]]:
 
         scores = [cell.score for cell in cells if cell.score is not None]
         if scores:
-            header = [*header[:4], "mean score"]
             line.append(f"{mean(scores):.3f}")
+            header = [*header[:4], "mean score"]
+        if scores and len(columns) > 1:
+            line.append(f"{win_rate(name, columns):.0%}")
+            header.append("win rate")
         lines.append(line)
     return [header, *lines]
+
+
+def win_rate(name: str, columns: Columns) -> float:
+    """Share of wins of a version by score, against each other version on each prompt; a tie counts half."""
+    wins = []
+    for other, cells in columns.items():
+        if other == name:
+            continue
+        for ours, theirs in zip(columns[name], cells, strict=True):
+            wins.append(0.5 if ours.score == theirs.score else float(ours.score > theirs.score))
+    return mean(wins)
+
+
+def best_scores(row: dict[str, Answer]) -> set[str]:
+    """Versions with the highest score among the answers to one prompt; none without scores or without a second."""
+    scores = {name: cell.score for name, cell in row.items() if cell.score is not None}
+    if len(scores) < 2:
+        return set()
+    highest = max(scores.values())
+    return {name for name, score in scores.items() if score == highest}
 
 
 def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
@@ -68,56 +91,6 @@ def write_markdown(path: Path, prompts: list[str], columns: Columns, made: list[
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-# Style braces are doubled for `format`. No address in it: the page opens without a network.
-PAGE = """<!DOCTYPE html>
-<html><head><meta charset="utf-8"><title>Comparison</title><style>
-body {{ font-family: sans-serif; margin: 2em; }}
-table {{ border-collapse: collapse; margin-bottom: 2em; }}
-th, td {{ border: 1px solid #bbb; padding: 0.5em; vertical-align: top; text-align: left; }}
-td {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
-small {{ display: block; color: #666; }}
-</style></head><body>
-<h1>Comparison</h1>
-{tables}
-<ul>
-{made}
-</ul>
-</body></html>
-"""
-
-
-def write_html(path: Path, prompts: list[str], columns: Columns, made: list[tuple[str, str]]) -> None:
-    """Write the table as one page without scripts or links; every text is escaped."""
-
-    # Cells are HTML by now, their texts escaped.
-    def row(tag: str, cells: list[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
-    def plain(text: str) -> str:
-        return html.escape(printable(text))
-
-    def answer(cell: Answer) -> str:
-        return f"{plain(cell.text) or '<em>(empty)</em>'}<small>{cell.note()}</small>"
-
-    # The table: a row for each prompt, a cell for each version.
-    answers = [row("th", ["prompt", *map(plain, columns)])]
-    for number, prompt in enumerate(prompts):
-        cells = [answer(cells[number]) for cells in columns.values()]
-        answers.append(row("td", [plain(prompt), *cells]))
-
-    # The summary has numbers of ours, but also the names of the versions, which are not.
-    header, *versions = summarize(columns)
-    summary = [row("th", header)]
-    for version in versions:
-        summary.append(row("td", [plain(cell) for cell in version]))
-
-    # Both tables, and below them what they were made with.
-    tables = [f"<table>\n{rows}\n</table>" for rows in ("\n".join(answers), "\n".join(summary))]
-    items = [f"<li>{plain(name)}: {plain(value)}</li>" for name, value in made]
-    page = PAGE.format(tables="\n".join(tables), made="\n".join(items))
-    path.write_text(page, encoding="utf-8")
 
 
 def write_csv(path: Path, prompts: list[str], columns: Columns) -> None:

@@ -13,7 +13,8 @@ import compare
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.compare.answers import Answer, AnswerSettings, GumbelSampler, Versions, row_seeds
-from rlhf.compare.tables import write_csv, write_html, write_markdown
+from rlhf.compare.html_page import write_html
+from rlhf.compare.tables import best_scores, summarize, write_csv, write_markdown
 from rlhf.data.choose_format import text_format
 from rlhf.data.control_tokens import encode
 from rlhf.data.encoding import load_tokenizer
@@ -327,6 +328,30 @@ def test_markup_in_an_answer_stays_text(tmp_path):
     assert r"a\|b \*bold\* \`x\`<br>第二行" in row
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
         assert list(csv.reader(file))[1][:2] == [NASTY, NASTY]
+
+
+def test_the_best_score_of_each_prompt_is_marked_and_wins_are_counted_by_hand(tmp_path):
+    scores = {"base": [1.0, 2.0], "sft": [3.0, 2.0]}
+    columns = {name: [Answer("好", 1, True, score) for score in column] for name, column in scores.items()}
+    # One win and one tie of two.
+    header, *lines = summarize(columns)
+    assert header[-2:] == ["mean score", "win rate"]
+    assert [line[-2:] for line in lines] == [["1.500", "25%"], ["2.500", "75%"]]
+    rows = [{name: cells[number] for name, cells in columns.items()} for number in (0, 1)]
+    assert [best_scores(row) for row in rows] == [{"sft"}, {"base", "sft"}]
+
+    write_html(tmp_path / "a.html", ["你好", "hello"], columns, [])
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page.count('class="best"') == page.count("★ 1 tokens") == 3
+    # A phone, a reader of Chinese and a dark room.
+    assert all(words in page for words in ('name="viewport"', '<td lang="zh">你好', "prefers-color-scheme: dark"))
+    assert '<td class="best" data-version="sft" lang="zh">好' in page
+
+
+def test_scores_of_one_version_alone_win_nothing():
+    alone = {"sft": [Answer("好", 1, True, 2.0)]}
+    assert summarize(alone)[0][-1] == "mean score"
+    assert best_scores({"sft": alone["sft"][0]}) == set()
 
 
 def test_chinese_counts_two_columns_and_latin_words_stay_whole():
