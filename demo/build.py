@@ -35,6 +35,7 @@ class Arguments:
     seed: int = flag(0, help="everything random starts here")
     base_pages: int = flag(PAGES, help="questions with an answer that the base reads in pretraining")
     build_base: bool = flag(False, help="pretrain the base even where the shipped one would do")
+    shipped_base: bool = flag(False, help="take the shipped base for any seed, for a run whose figures do not count")
     sft_rows: int = flag(1500, help="formal answers for SFT")
     pairs: int = flag(13000, help="preference pairs, a half for each of two reward models")
     eval_pairs: int = flag(600, help="preference pairs on held-out prompts")
@@ -87,10 +88,10 @@ def write_data(args: Arguments, train: list[Prompt], held: list[Prompt], directo
     names = ("sft", "sft_eval", "pairs", "pairs_eval")
     sources = {name: random.Random(f"{name} {args.seed}") for name in names}
 
-    # SFT: the evaluation rows ask each held-out prompt once.
+    # SFT: the evaluation rows ask each held-out prompt once; no more of them than there are rows to train on.
     answers = sft_rows(train, args.sft_rows, sources["sft"])
     write_rows(directory / "sft.jsonl", answers)
-    answers = sft_rows(held, len(held), sources["sft_eval"])
+    answers = sft_rows(held, min(len(held), args.sft_rows), sources["sft_eval"])
     write_rows(directory / "sft_eval.jsonl", answers)
 
     # Reward model: the held-out pairs keep the usual share of degenerate answers, whatever training gets, so that
@@ -117,7 +118,7 @@ def main(args: Arguments) -> None:
         shutil.rmtree(output_dir / part, ignore_errors=True)
 
     write_data(args, train, held, output_dir / "data")
-    if not args.build_base and (args.smoke or shipped_for(args.seed)):
+    if not args.build_base and (args.shipped_base or shipped_for(args.seed)):
         copy_shipped(output_dir / "base")
     else:
         build_base(train, args.base_pages, args.seed, output_dir / "base")

@@ -73,7 +73,7 @@ def demo(args) -> list[Stage]:
     save = DEMO_SAVE
     ppo = f"--steps {64 * steps} --save_freq {save} --eval_freq {steps // 2}"
     if args.smoke:
-        world = "--base_pages 480 --sft_rows 64 --pairs 64 --eval_pairs 16"
+        world = "--shipped_base True --sft_rows 64 --pairs 64 --eval_pairs 16"
         sft = "--max_steps 2"
         reward = "--max_steps 2 --audit_prompts 10"
         gate = "warn"
@@ -156,7 +156,9 @@ def demo(args) -> list[Stage]:
             ),
         )
     )
-    stages.append(alone("report", 3, command("report", f"-m demo.report --output_dir {out}")))
+    stages.append(
+        alone("report", 3, command("report", f"-m demo.report --output_dir {out} --language {args.language}"))
+    )
     return stages
 
 

@@ -12,18 +12,32 @@ from pathlib import Path
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.flags import flag, parse
+from rlhf.rl.charts import Event, Panel, draw_panels, save
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_metrics
-from rlhf.run.pictures import pyplot
+from rlhf.run.pictures import BLACK, BLUE, GREEN, ORANGE, chinese_font, lettering, pyplot
 
-plt = pyplot()
-
-# (key of metrics.jsonl, label, colour) of the panels; the gold score comes from demo.evaluate.
-PANELS = (
-    ("score/mean", "score\n(reward model, standardized)", "tab:blue"),
-    ("kl/mean", "KL to the SFT policy\n(nats a response)", "tab:orange"),
-    ("len/mean", "response length\n(tokens)", "tab:green"),
-)
+# The words of the picture, by language.
+WORDS = {
+    "en": {
+        "score": "Score of the reward model: what PPO raises",
+        "gold": "Gold judge, which no stage sees: 0 to 1, held-out prompts",
+        "kl": "KL: distance to the SFT model (nats a response)",
+        "length": "Length of an answer (tokens)",
+        "saved": "saved checkpoint",
+        "steps": "PPO step (0: the SFT model)",
+        "title": "PPO in the mini-world",
+    },
+    "zh": {
+        "score": "奖励模型的得分：PPO 要提高的就是它",
+        "gold": "隐藏评分（各阶段都看不到）：0 到 1，留出的问题",
+        "kl": "KL：离 SFT 模型有多远（奈特/回答）",
+        "length": "回答长度（token）",
+        "saved": "保存的检查点",
+        "steps": "PPO 步数（0 是 SFT 模型）",
+        "title": "小世界里的 PPO",
+    },
+}
 
 
 @dataclass(kw_only=True)
@@ -31,6 +45,7 @@ class Arguments:
     """Flags of demo/report.py."""
 
     output_dir: str = flag("runs/demo", help="directory of the demo's run")
+    language: str = flag("en", help="language of the picture's words; Chinese needs a font", choices=list(WORDS))
 
 
 def parse_args(argv: list[str] | None = None) -> Arguments:
@@ -99,34 +114,26 @@ def running_gold(scores: list[float], width: int = 3) -> dict[str, float]:
     return {"gold/running_last": means[-1], "gold/running_best": max(means)}
 
 
-def draw(output_dir: Path) -> None:
-    """ppo.png: score, KL, length and gold score over the steps, saved checkpoints as dotted lines."""
+def draw(output_dir: Path, language: str) -> None:
+    """ppo.png: score, gold score, KL and length over the steps, saved checkpoints as dotted lines."""
     rows = read_metrics(output_dir / "ppo")
     steps = [row["step"] for row in rows]
     saved, gold = gold_curve(output_dir)
-    figure, axes = plt.subplots(4, 1, figsize=(8, 9.5), sharex=True, constrained_layout=True)
 
-    # What every step logs; of the four panels the last one stays free.
-    for axis, (key, label, colour) in zip(axes, PANELS, strict=False):
-        axis.plot(steps, [row[key] for row in rows], color=colour)
-        axis.set_ylabel(label)
+    font = chinese_font() if language == "zh" else None
+    # Without a font of theirs Chinese characters would be boxes.
+    words = WORDS[language if language == "en" or font else "en"]
+    panels = [
+        Panel(words["score"], steps, [row["score/mean"] for row in rows], BLUE),
+        Panel(words["gold"], saved, gold, BLACK, dotted=True),
+        Panel(words["kl"], steps, [row["kl/mean"] for row in rows], ORANGE),
+        Panel(words["length"], steps, [row["len/mean"] for row in rows], GREEN, from_zero=True),
+    ]
 
-    # From zero, so that a shorter answer looks as much shorter as it is.
-    axes[2].set_ylim(bottom=0)
-
-    # The gold score is known at the saved checkpoints alone.
-    axes[3].plot(saved, gold, marker="o", color="tab:red")
-    axes[3].set_ylabel("gold score, 0 to 1\n(gold judge, held-out prompts)")
-    axes[3].set_xlabel("PPO step (dotted: saved checkpoint; step 0 is the SFT model)")
-
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        for step in saved[1:]:
-            axis.axvline(step, color="gray", linestyle=":", linewidth=1)
-
-    axes[0].set_title("PPO in the mini-world")
-    figure.savefig(output_dir / "ppo.png", dpi=110)
-    plt.close(figure)
+    with lettering(font):
+        figure = draw_panels(pyplot(), panels, [Event(words["saved"], saved[1:], "gray", ":")], words["steps"])
+        figure.suptitle(words["title"])
+        save(pyplot(), figure, output_dir / "ppo.png")
 
 
 def closing_words(s: dict[str, float], output_dir: Path) -> str:
@@ -158,9 +165,24 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             f"On {s['heldout_prompts']:.0f} prompts that no stage trained on the gold judge prefers PPO's answer to",
             f"SFT's in {s['gold/win_rate']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}; a tie counts half).",
             f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes.",
+            "",
             f"Look at {output_dir}/ppo.png and {output_dir}/compare/comparison.html.",
+            "",
+            "Talk to it:",
+            f"  python compare.py --base_model_name {output_dir}/base --adapters sft={output_dir}/sft "
+            f"rlhf={output_dir}/ppo --interactive True --max_new_tokens 64",
+            "It knows its toy world only. Ask for example: " + "  ".join(known_prompts(output_dir)),
+            "",
+            "Next, your own data: see what the stages make of a file before a model is loaded,",
+            "  python sft_training.py --model_name YOUR_BASE --dataset_name YOUR.jsonl --inspect_data True",
+            "and read docs/data.md.",
         ]
     )
+
+
+def known_prompts(output_dir: Path) -> list[str]:
+    """Prompts that the toy world knows, one of each kind."""
+    return (output_dir / "data" / "compare.txt").read_text(encoding="utf-8").splitlines()
 
 
 def main(args: Arguments) -> None:
@@ -168,7 +190,7 @@ def main(args: Arguments) -> None:
     output_dir = Path(args.output_dir)
     summary = summarize(output_dir)
     write_json(output_dir / "summary.json", summary)
-    draw(output_dir)
+    draw(output_dir, args.language)
     print(closing_words(summary, output_dir), flush=True)
 
 

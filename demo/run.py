@@ -50,6 +50,7 @@ class Arguments:
     )
     seed: int = flag(0, help="everything random starts here")
     smoke: bool = flag(False, help="a run of seconds a stage, to see that everything works")
+    language: str = flag("en", help="of the words in the demo's picture ppo.png", choices=["en", "zh"])
     build_base: bool = flag(
         False, help="pretrain the base (6 minutes of a core) in place of the shipped one, which is for seed 0 only"
     )
@@ -211,7 +212,7 @@ def main(args: Arguments) -> None:
     processes = Processes()
     if args.story != "demo" and not (Path(args.demo_dir) / "summary.json").is_file():
         print(f"{args.demo_dir} holds no finished demo: running it first", flush=True)
-        tell(processes, Arguments(output_dir=args.demo_dir, seed=args.seed, smoke=args.smoke))
+        tell(processes, Arguments(output_dir=args.demo_dir, seed=args.seed, smoke=args.smoke, language=args.language))
     tell(processes, args)
 
 

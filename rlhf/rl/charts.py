@@ -1,21 +1,26 @@
-"""The chart of a PPO run: metrics over the steps, and reward score and judge against sqrt(KL)."""
+"""The pictures of a PPO run: metrics over the steps, and reward score and judge against sqrt(KL)."""
 
+import json
+import math
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rlhf.artefacts.files import TOKEN
 from rlhf.run.log import read_metrics
-from rlhf.run.pictures import pyplot
+from rlhf.run.pictures import BLACK, BLUE, GREEN, ORANGE, PURPLE, pyplot
 
-# (key of metrics.jsonl, label, colour) of the panels over the steps.
+# (key of metrics.jsonl, title, colour) of the panels over the steps; a run has those that it has numbers for.
 PANELS = (
-    ("score/mean", "score (transformed)", "tab:blue"),
-    ("kl/mean", "KL to the reference\n(nats a response)", "tab:orange"),
-    ("len/mean", "response length (tokens)", "tab:green"),
-    ("entropy", "entropy (nats a token)", "tab:purple"),
+    ("score/mean", "Score: what PPO raises (transformed)", BLUE),
+    ("eval/score/mean", "Score on held-out prompts (raw)", BLUE),
+    ("kl/mean", "KL: distance to the SFT model (nats a response)", ORANGE),
+    ("eval/judge/mean", "Judge: a reward model that PPO never sees", BLACK),
+    ("len/mean", "Length of an answer (tokens)", GREEN),
+    ("entropy", "Entropy: variety of the words (nats a token)", PURPLE),
 )
 
 # Evaluations below which no curve is fitted: the law has two unknowns.
@@ -25,29 +30,58 @@ MIN_POINTS = 4
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
+@dataclass(frozen=True)
+class Panel:
+    """One metric over the steps: title, [N] steps, [N] values, colour; `dotted` marks the points of a sparse one."""
+
+    title: str
+    steps: list[int]
+    values: list[float]
+    colour: str
+    dotted: bool = False
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Event:
+    """Steps that a line marks in every panel, and the words for it below the picture."""
+
+    words: str
+    steps: list[int]
+    colour: str
+    line: str
+
+
 def draw_run(output_dir: str | Path) -> Path | None:
     """Draw chart.png of a PPO directory from its metrics.jsonl; None if no step is logged yet or the disk is full.
 
-    Four panels over the steps; with held-out evaluations a second column shows the score of the reward model PPO
-    trains against (the proxy), and the judge's if there is one, against sqrt(KL).
+    A panel a metric over the steps, best/ and the guard's steps marked. With held-out evaluations also
+    score_against_kl.png: the score of the reward model PPO trains against (the proxy) and the judge's, over sqrt(KL).
     """
     # A run that ends before its first step has nothing to show.
+    output_dir = Path(output_dir)
     rows = read_metrics(output_dir)
     if not rows:
         return None
 
-    # A figure is only drawn here; the file comes below.
     plt = pyplot()
-    figure = _drawn(plt, rows)
+    curves = overoptimization(rows)
+    below = "PPO step (0: the SFT model)" if curves else "PPO step"
+    figure = draw_panels(plt, panels_of(rows), events_of(output_dir, rows), below)
+    if curves:
+        save(plt, draw_curves(plt, curves), output_dir / "score_against_kl.png")
+    return save(plt, figure, output_dir / "chart.png")
 
-    # A reader of chart.png sees the old chart or the new one, never half of one.
-    file = Path(output_dir) / "chart.png"
+
+def save(plt, figure, file: Path) -> Path | None:
+    """Write a figure and close it; None where the disk is full, with a warning."""
+    # A reader of the picture sees the old one or the new one, never half of one.
     part = file.with_name(f".{file.name}.{TOKEN}{os.getpid()}")
     try:
         figure.savefig(part, dpi=100, format="png")
         os.replace(part, file)
     except OSError as error:
-        # The chart is drawn while another error may be on its way up (a full disk above all), and must not hide it.
+        # A picture is drawn while another error may be on its way up (a full disk above all), and must not hide it.
         warnings.warn(f"no chart could be written to {file} ({error})", stacklevel=2)
         return None
     finally:
@@ -56,45 +90,73 @@ def draw_run(output_dir: str | Path) -> Path | None:
     return file
 
 
-def _drawn(plt, rows: list[dict]):
-    """The figure of a run: PANELS in the first column, the curves against sqrt(KL) in the second, if there are any."""
-    curves = overoptimization(rows)
-    columns = 2 if curves else 1
-    width = 12 if curves else 7
-    figure = plt.figure(figsize=(width, 9), constrained_layout=True)
-    grid = figure.add_gridspec(len(PANELS), columns)
+# ---- over the steps ----
+def panels_of(rows: list[dict]) -> list[Panel]:
+    """PANELS of a run's metrics; what was evaluated has the SFT model's value at step 0."""
+    panels = []
+    for key, title, colour in PANELS:
+        points = [(row["step"], float(row[key])) for row in rows if key in row]
+        start = rows[0].get(key.replace("eval/", "eval_start/"))
+        evaluated = key.startswith("eval/")
+        if evaluated and points and start is not None:
+            points.insert(0, (0, float(start)))
+        if points:
+            steps, values = zip(*points, strict=True)
+            # Lengths start at 0, so that a collapse to short answers looks as large as it is.
+            panels.append(Panel(title, list(steps), list(values), colour, evaluated, key == "len/mean"))
+    return panels
 
-    panels = [figure.add_subplot(grid[row, 0]) for row in range(len(PANELS))]
-    draw_steps(panels, rows)
 
-    # Proxy and judge share the second column's height.
-    height = len(PANELS) // max(1, len(curves))
-    for place, (name, points) in enumerate(curves.items()):
-        top = place * height
-        axis = figure.add_subplot(grid[top : top + height, 1])
-        draw_against_kl(axis, {name: points})
+def events_of(output_dir: Path, rows: list[dict]) -> list[Event]:
+    """The step that best/ holds, if there is one, and the steps at which the guard stepped in."""
+    events = []
+    state = output_dir / "best" / "state.json"
+    if state.is_file():
+        best = json.loads(state.read_text(encoding="utf-8")).get("best")
+        if best:
+            events.append(Event(f"best evaluation, in best/ (step {best['step']})", [best["step"]], GREEN, "-"))
+
+    guarded = [row["step"] for row in rows if "guard" in row]
+    if guarded:
+        events.append(Event("the guard stepped in", guarded, ORANGE, "--"))
+    return events
+
+
+def draw_panels(plt, panels: list[Panel], events: list[Event], below: str):
+    """A figure of the panels in two columns, the events as lines in each; `below` names the steps."""
+    height = math.ceil(len(panels) / 2)
+    size = (11, 2.5 * height + 0.6)
+    figure, axes = plt.subplots(height, 2, figsize=size, sharex=True, squeeze=False, constrained_layout=True)
+
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        # A single point is no line.
+        dotted = panel.dotted or len(panel.steps) == 1
+        axis.plot(panel.steps, panel.values, color=panel.colour, marker="o" if dotted else "", markersize=4)
+        axis.set_title(panel.title, fontsize=11, loc="left")
+        axis.grid(alpha=0.3)
+        if panel.from_zero:
+            axis.set_ylim(bottom=0)
+        for event in events:
+            for step in event.steps:
+                axis.axvline(step, color=event.colour, linestyle=event.line, linewidth=1.2, alpha=0.8)
+
+    # Half a step is none.
+    for axis in axes[-1]:
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axis.set_xlabel(below)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+
+    # What the lines mean stands below the panels, where it can cover no curve.
+    if events:
+        lines = [plt.Line2D([], [], color=event.colour, linestyle=event.line) for event in events]
+        figure.legend(lines, [event.words for event in events], loc="outside lower center", ncols=len(events))
     return figure
 
 
-def draw_steps(axes: list, rows: list[dict]) -> None:
-    """Draw PANELS over the steps, with a dashed line where the guard stepped in."""
-    steps = [row["step"] for row in rows]
-    guarded = [row["step"] for row in rows if "guard" in row]
-
-    for axis, (key, label, colour) in zip(axes, PANELS, strict=True):
-        # metrics.jsonl holds NaN and Inf as strings, which float() reads.
-        heights = [float(row[key]) for row in rows]
-        axis.plot(steps, heights, color=colour)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        for step in guarded:
-            axis.axvline(step, color="tab:red", linestyle="--", linewidth=1)
-
-    # Lengths start at 0, so that a collapse to short answers looks as large as it is.
-    axes[2].set_ylim(bottom=0)
-    axes[-1].set_xlabel("PPO step" + (" (dashed: the guard stepped in)" if guarded else ""))
-
-
+# ---- against sqrt(KL) ----
+# Names in the picture: who has not read the paper knows no proxy.
+CURVE_NAMES = {"proxy": "the reward model that PPO trains against", "judge": "the judge, which PPO never sees"}
 # Metrics of an evaluation that the law of over-optimisation is drawn from.
 EVALUATED = ("kl/mean", "score/mean", "judge/mean")
 
@@ -137,19 +199,28 @@ def fit_overoptimization(distance: np.ndarray, gain: np.ndarray) -> tuple[float,
     return float(alpha), float(beta)
 
 
-def draw_against_kl(axis, curves: Curves) -> None:
+def draw_curves(plt, curves: Curves):
+    """A figure of each curve against sqrt(KL), side by side: their scores have different units."""
+    figure, axes = plt.subplots(1, len(curves), figsize=(6 * len(curves), 4.5), squeeze=False, constrained_layout=True)
+    for number, (name, points) in enumerate(curves.items()):
+        draw_against_kl(axes[0, number], {name: points}, number)
+    figure.suptitle("What the distance from the SFT model buys")
+    return figure
+
+
+def draw_against_kl(axis, curves: Curves, first: int = 0) -> None:
     """Draw the points of each curve over sqrt(KL), with the fitted law where there are enough of them."""
-    for number, (name, (distance, gain)) in enumerate(curves.items()):
-        colour = f"C{number}"
-        axis.plot(distance, gain, "o", markersize=4, color=colour, label=name)
+    looks = ((BLUE, "o"), (ORANGE, "s"), (BLACK, "^"))
+    for (name, (distance, gain)), (colour, marker) in zip(curves.items(), looks[first:], strict=False):
+        axis.plot(distance, gain, marker, markersize=5, color=colour, label=CURVE_NAMES.get(name, name))
         if len(distance) >= MIN_POINTS:
             alpha, beta = fit_overoptimization(distance, gain)
             d = np.linspace(1e-3, distance.max(), 100)
             fitted = d * (alpha - beta * np.log(d))
-            law = f"d ({alpha:.2f} {-beta:+.2f} log d)"
+            law = f"fitted: d ({alpha:.2f} {-beta:+.2f} log d)"
             axis.plot(d, fitted, "--", linewidth=1, color=colour, label=law)
 
     axis.set_xlabel("d = sqrt(KL), KL in nats a response")
     axis.set_ylabel("gain over the SFT model")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=9)

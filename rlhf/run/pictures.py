@@ -1,6 +1,15 @@
 """Pictures: matplotlib that only writes files, loaded only where a picture is drawn, and never the end of a run."""
 
 import warnings
+from contextlib import contextmanager
+
+# Okabe and Ito's colours: they differ for colour-blind readers, and in grey print by their lightness.
+BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
+# A system has one of them, if it has any font with Chinese characters.
+CHINESE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "PingFang SC", "Microsoft YaHei", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "SimHei", "Heiti SC", "Arial Unicode MS",
+)  # fmt: skip
 
 
 def pyplot():
@@ -24,3 +33,21 @@ def attempt(draw, *given) -> None:
     except Exception as error:
         why = f"{type(error).__name__} {error}".partition("\n")[0][:200]
         warnings.warn(f"a picture could not be drawn ({why}): its numbers are in the files beside it", stacklevel=2)
+
+
+def chinese_font() -> str | None:
+    """The name of an installed font with Chinese characters, if there is one."""
+    from matplotlib import font_manager
+
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return next((name for name in CHINESE_FONTS if name in installed), None)
+
+
+@contextmanager
+def lettering(font: str | None):
+    """Figures made and saved inside it use this font, in front of the usual one."""
+    plt = pyplot()
+    families = [font] if font else []
+    settings = {"font.family": [*families, "DejaVu Sans"], "axes.unicode_minus": font is None}
+    with plt.rc_context(settings):
+        yield
