@@ -138,8 +138,6 @@ def draw(output_dir: Path, language: str) -> None:
 
 def closing_words(s: dict[str, float], output_dir: Path) -> str:
     """The summary for someone who sees RLHF for the first time."""
-    seconds = [value for name, value in s.items() if name.startswith("seconds/")]
-    minutes = sum(seconds) / 60
     rows = [
         ("what", "before", "after"),
         (
@@ -154,6 +152,8 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
     ]
 
     table = [f"{what:<46}{before:>9}{after:>9}" for what, before, after in rows]
+    minutes = s["seconds/all"] / 60
+    core_minutes = s["cpu/all"] / 60
     low = s["gold/win_rate_low"]
     high = s["gold/win_rate_high"]
     return "\n".join(
@@ -164,7 +164,8 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             f"The reward model orders {s['rm/eval_accuracy']:.1%} of held-out pairs as the (noisy) crowd did.",
             f"On {s['heldout_prompts']:.0f} prompts that no stage trained on the gold judge prefers PPO's answer to",
             f"SFT's in {s['gold/win_rate']:.1%} of cases (95 % interval {low:.1%} to {high:.1%}; a tie counts half).",
-            f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes.",
+            f"Empty answers: {s['empty_frac/ppo']:.1%}. All stages took {minutes:.1f} minutes, and {core_minutes:.1f} "
+            "minutes of one processor core.",
             "",
             f"Look at {output_dir}/ppo.png and {output_dir}/compare/comparison.html.",
             "",

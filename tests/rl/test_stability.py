@@ -16,7 +16,7 @@ import rl_training
 from rlhf.artefacts.run_json import load_run
 from rlhf.models.generation import Sampling
 from rlhf.ppo import FixedKLController, gae, group_advantages, token_rewards, whiten
-from rlhf.rl.charts import draw_run, fit_overoptimization, overoptimization
+from rlhf.rl.charts import draw_run, events_of, fit_overoptimization, overoptimization, panels_of
 from rlhf.rl.experience import set_advantages
 from rlhf.rl.roles import critic_values, load_roles
 from rlhf.rl.update import update
@@ -269,6 +269,15 @@ def test_the_sft_model_is_evaluated_before_the_first_step_and_the_chart_shows_bo
     assert set(curves) == {"proxy", "judge"}
     assert curves["judge"][1][2] == pytest.approx(rows[2]["eval/judge/mean"] - rows[0]["eval_start/judge/mean"])
     assert (out / "chart.png").stat().st_size > 10_000
+    assert (out / "score_against_kl.png").stat().st_size > 10_000
+
+    # Six panels; what was evaluated begins with the SFT model, and the step in best/ is marked.
+    panels = {panel.title.split()[0]: panel for panel in panels_of(rows)}
+    assert set(panels) == {"Score:", "Score", "KL:", "Judge:", "Length", "Entropy:"}
+    assert panels["Judge:"].steps == [0, 1, 2, 3, 4, 5]
+    assert panels["Judge:"].values[0] == rows[0]["eval_start/judge/mean"]
+    best = json.loads((out / "best" / "state.json").read_text())["best"]["step"]
+    assert [event.steps for event in events_of(out, [*rows, {"step": 6, "guard": "why"}])] == [[best], [6]]
     answers = [row for row in read_lines(out / "samples.jsonl") if "evaluation" in row]
     assert {row["step"] for row in answers} == {1, 2, 3, 4, 5}
     assert all("judge" in row for row in answers)
