@@ -22,14 +22,14 @@ from rlhf.rl.charts import draw_against_kl, overoptimization
 from rlhf.rl.evaluation import CLEAR
 from rlhf.run.launch import run_script
 from rlhf.run.log import read_lines, read_metrics
-from rlhf.run.pictures import pyplot
+from rlhf.run.pictures import BLACK, BLUE, GREEN, ORANGE, pyplot
 
 plt = pyplot()
 
 # The gold score is between 0 and 1, the other curves are some units wide: times this, it shares their axis.
 GOLD_SCALE = 4
-# One a run, in the order of --runs.
-COLOURS = ("tab:red", "tab:blue", "tab:green", "tab:orange")
+# Colour and line of a run, in the order of --runs: they differ in grey print, too.
+LOOKS = ((ORANGE, "-"), (BLUE, "--"), (GREEN, "-."), (BLACK, ":"))
 
 
 @dataclass(kw_only=True)
@@ -177,34 +177,34 @@ def draw(story: dict, title: str, file: Path) -> None:
 def _draw_steps(figure, grid, story: dict, title: str) -> None:
     """Score, length and gold score over the steps, all runs in each of the three panels on the left."""
     axes = [figure.add_subplot(grid[2 * row : 2 * row + 2, 0]) for row in range(3)]
-    for colour, (name, run) in zip(COLOURS, story["runs"].items(), strict=False):
-        _draw_run(axes, name, run, colour)
+    for look, (name, run) in zip(LOOKS, story["runs"].items(), strict=False):
+        _draw_run(axes, name, run, *look)
 
     labels = (
-        "score of the reward model\n(what PPO maximises)",
-        "response length (tokens)",
-        "gold score (gold judge)",
+        "Score of the reward model: what PPO raises",
+        "Length of an answer (tokens)",
+        "Gold judge, which no run sees: 0 to 1 (grey: the SFT model)",
     )
     for axis, label in zip(axes, labels, strict=True):
-        axis.set_ylabel(label)
+        axis.set_title(label, fontsize=10, loc="left")
         axis.grid(alpha=0.3)
 
     # The gold score has the same scale in every story, so that their charts can be compared.
-    axes[0].legend(fontsize=8)
-    axes[0].set_title(title, fontsize=10)
+    axes[0].legend(fontsize=9)
+    figure.suptitle(title)
     axes[1].set_ylim(bottom=0)
     axes[2].set_ylim(0, 1)
-    axes[2].axhline(story["sft"]["gold"], color="gray", linestyle="--", linewidth=1)
-    axes[2].set_xlabel("PPO step (dashed: the SFT model; dotted: the guard stepped in)")
+    axes[2].axhline(story["sft"]["gold"], color="gray", linewidth=1)
+    axes[2].set_xlabel("PPO step" + (" (upright dotted lines: the guard stepped in)" if events(story) else ""))
 
 
-def _draw_run(axes: list, name: str, run: dict, colour: str) -> None:
+def _draw_run(axes: list, name: str, run: dict, colour: str, line: str) -> None:
     rows = run["steps"]
     steps = [row["step"] for row in rows]
-    axes[0].plot(steps, [row["score/mean"] for row in rows], color=colour, label=name)
-    axes[1].plot(steps, [row["len/mean"] for row in rows], color=colour)
+    axes[0].plot(steps, [row["score/mean"] for row in rows], line, color=colour, label=name)
+    axes[1].plot(steps, [row["len/mean"] for row in rows], line, color=colour)
     points = sorted((step, figures["gold"]) for step, figures in run["checkpoints"].items())
-    axes[2].plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour)
+    axes[2].plot(*zip(*points, strict=True), marker="o", markersize=4, linestyle=line, color=colour)
 
     warned = [row["step"] for row in rows if row["guard"]]
     for step, axis in product(warned, axes):
