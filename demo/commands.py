@@ -223,7 +223,7 @@ def collapse(args) -> list[Stage]:
 
 
 def long(args) -> list[Stage]:
-    """Over-optimisation in small: four times the steps, once without a KL penalty and once with one."""
+    """Over-optimisation in small: 160 steps, once without a KL penalty and once with one."""
     out = shlex.quote(args.output_dir)
     start = shlex.quote(args.demo_dir)
     steps = "--steps 10240 --save_freq 10 --eval_freq 10"

@@ -151,7 +151,13 @@ class Processes:
         """
         begin = time.monotonic()
         for command in commands:
+            # One may have come between two commands.
+            if self.signum:
+                sys.exit(128 + self.signum)
             self.running[start(command)] = command
+        # One that came before a child was known here has not reached it.
+        if self.signum:
+            self.tell(self.signum)
 
         first = 0
         while self.running:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Over-optimisation in small: four times the demo's PPO steps against its own good reward model, once without a KL
+# Over-optimisation in small: 160 PPO steps against the demo's own good reward model, once without a KL
 # penalty and once with one, evaluated by the demo's judge: bash scripts/run_demo_long.sh [--seed N] [--output_dir DIR]
 # [--demo_dir DIR] [--smoke True]. Starts from the demo's models (made first where missing). Run again, it starts over.
 set -euo pipefail
