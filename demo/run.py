@@ -151,9 +151,9 @@ class Processes:
         """
         begin = time.monotonic()
         for command in commands:
-            # One may have come between two commands.
+            # A signal may have come between two commands.
             if self.signum:
-                sys.exit(128 + self.signum)
+                break
             self.running[start(command)] = command
         # One that came before a child was known here has not reached it.
         if self.signum:

@@ -14,8 +14,8 @@ from rlhf.data.encoding import load_tokenizer
 from rlhf.models.loading import load_base
 
 TRAIN, HELD = split_prompts(SHIPPED_SEED)
-# The running mean of the loss, of its first 40 steps in demo/shipped_base/recipe.log.
-LOSS = 5.0
+# The running mean of the loss after 40 steps, as in demo/shipped_base/recipe.log.
+LOSS = 4.924
 
 
 def test_the_shipped_base_has_the_recipe_s_shape_and_ships_for_its_seed_alone():

@@ -44,7 +44,7 @@ def test_the_demo_runs_from_base_to_chart_and_ends_with_what_to_do_next(demo):
     assert "Talk to it:" in said and "Next, your own data:" in said
     # The same three prompts, answered by each version in turn.
     for version in ("base", "sft", "step_1", "step_2"):
-        assert sum(line.split("|")[0].strip() == version for line in said.splitlines()) == 3, version
+        assert sum(line.split("|")[0].strip() == version for line in said.splitlines()) >= 3, version
 
 
 @pytest.mark.slow
