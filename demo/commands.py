@@ -81,7 +81,7 @@ def demo(args) -> list[Stage]:
         gate = "warn"
         steps = 2
         save = 1
-        ppo = "--steps 128 --save_freq 1 --eval_freq 1 --on_collapse off"
+        ppo = "--steps 128 --save_freq 1 --eval_freq 1 --eval_size 16 --eval_prompts 16 --on_collapse off"
         evaluate = "--prompts 16 --max_new_tokens 16"
 
     stages = [
@@ -172,12 +172,12 @@ def collapse(args) -> list[Stage]:
     common = f"--seed {args.seed} --overwrite_output_dir True"
     pairs = "--pairs 400 --eval_pairs 200"
     reward = "--max_steps 60"
-    steps = "--steps 3200 --save_freq 10 --eval_freq 5"
+    steps = "--steps 3200 --save_freq 10 --eval_freq 5 --eval_size 200 --eval_prompts 200"
     story = ""
     if args.smoke:
         pairs = "--pairs 32 --eval_pairs 8"
         reward = "--max_steps 2 --audit_prompts 10"
-        steps = "--steps 128 --save_freq 1 --eval_freq 1"
+        steps = "--steps 128 --save_freq 1 --eval_freq 1 --eval_size 16 --eval_prompts 16"
         story = "--prompts 16 --max_new_tokens 16"
 
     # Both runs maximise the careless reward model without a KL penalty; the demo's own reward model is the judge of
@@ -186,7 +186,7 @@ def collapse(args) -> list[Stage]:
     ppo = (
         f"rl_training.py --base_model_name {start}/base --sft_model_lora_path {start}/sft --reward_model_lora_path "
         f"{out}/reward --judge_lora_path {start}/reward --dataset_name {start}/data/prompts.jsonl {PPO} {steps} "
-        f"--eval_size 200 --eval_prompts 200 --init_kl_coef 0 {common}"
+        f"--init_kl_coef 0 {common}"
     )
     unguarded = command("unguarded", f"{ppo} --on_collapse off --output_dir {out}/unguarded")
     # Exit code 3 means that the guard ended the run, which is a result here and no error.
@@ -226,17 +226,17 @@ def long(args) -> list[Stage]:
     """Over-optimisation in small: 160 steps, once without a KL penalty and once with one."""
     out = shlex.quote(args.output_dir)
     start = shlex.quote(args.demo_dir)
-    steps = "--steps 10240 --save_freq 10 --eval_freq 10"
+    steps = "--steps 10240 --save_freq 10 --eval_freq 10 --eval_size 200 --eval_prompts 200"
     story = ""
     if args.smoke:
-        steps = "--steps 128 --save_freq 1 --eval_freq 1"
+        steps = "--steps 128 --save_freq 1 --eval_freq 1 --eval_size 16 --eval_prompts 16"
         story = "--prompts 16 --max_new_tokens 16"
 
     # The judge scores the evaluations of both runs, and with --on_collapse off nothing follows from its scores.
     ppo = (
         f"rl_training.py --base_model_name {start}/base --sft_model_lora_path {start}/sft --reward_model_lora_path "
         f"{start}/reward --judge_lora_path {start}/judge --dataset_name {start}/data/prompts.jsonl {PPO} {steps} "
-        f"--eval_size 200 --eval_prompts 200 --on_collapse off --seed {args.seed} --overwrite_output_dir True"
+        f"--on_collapse off --seed {args.seed} --overwrite_output_dir True"
     )
     free = command("free", f"{ppo} --init_kl_coef 0 --output_dir {out}/free")
     priced = command(

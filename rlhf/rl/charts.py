@@ -55,7 +55,7 @@ class Event:
 def draw_run(output_dir: str | Path) -> Path | None:
     """Draw chart.png of a PPO directory from its metrics.jsonl; None if no step is logged yet or the disk is full.
 
-    A panel a metric over the steps, best/ and the guard's steps marked. With held-out evaluations also
+    A panel a metric over the steps, best/ and the guard's steps marked. With MIN_POINTS held-out evaluations also
     score_against_kl.png: the score of the reward model PPO trains against (the proxy) and the judge's, over sqrt(KL).
     """
     # A run that ends before its first step has nothing to show.
@@ -68,7 +68,8 @@ def draw_run(output_dir: str | Path) -> Path | None:
     curves = overoptimization(rows)
     below = "PPO step (0: the SFT model)" if curves else "PPO step"
     figure = draw_panels(plt, panels_of(rows), events_of(output_dir, rows), below)
-    if curves:
+    # Two points are no curve.
+    if any(len(gain) >= MIN_POINTS for _, gain in curves.values()):
         save(plt, draw_curves(plt, curves), output_dir / "score_against_kl.png")
     return save(plt, figure, output_dir / "chart.png")
 
@@ -135,7 +136,7 @@ def draw_panels(plt, panels: list[Panel], events: list[Event], below: str):
         axis.set_title(panel.title, fontsize=11, loc="left")
         axis.grid(alpha=0.3)
         if panel.from_zero:
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.15 * max(panel.values))
         for event in events:
             for step in event.steps:
                 axis.axvline(step, color=event.colour, linestyle=event.line, linewidth=1.2, alpha=0.8)

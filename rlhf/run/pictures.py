@@ -1,7 +1,7 @@
 """Pictures: matplotlib that only writes files, loaded only where a picture is drawn, and never the end of a run."""
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # Okabe and Ito's colours: they differ for colour-blind readers, and in grey print by their lightness.
 BLUE, ORANGE, GREEN, PURPLE, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000"
@@ -39,7 +39,15 @@ def chinese_font() -> str | None:
     """The name of an installed font with Chinese characters, if there is one."""
     from matplotlib import font_manager
 
-    installed = {font.name for font in font_manager.fontManager.ttflist}
+    # matplotlib remembers the fonts of its first start: those installed since are added.
+    manager = font_manager.fontManager
+    known = {font.fname for font in manager.ttflist}
+    for file in set(font_manager.findSystemFonts()) - known:
+        # A file of a kind that matplotlib cannot read is no font for it.
+        with suppress(RuntimeError, OSError):
+            manager.addfont(file)
+
+    installed = {font.name for font in manager.ttflist}
     return next((name for name in CHINESE_FONTS if name in installed), None)
 
 
