@@ -1,5 +1,6 @@
 """Pictures: matplotlib that only writes files, loaded only where a picture is drawn, and never the end of a run."""
 
+import logging
 import warnings
 from contextlib import contextmanager, suppress
 
@@ -55,6 +56,8 @@ def chinese_font() -> str | None:
 def lettering(font: str | None):
     """Figures made and saved inside it use this font, in front of the usual one."""
     plt = pyplot()
+    # Many Chinese fonts have one weight only, of which it would complain at each word.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     families = [font] if font else []
     settings = {"font.family": [*families, "DejaVu Sans"], "axes.unicode_minus": font is None}
     with plt.rc_context(settings):

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from demo import report
 from demo.commands import STORIES
+from rlhf.run.pictures import chinese_font
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = ["--smoke", "True", "--seed", "3"]
@@ -45,6 +47,18 @@ def test_the_demo_runs_from_base_to_chart_and_ends_with_what_to_do_next(demo):
     # The same three prompts, answered by each version in turn.
     for version in ("base", "sft", "step_1", "step_2"):
         assert sum(line.split("|")[0].strip() == version for line in said.splitlines()) >= 3, version
+
+
+@pytest.mark.slow
+def test_the_picture_has_chinese_words_where_there_is_a_font_for_them(demo):
+    folder, _ = demo
+    english = (folder / "ppo.png").read_bytes()
+    report.draw(folder, "zh")
+    chinese = (folder / "ppo.png").read_bytes()
+    assert (chinese != english) == (chinese_font() is not None)
+    # The same picture again.
+    report.draw(folder, "en")
+    assert (folder / "ppo.png").read_bytes() == english
 
 
 @pytest.mark.slow
