@@ -87,7 +87,7 @@ def demo(args) -> list[Stage]:
     stages = [
         alone(
             "the mini-world and its base model",
-            12,
+            5,
             command(
                 "base", f"-m demo.build --output_dir {out} --seed {args.seed} --build_base {args.build_base} {world}"
             ),
@@ -95,7 +95,7 @@ def demo(args) -> list[Stage]:
         ),
         alone(
             "SFT",
-            25,
+            30,
             command(
                 "sft",
                 f"sft_training.py {base} {SFT} --dataset_name {out}/data/sft.jsonl --eval_dataset_name "
@@ -116,12 +116,12 @@ def demo(args) -> list[Stage]:
         )
         log = f"{args.output_dir}/judge.log" if name == "judge" else None
         halves.append(command(name, words, log=log))
-    stages.append(Stage("reward model, and beside it the judge", 40, (tuple(halves),)))
+    stages.append(Stage("reward model, and beside it the judge", 55, (tuple(halves),)))
 
     stages.append(
         alone(
             "merge",
-            3,
+            1,
             command(
                 "merge",
                 f"merge_lora.py --base_model_name {out}/base --lora_path {out}/sft --dtype float32 "
@@ -139,7 +139,7 @@ def demo(args) -> list[Stage]:
     stages.append(
         Stage(
             "PPO, and beside it the gold judge",
-            75,
+            60,
             ((command("ppo", words), command("evaluate", looks_on)),),
         )
     )
@@ -149,7 +149,7 @@ def demo(args) -> list[Stage]:
     stages.append(
         alone(
             "comparison",
-            8,
+            4,
             command(
                 "compare",
                 f"compare.py --base_model_name {out}/base --adapters {' '.join(versions)} rlhf={out}/ppo --prompts "
@@ -159,7 +159,7 @@ def demo(args) -> list[Stage]:
         )
     )
     stages.append(
-        alone("report", 3, command("report", f"-m demo.report --output_dir {out} --language {args.language}"))
+        alone("report", 1, command("report", f"-m demo.report --output_dir {out} --language {args.language}"))
     )
     return stages
 
