@@ -165,11 +165,11 @@ def test_what_one_keeps_of_a_guarded_run_is_its_best_only_where_that_is_a_clear_
         file.parent.mkdir()
 
     # A gain is clear when it is more than twice its error.
-    run.write_text(json.dumps({"arguments": {"on_collapse": "rollback"}}))
+    run.write_text(json.dumps({"stage": "ppo", "arguments": {"on_collapse": "rollback"}}))
     for gain, what in ((0.3, "best/ (step 1)"), (0.1, "the SFT model")):
         best.write_text(json.dumps({"best": {"step": 1, "gain": gain, "error": 0.1}}))
         assert kept(tmp_path, 2, gold_judge, versions)["what"] == what
 
     # Without guards a run is taken as it ends.
-    run.write_text(json.dumps({"arguments": {"on_collapse": "off"}}))
+    run.write_text(json.dumps({"stage": "ppo", "arguments": {"on_collapse": "off"}}))
     assert kept(tmp_path, 2, gold_judge, versions) == {"what": "the last step", "gold": 0.1}
