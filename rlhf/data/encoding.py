@@ -13,6 +13,7 @@ from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.template import turns_of
+from rlhf.run.progress import shown
 from rlhf.run.terminal import printable
 
 # Rows and characters that are encoded in one call, at most: enough to keep the tokenizer's threads busy.
@@ -84,7 +85,7 @@ def _encoded(
 
     A row that the chat template refuses is left out and counted. The texts of many rows are encoded in one call.
     """
-    for chunk in _chunks(rows):
+    for chunk in _chunks(shown(rows, "encoding")):
         asked = [_texts(prompt_format, row, sides) for row in chunk]
         usable = [texts for texts in asked if not isinstance(texts, Unusable)]
         known = prompt_format.control.encode_all(chain.from_iterable(chain.from_iterable(usable)))

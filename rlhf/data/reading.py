@@ -22,6 +22,7 @@ from rlhf.data.located import Located, write_bad_rows
 from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
 from rlhf.run.environment import read_launch
+from rlhf.run.progress import shown
 
 
 # ---- reading ----
@@ -130,7 +131,7 @@ class _Reader:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
         # All rows first: only together do they show which columns are usual.
-        located = list(splits[split])
+        located = list(shown(splits[split], "reading"))
         # Texts alone are prompts.
         if self.kind == "prompt" and all(isinstance(row, str) for _, row in located):
             located = [(where, {"prompt": text}) for where, text in located]
@@ -148,7 +149,7 @@ class _Reader:
         # Duplicates are sought inside one source: `load_splits` treats a prompt in both by itself.
         seen: set[tuple] = set()
         kept = []
-        for where, row in located:
+        for where, row in shown(located, "checking"):
             kept += self._examples(where, row, fmt, seen)
 
         # Where all rows are malformed, that is what to report.
@@ -257,7 +258,7 @@ def fingerprints(rows: list[dict], eval_rows: list[dict]) -> dict[str, str]:
 def data_fingerprint(rows: Iterable[dict]) -> str:
     """sha256 of the rows' contents in their order, wherever their file lies."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in shown(rows, "fingerprint of the data"):
         # The turns of a dialogue are in its prompt too.
         content = {key: value for key, value in row.items() if key not in ("where", "turns")}
         line = json.dumps(content, sort_keys=True)
