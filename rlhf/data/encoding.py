@@ -1,7 +1,7 @@
 """Rows of token ids, the same in every stage: tokenizer, encoded rows, --inspect_data."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, repeat
 
 from transformers import AutoTokenizer
@@ -12,13 +12,14 @@ from rlhf.data.control_tokens import Marked
 from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows, RowWriter
 from rlhf.data.template import turns_of
 from rlhf.run.progress import shown
 from rlhf.run.terminal import printable
 
 # Rows and characters that are encoded in one call, at most: enough to keep the tokenizer's threads busy.
-CHUNK_ROWS = 512
-CHUNK_CHARACTERS = 4_000_000
+CHUNK_ROWS = 128
+CHUNK_CHARACTERS = 1_000_000
 
 
 # ---- tokenizer ----
@@ -37,45 +38,45 @@ def load_tokenizer(name_or_path: str):
 
 
 # ---- rows ----
-def sft_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def sft_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"input_ids", "completion_mask"}: query, answer, stop token; the mask is 1 on the answer and its stop token.
 
     A row longer than max_length tokens, or refused by the chat template, is dropped and counted in `funnel`.
     """
-    kept = []
+    kept = RowWriter()
     for row, pairs in _encoded(prompt_format, rows, ("answer",), funnel):
         if _fits(pairs, max_length, row["where"], funnel):
             query_ids, answer_ids = pairs[0]
             mask = [0] * len(query_ids) + [1] * len(answer_ids)
             kept.append({"input_ids": query_ids + answer_ids, "completion_mask": mask})
-    return kept
+    return kept.rows()
 
 
-def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"query_ids", "chosen_ids", "rejected_ids"}, both answers with their stop token, beside the row's own columns.
 
     A pair is dropped as a whole, and counted in `funnel`, if either side does not fit.
     """
-    kept = []
+    kept = RowWriter()
     for row, pairs in _encoded(prompt_format, rows, ("chosen", "rejected"), funnel):
         if _fits(pairs, max_length, row["where"], funnel):
             # Both sides have the same query.
             (query_ids, chosen_ids), (_, rejected_ids) = pairs
             ids = {"query_ids": query_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
             kept.append({**row, **ids})
-    return kept
+    return kept.rows()
 
 
-def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"prompt", "query_ids", "where"}, and "turns" of a dialogue; too long a query is dropped and counted."""
-    kept = []
+    kept = RowWriter()
     for row, (query_ids,) in _encoded(prompt_format, rows, (), funnel):
         if len(query_ids) > max_length:
             funnel.drop(f"prompt longer than {max_length} tokens", row["where"])
             continue
         columns = {name: row[name] for name in ("prompt", "turns", "where") if name in row}
         kept.append(columns | {"query_ids": query_ids})
-    return kept
+    return kept.rows()
 
 
 def _encoded(
@@ -146,7 +147,7 @@ def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str,
 
 
 # ---- looking ----
-def inspect_rows(prompt_format: PromptFormat, rows: list[dict], funnel: Funnel, count: int = 3) -> None:
+def inspect_rows(prompt_format: PromptFormat, rows: Sequence[dict], funnel: Funnel, count: int = 3) -> None:
     """Print the funnel and the first rows as the model will see them: text, ids, and 1 where there is a loss."""
     print(f"{funnel.table()}\n{prompt_format.describe()}")
 

@@ -68,9 +68,9 @@ class Progress:
         self.stream.flush()
 
 
-def shown(items: Iterable, what: str, unit: str = "rows") -> Iterator:
+def shown(items: Iterable, what: str, unit: str = "rows", total: int | None = None) -> Iterator:
     """`items` one by one, with a line of progress where they take long."""
-    progress = Progress(what, len(items) if isinstance(items, Sized) else None, unit)
+    progress = Progress(what, len(items) if isinstance(items, Sized) else total, unit)
     try:
         for item in items:
             yield item

@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -47,7 +48,7 @@ def claim(args) -> list[Path]:
     return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
-def row_order(args, lengths: list[int]) -> LengthGroupedSampler:
+def row_order(args, lengths: Sequence[int]) -> LengthGroupedSampler:
     """Order of the training rows, with rows of like length in one batch of all processes; `lengths`: tokens a row."""
     # Several processes need batches of their own at every step: blank rows fill the last group.
     processes = rank_and_size()[1]

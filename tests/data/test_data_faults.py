@@ -679,10 +679,10 @@ def test_a_disk_that_fails_is_named_with_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text(dumped(good("sft", 1)), encoding="utf-8")
 
-    def fail(self):
+    def fail(self, mode):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     assert f"{path} cannot be read (Input/output error)" in refusal(path, "sft")
 
 
