@@ -11,6 +11,7 @@ Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from rlhf.cost import plan
 from rlhf.data import encoding, reading
 from rlhf.data.arguments import DataArguments
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.cache import Prepared
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import one_half, subset
 from rlhf.data.prompt_format import PromptFormat
@@ -84,9 +86,9 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, dict]:
-    """Encoded training and evaluation pairs, answers with their stop token, and what run.json says of the data."""
-    texts, eval_texts, funnel = reading.load_splits(args, "preference", args.seed, training.bad_rows_file(args))
+def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:
+    """Read, draw and encode the pairs, answers with their stop token."""
+    texts, eval_texts, funnel = reading.load_splits(args, "preference", args.seed, bad_rows_file)
 
     # 1. Draw rows, before any is encoded.
     if args.split_half is not None:
@@ -103,16 +105,13 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows,
     )
     # The order of evaluation pairs changes no result, and pairs of like length share a batch.
     eval_rows = eval_rows.select(pairs.pair_lengths(eval_rows).argsort(kind="stable"))
+    return Prepared({"train": rows, "evaluation": eval_rows}, funnel, reading.fingerprints(texts, eval_texts))
 
-    # 3. Say what became of the rows.
-    if args.inspect_data:
-        encoding.inspect_rows(prompt_format, rows, funnel)
-    else:
-        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
-    if not rows:
-        raise ValueError(f"{args.dataset_name} leaves no pair to train on: {funnel.summary()}")
-    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
-    return rows, eval_rows, about | {"funnel": funnel.as_dict()}
+
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, dict]:
+    """Encoded training and evaluation pairs, and what run.json says of the data."""
+    found = training.load_prepared(args, prompt_format, prepare, "pair")
+    return found.rows["train"], found.rows["evaluation"], found.about
 
 
 # ---- model ----

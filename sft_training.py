@@ -10,6 +10,7 @@ Out: <output_dir>: the SFT adapter, tokenizer files, run.json, metrics.jsonl; ch
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
@@ -24,10 +25,11 @@ from rlhf.cost import plan
 from rlhf.data import encoding, reading
 from rlhf.data.arguments import SFT_DATASET, DataArguments
 from rlhf.data.batches import LengthGroupedSampler, blank_answer
+from rlhf.data.cache import Prepared
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import subset
 from rlhf.data.prompt_format import PromptFormat
-from rlhf.data.rows import Rows
+from rlhf.data.rows import Rows, written
 from rlhf.flags import flag, parse
 from rlhf.models import loading, lora, untrained
 from rlhf.run import launch
@@ -81,25 +83,24 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, list[dict], dict]:
-    """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
-    texts, eval_texts, funnel = reading.load_splits(args, "sft", args.seed, training.bad_rows_file(args))
+def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:
+    """Read, draw and encode the rows; "shown": a few evaluation rows as text."""
+    texts, eval_texts, funnel = reading.load_splits(args, "sft", args.seed, bad_rows_file)
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
     rows = encoding.sft_rows(prompt_format, texts, args.max_length, funnel)
     eval_rows = encoding.sft_rows(prompt_format, eval_texts, args.max_length, funnel)
     # Their order changes no result, and rows of like length share a batch.
     eval_rows = eval_rows.select(eval_rows.lengths("input_ids").argsort(kind="stable"))
-    if args.inspect_data:
-        encoding.inspect_rows(prompt_format, rows, funnel)
-    else:
-        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
 
-    if not rows:
-        raise ValueError(f"{args.dataset_name} leaves no row to train on: {funnel.summary()}")
+    named = {"train": rows, "evaluation": eval_rows, "shown": written(eval_texts[:SAMPLES])}
+    return Prepared(named, funnel, reading.fingerprints(texts, eval_texts))
 
-    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
-    return rows, eval_rows, list(eval_texts[:SAMPLES]), about | {"funnel": funnel.as_dict()}
+
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, list[dict], dict]:
+    """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
+    found = training.load_prepared(args, prompt_format, prepare, "row")
+    return found.rows["train"], found.rows["evaluation"], list(found.rows["shown"]), found.about
 
 
 # ---- model ----

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAINING = ("sft_training", "reward_modeling", "rl_training")
 # What a resumed run may change, by name: the rules stand at the flags, and may not get lost when one is overridden.
 FREE = {
+    "data_cache",
     "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_changes", "plan", "nproc", "local_rank",
     "log_with", "logging_steps", "sample_freq", "save_freq", "save_steps", "save_total_limit", "check", "reward_gate",
     "audit", "audit_prompts", "sample_max_new_tokens", "per_device_eval_batch_size", "eval_steps", "eval_first_step",

@@ -21,7 +21,6 @@ from rlhf.data.located import Located, write_bad_rows
 from rlhf.data.rows import Rows, RowWriter
 from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
-from rlhf.run.environment import read_launch
 from rlhf.run.progress import shown
 
 
@@ -221,9 +220,7 @@ class _Reader:
             more = f" (and {len(self.malformed) - 5} more)" if len(self.malformed) > 5 else ""
             raise ValueError(f"malformed rows: {first}{more}: mend them, or leave them out with --bad_rows skip")
 
-        # All processes read the rows; one of them writes.
-        is_first = read_launch().rank == 0
-        if self.bad_rows_file and is_first:
+        if self.bad_rows_file:
             # Those of an earlier run are not this one's.
             if self.malformed:
                 write_bad_rows(Path(self.bad_rows_file), self.malformed)

@@ -18,6 +18,9 @@ from rlhf.artefacts.files import TOKEN
 # Rows that are written at once; fewer of them never touch the disk.
 BATCH_ROWS = 500
 
+# Where files of rows are made.
+_folder: Path | None = None
+
 _TEXT = pa.string()
 _IDS = pa.list_(pa.int32())
 # Every column that a row of any stage may have; a row has those that are not null.
@@ -99,6 +102,18 @@ class Rows(Sequence[dict]):
         table = datasets.table.InMemoryTable(pa.Table.from_batches(columns))
         return datasets.Dataset(table).select(self.numbers)
 
+    def save(self, path: Path) -> None:
+        """Write the rows as two files whose names begin with `path`: columns, and their order."""
+        with pa.ipc.new_file(f"{path}.arrow", SCHEMA) as file:
+            for batch in self.batches:
+                file.write_batch(batch)
+        np.save(f"{path}.npy", self.numbers)
+
+    @classmethod
+    def load(cls, path: Path) -> "Rows":
+        """Map rows that `save` wrote. Raises: OSError, ValueError, pyarrow.ArrowException where they are damaged."""
+        return cls(_mapped(f"{path}.arrow"), np.load(f"{path}.npy", allow_pickle=False))
+
     def _place(self, number: int) -> tuple[int, int]:
         """Number of the batch that holds a row, and the row's place in it."""
         batch = int(np.searchsorted(self.ends, number, side="right"))
@@ -138,10 +153,9 @@ class RowWriter:
             return Rows([_batch(self.waiting)] if self.waiting else [])
         self._write()
         self.file.close()
-        source = pa.memory_map(str(self.path))
+        batches = _mapped(str(self.path))
         self.path.unlink()
-        reader = pa.ipc.open_file(source)
-        return Rows([reader.get_batch(number) for number in range(reader.num_record_batches)])
+        return Rows(batches)
 
     def _write(self) -> None:
         if self.file is None:
@@ -152,6 +166,11 @@ class RowWriter:
         if self.waiting:
             self.file.write_batch(_batch(self.waiting))
         self.waiting = []
+
+
+def _mapped(file: str) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.memory_map(file))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
 def written(rows: Iterable[dict]) -> Rows:
@@ -172,16 +191,14 @@ def column(rows: Sequence[dict], name: str) -> Iterator:
     return rows.column(name) if isinstance(rows, Rows) else (row.get(name) for row in rows)
 
 
-def scratch() -> str:
-    """Folder for files of this process: the cache of `datasets`, which is on a disk, where one may write there."""
-    import datasets
+def keep_in(folder: Path | None) -> None:
+    """Let files of rows be made in a folder from now on; None: in the usual temporary one."""
+    global _folder
+    _folder = folder
 
-    folder = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return tempfile.gettempdir()
-    return str(folder) if os.access(folder, os.W_OK) else tempfile.gettempdir()
+
+def scratch() -> str:
+    return str(_folder or tempfile.gettempdir())
 
 
 # ---- between dicts and columns ----

@@ -80,20 +80,7 @@ def _saved_splits(path: Path) -> dict[str, Again]:
 
 def _directory_splits(path: Path) -> dict[str, Again]:
     files: dict[str, list[Path]] = {}
-    # Path.rglob would silently leave out a directory that may not be read, or one that is a link.
-    every_file = []
-    walked: set[str] = set()
-    for folder, inner, names in os.walk(path, onerror=_raise, followlinks=True):
-        # A link to a directory above would be walked for ever.
-        real = os.path.realpath(folder)
-        if real in walked:
-            inner.clear()
-            continue
-        walked.add(real)
-        every_file += [Path(folder, name) for name in names]
-
-    # Sorted, as the order of a file system differs from machine to machine and the rows' order would follow it.
-    for file in sorted(every_file):
+    for file in files_under(path):
         inside = file.relative_to(path)
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
         if kind_of(file) in SUFFIXES and not hidden:
@@ -108,6 +95,23 @@ def _directory_splits(path: Path) -> dict[str, Again]:
 
 def _joined(paths: list[Path]) -> Iterator[Located]:
     return chain.from_iterable(map(read_file, paths))
+
+
+def files_under(path: Path) -> list[Path]:
+    """All files of a directory and of those in it, links followed. Raises: OSError where one may not be read."""
+    # Path.rglob would silently leave out a directory that may not be read, or one that is a link.
+    every_file = []
+    walked: set[str] = set()
+    for folder, inner, names in os.walk(path, onerror=_raise, followlinks=True):
+        # A link to a directory above would be walked for ever.
+        real = os.path.realpath(folder)
+        if real in walked:
+            inner.clear()
+            continue
+        walked.add(real)
+        every_file += [Path(folder, name) for name in names]
+    # Sorted, as the order of a file system differs from machine to machine and the rows' order would follow it.
+    return sorted(every_file)
 
 
 def _raise(error: OSError) -> None:

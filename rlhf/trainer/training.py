@@ -17,6 +17,9 @@ from rlhf.artefacts.files import read_object
 from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.artefacts.resume import refuse_changes
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.cache import Prepare, Prepared, prepared
+from rlhf.data.encoding import inspect_rows
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
@@ -33,6 +36,28 @@ def bad_rows_file(args) -> Path | None:
     # A look at the data, or an audit alone, must not write into a directory that may be another run's.
     idle = args.inspect_data or getattr(args, "audit_only", False) or rank_and_size()[0] != 0
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
+
+
+# ---- data ----
+def load_prepared(args, prompt_format: PromptFormat, prepare: Prepare, unit: str) -> Prepared:
+    """The rows that `prepare` makes or has made, "train" and "evaluation" among them.
+
+    What became of them is printed; `about` gets all that run.json says of the data.
+
+    Raises: ValueError where no row is left to train on.
+    """
+    found = prepared(args, prompt_format, prepare, bad_rows_file(args))
+    rows = found.rows["train"]
+    if args.inspect_data:
+        inspect_rows(prompt_format, rows, found.funnel)
+    else:
+        say(f"{prompt_format.describe()}\n{found.funnel.table()}")
+
+    if not rows:
+        raise ValueError(f"{args.dataset_name} leaves no {unit} to train on: {found.funnel.summary()}")
+    counts = {"rows": len(rows), "eval_rows": len(found.rows["evaluation"]), "funnel": found.funnel.as_dict()}
+    found.about |= counts
+    return found
 
 
 # ---- start ----
