@@ -10,6 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
 
 from rlhf.artefacts.files import TOKEN, DiskFull, is_full
 from rlhf.data.funnel import Funnel
@@ -26,7 +28,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows, keep_in
 from rlhf.data.sources import files_under
 from rlhf.run.launch import say
-from rlhf.run.progress import Progress
+from rlhf.run.progress import QUIET, Progress
 
 NONE = "none"
 
@@ -69,7 +71,7 @@ def prepared(args, prompt_format: PromptFormat, prepare: Prepare, bad_rows_file:
         return prepare(args, prompt_format, bad_rows_file)
 
     folder = root / f"rlhf-{key}"
-    with FileLock(f"{folder}.lock", mode=0o666):
+    with _locked(folder):
         found = _load(folder)
         if found is None:
             _fill(folder, partial(prepare, args, prompt_format))
@@ -86,10 +88,9 @@ def _root(args) -> Path | None:
     """The folder of the cache; None where there is to be none, or none can be written."""
     if args.data_cache == NONE:
         return None
-    # Imported where needed: datasets takes a second, and `--help` should not.
-    import datasets
-
-    root = Path(args.data_cache or datasets.config.HF_DATASETS_CACHE)
+    # As datasets has it, without its import: that takes a second, and 100 MB of every process.
+    usual = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    root = Path(os.path.expanduser(args.data_cache or usual))
     try:
         root.mkdir(parents=True, exist_ok=True)
         # Asking for permissions is not enough: a whole file system may be read-only.
@@ -100,6 +101,22 @@ def _root(args) -> Path | None:
         say(f"{root} cannot be written ({error.strerror}): the data is prepared for this run alone; --data_cache DIR")
         return None
     return root
+
+
+@contextmanager
+def _locked(folder: Path):
+    """Let one process at a time do what is within; another says that it waits."""
+    # The system takes a killed process's lock away.
+    lock = FileLock(f"{folder}.lock", mode=0o666)
+    try:
+        lock.acquire(timeout=QUIET)
+    except Timeout:
+        say("waiting for another process that prepares the same rows")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _fill(folder: Path, make: Callable[[Path | None], Prepared]) -> None:

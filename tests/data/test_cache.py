@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -176,6 +177,27 @@ def test_of_processes_that_need_the_same_rows_one_prepares_them(data, prompt_for
     children = [forked(work) for _ in range(4)]
     assert [ended(child) for child in children] == [0] * 4
     assert log.read_text() == "x"
+
+
+def test_a_process_that_waits_for_another_says_so(data, prompt_format, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "QUIET", 0.01)
+    args = arguments("sft", data)
+    key = cache._key(args, prompt_format, sft_training.prepare)
+    (data.parent / "cache").mkdir()
+    held = data.parent / "held"
+
+    def hold():
+        with cache.FileLock(data.parent / "cache" / f"rlhf-{key}.lock"):
+            held.touch()
+            time.sleep(0.3)
+
+    child = forked(hold)
+    while not held.exists():
+        time.sleep(0.01)
+    found = prepared(args, prompt_format, sft_training.prepare, None)
+    assert ended(child) == 0
+    assert len(found.rows["train"]) == 36
+    assert "waiting for another process that prepares the same rows" in capsys.readouterr().out
 
 
 def test_a_damaged_cache_is_prepared_anew(data, prompt_format):
