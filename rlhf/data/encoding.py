@@ -106,7 +106,9 @@ def _texts(prompt_format: PromptFormat, row: dict, sides: tuple[str, ...]) -> li
     """The texts to encode for each side of a row, or for its query alone; why not, where the template refuses it."""
     turns = turns_of(row)
     try:
-        return [prompt_format.answer_texts(turns, row[side]) for side in sides] or [(prompt_format.query_text(turns),)]
+        if not sides:
+            return [(prompt_format.query_text(turns),)]
+        return prompt_format.answer_texts(turns, [row[side] for side in sides])
     except Unusable as reason:
         return reason
 

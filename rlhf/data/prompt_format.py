@@ -9,6 +9,7 @@ audit and compare.py see the same ids.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 from jinja2 import TemplateError
 
@@ -85,19 +86,20 @@ class PromptFormat:
 
         Raises: Unusable where the template refuses the dialogue.
         """
-        texts = self.answer_texts(turns, answer)
+        (texts,) = self.answer_texts(turns, [answer])
         return self.answer_ids(texts, answer, {text: self.control.encode(*text) for text in texts})
 
     def query_text(self, turns: list[Turn]) -> Marked:
         """The text that `query_ids` encodes. Raises: as `query_ids`."""
         return self._chat_text(turns, None) if self.template == CHAT else self._texts(turns, "")[0]
 
-    def answer_texts(self, turns: list[Turn], answer: str) -> tuple[Marked, Marked]:
-        """The two texts that `encode_answer` encodes: the query, and the query with the answer. Raises: as that."""
+    def answer_texts(self, turns: list[Turn], answers: Iterable[str]) -> list[tuple[Marked, Marked]]:
+        """The two texts that `encode_answer` encodes for each answer: query, query with answer. Raises: as that."""
         if self.template == CHAT:
-            return self._chat_text(turns, None), self._chat_text(turns, answer)
-        (query, mark), said = self._texts(turns, answer)
-        return (query, mark), (query + said, mark)
+            query = self._chat_text(turns, None)
+            return [(query, self._chat_text(turns, answer)) for answer in answers]
+        made = [self._texts(turns, answer) for answer in answers]
+        return [((query, mark), (query + said, mark)) for (query, mark), said in made]
 
     def answer_ids(
         self, texts: tuple[Marked, Marked], answer: str, known: dict[Marked, list[int]]
