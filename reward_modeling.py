@@ -11,6 +11,7 @@ Out: <output_dir>: the reward adapter with its score head, tokenizer files, run.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.data.arguments import DataArguments
@@ -69,11 +70,13 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
-from rlhf.data import encoding, inspection, reading
+from rlhf.data import encoding, reading
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.cache import Prepared
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import one_half, subset
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
 from rlhf.reward import audit_report, closing, degenerate, pairs
 from rlhf.run import launch
@@ -82,9 +85,9 @@ from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[dict], list[dict], dict]:
-    """Encoded training and evaluation pairs, answers with their stop token, and what run.json says of the data."""
-    texts, eval_texts, funnel = reading.load_splits(args, "preference", args.seed, training.bad_rows_file(args))
+def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:
+    """Read, draw and encode the pairs, answers with their stop token."""
+    texts, eval_texts, funnel = reading.load_splits(args, "preference", args.seed, bad_rows_file)
 
     # 1. Draw rows, before any is encoded.
     if args.split_half is not None:
@@ -96,21 +99,18 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[
     rows = encoding.preference_rows(prompt_format, texts, args.max_length, funnel)
     eval_rows = encoding.preference_rows(prompt_format, eval_texts, args.max_length, funnel)
     kinds = degenerate.kinds_of(args.degenerate_kinds)
-    rows += degenerate.degenerate_pairs(
+    rows = rows + degenerate.degenerate_pairs(
         rows, args.degenerate_frac, kinds, prompt_format, args.max_length, args.seed, funnel
     )
     # The order of evaluation pairs changes no result, and pairs of like length share a batch.
-    eval_rows.sort(key=pairs.pair_length)
+    eval_rows = eval_rows.select(pairs.pair_lengths(eval_rows).argsort(kind="stable"))
+    return Prepared({"train": rows, "evaluation": eval_rows}, funnel, reading.fingerprints(texts, eval_texts))
 
-    # 3. Say what became of the rows.
-    if args.inspect_data:
-        inspection.inspect_rows(prompt_format, rows, funnel)
-    else:
-        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
-    if not rows:
-        raise ValueError(f"{args.dataset_name} leaves no pair to train on: {funnel.summary()}")
-    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
-    return rows, eval_rows, about | {"funnel": funnel.as_dict()}
+
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, dict]:
+    """Encoded training and evaluation pairs, and what run.json says of the data."""
+    found = training.load_prepared(args, prompt_format, prepare, "pair")
+    return found.rows["train"], found.rows["evaluation"], found.about
 
 
 # ---- model ----
@@ -232,17 +232,15 @@ def build_trainer(
     model: PeftModel,
     prompt_format: PromptFormat,
     about: dict,
-    rows: list[dict],
-    eval_rows: list[dict],
+    rows: Rows,
+    eval_rows: Rows,
     order: LengthGroupedSampler,
 ) -> RewardTrainer:
     """RewardTrainer on encoded pairs in their `order`; `about` is what run.json says of the run."""
     collator = pairs.SharedPromptCollator if args.share_prompt else pairs.PairCollator
 
     # The sampler fills the last batch of several processes with blank pairs, which no loss counts.
-    train_rows = list(rows)
-    if order.blanks:
-        train_rows.append(pairs.blank_pair(prompt_format.stop_ids[0]))
+    blank = [pairs.blank_pair(prompt_format.stop_ids[0])] if order.blanks else []
 
     trainer = RewardTrainer(
         model,
@@ -250,7 +248,7 @@ def build_trainer(
         sampler=order,
         about=about,
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
-        train_dataset=train_rows,
+        train_dataset=rows + blank,
         eval_dataset=eval_rows or None,
         data_collator=collator(prompt_format.pad_id),
         processing_class=prompt_format.tokenizer,
@@ -262,9 +260,7 @@ def build_trainer(
     return trainer
 
 
-def finish(
-    args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: list[dict]
-) -> None:
+def finish(args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: Rows) -> None:
     """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
     metrics = closing.last_metrics(args)
     with output_dir.finished_together(args.output_dir) as folder:
@@ -319,13 +315,13 @@ def main(args: ScriptArguments) -> None:
     model = build_model(args, model_dir)
     output_dir.clear(old)
     file = open_log(args, resume_from)
-    length = pairs.shared_length if args.share_prompt else pairs.pair_length
-    order = training.row_order(args, [length(row) for row in rows])
+    lengths = pairs.shared_lengths(rows) if args.share_prompt else pairs.pair_lengths(rows)
+    order = training.row_order(args, lengths)
     trainer = build_trainer(args, model, prompt_format, about, rows, eval_rows, order)
     log = StageLog(file, args, trainer, sequences=2)
     if args.share_prompt:
         pairs.check_shareable(
-            forward.backbone_of(model.get_base_model()), max(rows, key=pairs.shared_length), prompt_format.pad_id
+            forward.backbone_of(model.get_base_model()), rows[lengths.argmax()], prompt_format.pad_id
         )
 
     # 5. Train and evaluate.

@@ -46,9 +46,11 @@ from rlhf import ppo
 from rlhf.artefacts import checkpoint, output_dir, resume
 from rlhf.cost import flops, plan
 from rlhf.data import encoding, inspection, reading
+from rlhf.data.cache import prepared
 from rlhf.data.choose_format import choose_format
-from rlhf.data.funnel import Funnel, subset
+from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows
 from rlhf.models import generation, loading
 from rlhf.rl import charts, evaluation, experience, groups, guard, metrics, rewards, roles, starting, state, update
 from rlhf.rl.loop import PPOLoop, next_prompts
@@ -60,22 +62,12 @@ from rlhf.run.log import Eta, MetricsLog
 # ---- data ----
 def load_prompts(
     args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None
-) -> tuple[list[dict], list[dict], Funnel]:
-    """Training prompts, held-out prompts (only where --eval_freq asks for them) and the funnel."""
-    held_out = []
-    if args.eval_freq:
-        rows, held_out, funnel = reading.load_splits(args, "prompt", args.seed, bad_rows_file)
-    else:
-        rows, funnel = reading.load_rows(
-            args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file
-        )
-    held_out = subset(held_out, args.eval_prompts, args.seed, funnel)
-
-    prompts = encoding.prompt_rows(prompt_format, rows, args.max_prompt_length, funnel)
-    eval_prompts = encoding.prompt_rows(prompt_format, held_out, args.max_prompt_length, funnel)
-    if not prompts:
+) -> tuple[Rows, Rows, Funnel]:
+    """Training prompts, held-out prompts and the funnel."""
+    found = prepared(args, prompt_format, starting.prepare, bad_rows_file)
+    if not found.rows["train"]:
         raise ValueError(f"no prompt of {args.dataset_name} fits into --max_prompt_length {args.max_prompt_length}")
-    return prompts, eval_prompts, funnel
+    return found.rows["train"], found.rows["evaluation"], found.funnel
 
 
 # ---- one step ----

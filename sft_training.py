@@ -10,6 +10,7 @@ Out: <output_dir>: the SFT adapter, tokenizer files, run.json, metrics.jsonl; ch
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.data.arguments import SFT_DATASET, DataArguments
@@ -59,7 +60,7 @@ if __name__ == "__main__":
     given = startup.begin(parse_args)
 
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from peft import PeftModel
 from transformers import EvalPrediction, PrinterCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -67,11 +68,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from rlhf.artefacts import adapters, fingerprints, output_dir, run_json
 from rlhf.cost import plan
-from rlhf.data import encoding, inspection, reading
+from rlhf.data import encoding, reading
 from rlhf.data.batches import LengthGroupedSampler, blank_answer
+from rlhf.data.cache import Prepared
 from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import subset
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows, written
 from rlhf.endings import say_end
 from rlhf.models import loading, lora, untrained
 from rlhf.run import launch
@@ -81,25 +84,24 @@ from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
 # ---- data ----
-def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[list[dict], list[dict], list[dict], dict]:
-    """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
-    texts, eval_texts, funnel = reading.load_splits(args, "sft", args.seed, training.bad_rows_file(args))
+def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:
+    """Read, draw and encode the rows; "shown": a few evaluation rows as text."""
+    texts, eval_texts, funnel = reading.load_splits(args, "sft", args.seed, bad_rows_file)
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
     rows = encoding.sft_rows(prompt_format, texts, args.max_length, funnel)
     eval_rows = encoding.sft_rows(prompt_format, eval_texts, args.max_length, funnel)
     # Their order changes no result, and rows of like length share a batch.
-    eval_rows.sort(key=lambda row: len(row["input_ids"]))
-    if args.inspect_data:
-        inspection.inspect_rows(prompt_format, rows, funnel)
-    else:
-        launch.say(f"{prompt_format.describe()}\n{funnel.table()}")
+    eval_rows = eval_rows.select(eval_rows.lengths("input_ids").argsort(kind="stable"))
 
-    if not rows:
-        raise ValueError(f"{args.dataset_name} leaves no row to train on: {funnel.summary()}")
+    named = {"train": rows, "evaluation": eval_rows, "shown": written(eval_texts[:SAMPLES])}
+    return Prepared(named, funnel, reading.fingerprints(texts, eval_texts))
 
-    about = {**reading.fingerprints(texts, eval_texts), "rows": len(rows), "eval_rows": len(eval_rows)}
-    return rows, eval_rows, eval_texts[:SAMPLES], about | {"funnel": funnel.as_dict()}
+
+def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, list[dict], dict]:
+    """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
+    found = training.load_prepared(args, prompt_format, prepare, "row")
+    return found.rows["train"], found.rows["evaluation"], list(found.rows["shown"]), found.about
 
 
 # ---- model ----
@@ -143,7 +145,7 @@ def build_trainer(
     model: PeftModel,
     prompt_format: PromptFormat,
     about: dict,
-    data: tuple[list[dict], list[dict]],
+    data: tuple[Rows, Rows],
     order: LengthGroupedSampler,
     fresh: bool,
 ) -> SupervisedTrainer:
@@ -167,16 +169,15 @@ def build_trainer(
         args, SFTConfig, bool(eval_rows), eval_on_start=starts_with_evaluation, **settings
     )
 
-    train_rows = list(rows)
-    if order.blanks:
-        train_rows.append(blank_answer(prompt_format.stop_ids[0]))
+    blank = [blank_answer(prompt_format.stop_ids[0])] if order.blanks else []
+    columns = ("input_ids", "completion_mask")
     trainer = SupervisedTrainer(
         model,
         config,
         sampler=order,
         about=about,
-        train_dataset=Dataset.from_list(train_rows),
-        eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
+        train_dataset=(rows + blank).dataset(*columns),
+        eval_dataset=eval_rows.dataset(*columns) if eval_rows else None,
         # TRL's own, made here: for a tokenizer without a pad token TRL would name one, and change the tokenizer by it.
         data_collator=DataCollatorForLanguageModeling(prompt_format.pad_id),
         processing_class=prompt_format.tokenizer,
@@ -246,7 +247,7 @@ def main(args: ScriptArguments) -> None:
     output_dir.clear(old)
     untrained.warn_of_untrained(model.get_base_model(), prompt_format)
     file = open_log(args, resume_from)
-    order = training.row_order(args, [len(row["input_ids"]) for row in rows])
+    order = training.row_order(args, rows.lengths("input_ids"))
     trainer = build_trainer(args, model, prompt_format, about, (rows, eval_rows), order, fresh=resume_from is None)
     log = StageLog(file, args, trainer, extra=("mean_token_accuracy", "entropy"))
 

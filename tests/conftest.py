@@ -3,12 +3,15 @@
 import gc
 import json
 import os
+import tempfile
 from itertools import product
 from pathlib import Path
 
 # Nothing here may reach the network; set before the libraries read it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Encoded rows are kept for later starts: those of tests not among the user's.
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="rlhf-tests-"))
 
 import pytest
 import sentencepiece

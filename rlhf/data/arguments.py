@@ -114,6 +114,13 @@ class DataArguments(FormatFlags):
         choices=["stop", "skip"],
         expert=True,
     )
+    data_cache: str | None = flag(
+        None,
+        help="directory that encoded rows are kept in for later starts; by default that of datasets; none: keep none",
+        group="data",
+        resume="free",
+        expert=True,
+    )
 
     def __post_init__(self):
         if not 0 <= self.eval_size < math.inf:

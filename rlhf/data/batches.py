@@ -63,7 +63,8 @@ class LengthGroupedSampler(Sampler[int]):
     POOL = 50
 
     def __init__(self, lengths: Sequence[int], group_size: int, seed: int, filled: bool = False):
-        self.lengths = list(lengths)
+        # Of columns they are numpy's integers, which take four times the memory.
+        self.lengths = list(map(int, lengths))
         self.group_size = group_size
         self.seed = seed
         self.epoch = 0

@@ -1,8 +1,11 @@
 """Which columns of a data set hold the prompt, the answer, both sides of a pair: found by their usual names."""
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from rlhf.data.dialogues import first_of
+from rlhf.data.located import Located
 
 # Usual names of the columns; the first one that the data has is taken.
 PROMPT_FIELDS = ("prompt", "instruction", "question", "query", "q", "user", "problem", "input", "text")
@@ -192,3 +195,29 @@ def _extras(columns: set[str], prompt: str | None, dialogue: str | None) -> tupl
 def _listed(columns: set[str]) -> str:
     # A damaged file may have names that no terminal can print, or thousands of characters long: repr escapes them.
     return ", ".join(repr(name)[1:-1][:40] for name in sorted(columns)[:20])
+
+
+class Survey:
+    """What all rows of a split show together: how many there are, which columns, whether they are texts alone."""
+
+    def __init__(self, located: Iterable[Located]):
+        self.count = 0
+        self.only_texts = True
+        self.first_place = ""
+        self.counts: Counter = Counter()
+        for where, row in located:
+            self.first_place = self.first_place or where
+            self.count += 1
+            self.only_texts = self.only_texts and isinstance(row, str)
+            self.counts.update(row.keys() if isinstance(row, dict) else ())
+
+    def usual_columns(self) -> set[str]:
+        """The columns that most rows have: one stray name must not decide how all the others are read."""
+        most = max(self.counts.values(), default=0)
+        return {name for name, count in self.counts.items() if 2 * count >= most}
+
+    def hint(self) -> str:
+        """Hint for a source whose columns fit no format: a file's shape shows in its rows only."""
+        if self.first_place.rpartition(":")[0].lower().endswith(".csv"):
+            return "; the first line of a .csv must hold the column names"
+        return "; a file of one object must be made a list of rows" if self.count == 1 else ""

@@ -1,6 +1,7 @@
 """Rows of token ids, the same in every stage: tokenizer and encoded rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -8,10 +9,17 @@ from transformers import AutoTokenizer
 import rlhf.baichuan  # noqa: F401  (registers the Baichuan classes with the Auto classes)
 from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import nearest
+from rlhf.data.control_tokens import Marked
 from rlhf.data.dialogues import Unusable
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows, RowWriter
 from rlhf.data.template import turns_of
+from rlhf.run.progress import shown
+
+# Rows and characters that are encoded in one call, at most: enough to keep the tokenizer's threads busy.
+CHUNK_ROWS = 128
+CHUNK_CHARACTERS = 1_000_000
 
 
 # ---- tokenizer ----
@@ -37,63 +45,95 @@ def load_tokenizer(name_or_path: str):
 
 
 # ---- rows ----
-def sft_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def sft_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"input_ids", "completion_mask"}: query, answer, stop token; the mask is 1 on the answer and its stop token.
 
     A row longer than max_length tokens, or refused by the chat template, is dropped and counted in `funnel`.
     """
-    kept = []
-    for row in rows:
-        pairs = _encoded(prompt_format, row, ("answer",), funnel)
-        if pairs and _fits(pairs, max_length, row["where"], funnel):
+    kept = RowWriter()
+    for row, pairs in _encoded(prompt_format, rows, ("answer",), funnel):
+        if _fits(pairs, max_length, row["where"], funnel):
             query_ids, answer_ids = pairs[0]
             mask = [0] * len(query_ids) + [1] * len(answer_ids)
             kept.append({"input_ids": query_ids + answer_ids, "completion_mask": mask})
-    return kept
+    return kept.rows()
 
 
-def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"query_ids", "chosen_ids", "rejected_ids"}, both answers with their stop token, beside the row's own columns.
 
     A pair is dropped as a whole, and counted in `funnel`, if either side does not fit.
     """
-    kept = []
-    for row in rows:
-        pairs = _encoded(prompt_format, row, ("chosen", "rejected"), funnel)
-        if pairs and _fits(pairs, max_length, row["where"], funnel):
+    kept = RowWriter()
+    for row, pairs in _encoded(prompt_format, rows, ("chosen", "rejected"), funnel):
+        if _fits(pairs, max_length, row["where"], funnel):
             # Both sides have the same query.
             (query_ids, chosen_ids), (_, rejected_ids) = pairs
             ids = {"query_ids": query_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
             kept.append({**row, **ids})
-    return kept
+    return kept.rows()
 
 
-def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> list[dict]:
+def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"prompt", "query_ids", "where"}, and "turns" of a dialogue; too long a query is dropped and counted."""
-    kept = []
-    for row in rows:
-        try:
-            query_ids = prompt_format.query_ids(turns_of(row))
-        except Unusable as reason:
-            funnel.drop(str(reason), row["where"])
-            continue
+    kept = RowWriter()
+    for row, (query_ids,) in _encoded(prompt_format, rows, (), funnel):
         funnel.lengths.append(len(query_ids))
         if len(query_ids) > max_length:
             funnel.drop(f"prompt longer than {max_length} tokens", row["where"])
             continue
         columns = {name: row[name] for name in ("prompt", "turns", "where", "columns") if name in row}
         kept.append(columns | {"query_ids": query_ids})
-    return kept
+    return kept.rows()
 
 
-def _encoded(prompt_format: PromptFormat, row: dict, sides: tuple[str, ...], funnel: Funnel) -> list | None:
-    """(query ids, answer ids) of each side of a row; None, and counted, where the chat template refuses it."""
+def _encoded(
+    prompt_format: PromptFormat, rows: Iterable[dict], sides: tuple[str, ...], funnel: Funnel
+) -> Iterator[tuple[dict, list]]:
+    """Each row with (query ids, answer ids) of each of its sides, or its query ids alone where no side is named.
+
+    A row that the chat template refuses is left out and counted. The texts of many rows are encoded in one call.
+    """
+    for chunk in _chunks(shown(rows, "encoding")):
+        asked = [_texts(prompt_format, row, sides) for row in chunk]
+        usable = [texts for texts in asked if not isinstance(texts, Unusable)]
+        known = prompt_format.control.encode_all(chain.from_iterable(chain.from_iterable(usable)))
+
+        # In the order of the rows, so that the funnel names its reasons in that order.
+        for row, texts in zip(chunk, asked, strict=True):
+            if isinstance(texts, Unusable):
+                funnel.drop(str(texts), row["where"])
+            elif sides:
+                answers = [row[side] for side in sides]
+                yield row, list(map(prompt_format.answer_ids, texts, answers, repeat(known)))
+            else:
+                yield row, [prompt_format.with_bos(known[texts[0][0]])]
+
+
+def _texts(prompt_format: PromptFormat, row: dict, sides: tuple[str, ...]) -> list[tuple[Marked, ...]] | Unusable:
+    """The texts to encode for each side of a row, or for its query alone; why not, where the template refuses it."""
     turns = turns_of(row)
     try:
-        return [prompt_format.encode_answer(turns, row[side]) for side in sides]
+        if not sides:
+            return [(prompt_format.query_text(turns),)]
+        return prompt_format.answer_texts(turns, [row[side] for side in sides])
     except Unusable as reason:
-        funnel.drop(str(reason), row["where"])
-        return None
+        return reason
+
+
+def _chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Rows in runs that are encoded together: a run's texts and ids are in memory at once."""
+    chunk = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
+            yield chunk
+            chunk = []
+            size = 0
+    if chunk:
+        yield chunk
 
 
 def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str, funnel: Funnel) -> bool:

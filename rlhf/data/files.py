@@ -10,13 +10,14 @@ import gzip
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from rlhf.data.dialogues import BadRow
 from rlhf.data.located import Located, first_sentence, not_utf8, twice
 from rlhf.data.tables import csv_rows, parquet_rows
-from rlhf.run.launch import say
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -43,16 +44,10 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     if suffix not in (*SUFFIXES, TEXT):
         raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
-    try:
-        size = path.stat().st_size
-        data = b"" if suffix == ".parquet" else _bytes_of(path, label)
-    # A failing disk's error does not name the file.
-    except OSError as error:
-        raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
-
-    if size == 0:
+    begin = b"" if suffix == ".parquet" else _begin_of(path, label)
+    if path.stat().st_size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
-    if data.startswith(LFS_POINTER):
+    if begin.startswith(LFS_POINTER):
         raise ValueError(f"{label} is a Git LFS pointer, not the data: run git lfs pull where it was cloned")
 
     # 2. Parquet is binary and read piece by piece; nothing of what follows concerns it.
@@ -61,32 +56,31 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
         return
 
     # UTF-16 without a byte order mark shows by a zero in its first two bytes, as files nearly always begin with ASCII.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in data[:2]:
+    if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 in begin[:2]:
         raise ValueError(f"{label} is UTF-16 text: save it as UTF-8")
 
-    # Editors on Windows put it there; it is no part of the text.
-    if data.startswith(codecs.BOM_UTF8):
-        data = data.removeprefix(codecs.BOM_UTF8)
-        say(f"{label} begins with a byte order mark, which is left out")
-
-    # 3. Bytes that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
-    text = data.decode("utf-8", "surrogateescape")
-    if suffix == ".csv":
-        yield from csv_rows(text, label)
-        return
+    # 3. Lines are read one by one, whatever the size of the file.
     if suffix == TEXT:
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(_lines(path, label), start=1):
             if line.strip():
                 reason = not_utf8(line)
                 yield f"{label}:{number}", BadRow(reason, line) if reason else line
         return
 
     # The contents decide between an array and lines: many a .json holds one object a line.
-    is_array = text.lstrip().startswith("[")
-    if is_array and not (suffix == ".jsonl" and _begins_with_a_whole_line(text)):
-        yield from _array_rows(text, label)
+    is_array = begin.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape").lstrip().startswith("[")
+    if suffix != ".csv" and not is_array:
+        yield from _line_rows(_lines(path, label), label)
+        return
+
+    # 4. A table or an array is one text: a cell or an element may span lines.
+    text = "\n".join(_lines(path, label))
+    if suffix == ".csv":
+        yield from csv_rows(text, label)
+    elif suffix == ".jsonl" and _begins_with_a_whole_line(text):
+        yield from _line_rows(iter(text.split("\n")), label)
     else:
-        yield from _line_rows(text, label)
+        yield from _array_rows(text, label)
 
 
 def kind_of(path: Path) -> str:
@@ -104,18 +98,51 @@ def has_mark(path: Path) -> bool:
         return content.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
-def _bytes_of(path: Path, label: str) -> bytes:
-    """Contents of a file, unpacked where it is compressed. Raises: ValueError where that fails or has no end."""
-    if path.suffix.lower() != COMPRESSED:
-        return path.read_bytes()
+def _begin_of(path: Path, label: str) -> bytes:
+    """The bytes of a file up to the end of its first line that is not blank, unpacked where it is compressed."""
+    begin = b""
+    for line in _raw_lines(path, label):
+        is_blank = not line.removeprefix(b"" if begin else codecs.BOM_UTF8).decode("utf-8", "surrogateescape").strip()
+        begin += line
+        if not is_blank:
+            break
+    return begin
+
+
+def _lines(path: Path, label: str) -> Iterator[str]:
+    """The lines of a file without their ends; a file that ends with a new line has an empty last line.
+
+    Only "\\n" ends a line: str.splitlines also splits at U+2028 and the like, which JSON may hold inside a text. Bytes
+    that are no UTF-8 become lone surrogates, so that only the rows that hold them are bad.
+    """
+    line = b"\n"
+    for number, line in enumerate(_raw_lines(path, label)):
+        # Editors on Windows put a mark at the start; it is no part of the text.
+        content = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+        yield content.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+    if line.endswith(b"\n"):
+        yield ""
+
+
+def _raw_lines(path: Path, label: str) -> Iterator[bytes]:
+    """The lines of a file, unpacked where it is compressed. Raises: ValueError or OSError that name the file."""
+    unpacked = 0
+    is_packed = path.suffix.lower() == COMPRESSED
     try:
-        with gzip.open(path) as content:
-            data = content.read(MAX_UNPACKED + 1)
+        with path.open("rb") as file, gzip.open(file) if is_packed else file as content:
+            # A line is read up to a limit: a small file may unpack to one without end.
+            while line := content.readline(MAX_UNPACKED + 1):
+                unpacked += len(line)
+                if is_packed and unpacked > MAX_UNPACKED:
+                    raise ValueError(
+                        f"{label} unpacks to more than {MAX_UNPACKED:,} bytes: unpack it, and cut it into parts"
+                    )
+                yield line
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{label} is no whole gzip file ({first_sentence(error)}): download it again") from None
-    if len(data) > MAX_UNPACKED:
-        raise ValueError(f"{label} unpacks to more than {MAX_UNPACKED:,} bytes: unpack it, and cut it into parts")
-    return data
+    # A failing disk's error does not name the file.
+    except OSError as error:
+        raise OSError(f"{label} cannot be read ({error.strerror}): check its permissions and its disk") from None
 
 
 def _begins_with_a_whole_line(text: str) -> bool:
@@ -133,27 +160,33 @@ def _object(pairs: list[tuple[str, object]]) -> object:
     return BadRow(f"an object that names {repeated!r:.40} twice", pairs)
 
 
-def _line_rows(text: str, label: str) -> Iterator[Located]:
-    # Not str.splitlines, which also splits at U+2028 and the like: JSON may hold them inside a text.
-    lines = text.split("\n")
-    if text.lstrip().partition("\n")[0].rstrip() == "{":
-        raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
-
-    for number, line in enumerate(lines, start=1):
+def _line_rows(lines: Iterator[str], label: str) -> Iterator[Located]:
+    # Two lines ahead are known: the last one may be cut off, and a file of one may hold a whole table.
+    ahead = deque(islice(lines, 3))
+    is_long = len(ahead) > 2
+    is_first = True
+    number = 0
+    while ahead:
+        line = ahead.popleft()
+        ahead.extend(islice(lines, 1))
+        number += 1
         if not line.strip():
             continue
+        if is_first and line.strip() == "{":
+            raise ValueError(f"{label} is one indented JSON object: give a list of rows, or one object a line")
+        is_first = False
         where = f"{label}:{number}"
         try:
             row = json.loads(line, object_pairs_hook=_object)
         # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
         except (ValueError, RecursionError) as error:
-            is_cut = number == len(lines) and _is_cut(line)
+            is_cut = not ahead and _is_cut(line)
             reason = "the last line is cut off" if is_cut else not_utf8(line) or _not_json(error)
             yield where, BadRow(reason, line)
         else:
             # Wrong bytes inside a text make valid JSON.
             reason = not_utf8(line)
-            table = None if reason or len(lines) > 2 else _table_of_columns(row)
+            table = None if reason or is_long else _table_of_columns(row)
             if table:
                 yield from ((f"{label}:row {place}", made) for place, made in enumerate(table, start=1))
             else:

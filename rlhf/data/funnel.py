@@ -3,7 +3,10 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from rlhf.data.rows import column, pick
 
 # Reasons that a flag asked for: no matter how many rows they take.
 BEYOND_SUBSET = "beyond the subset"
@@ -95,12 +98,13 @@ class Funnel:
         }
 
 
-def _opening(row: dict) -> str:
-    """The first question of the row's dialogue; all rows of one dialogue share it."""
-    return row.get("opening", row["prompt"])
+def _openings(rows: Sequence[dict]) -> Iterator[str]:
+    """The first question of each row's dialogue; all rows of one dialogue share it."""
+    for opening, prompt in zip(column(rows, "opening"), column(rows, "prompt"), strict=True):
+        yield prompt if opening is None else opening
 
 
-def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:
+def split_eval(rows: Sequence[dict], size: float, seed: int) -> tuple[Sequence[dict], Sequence[dict]]:
     """Set evaluation rows aside by whole dialogues: neither a prompt nor a dialogue's opening is on both sides.
 
     Args:
@@ -112,29 +116,28 @@ def split_eval(rows: list[dict], size: float, seed: int) -> tuple[list[dict], li
     # A share of few rows may round to 0, and one row is wanted all the same.
     wanted = round(size * len(rows)) if size < 1 else round(size)
     wanted = max(1, wanted)
-    groups = Counter(_opening(row) for row in rows)
+    # By hash and not by position, so that a prompt's rank does not depend on the other rows or their order.
+    ranks = [_hash(f"{seed} {opening}") for opening in _openings(rows)]
+    groups = Counter(ranks)
     if len(groups) < 2 or wanted >= len(rows):
         raise ValueError(
             f"{len(rows)} rows with {len(groups)} different prompts cannot give {wanted} evaluation rows: "
             "lower --eval_size, or set it to 0 for none"
         )
 
-    # By hash and not by position, so that a prompt's rank does not depend on the other rows or their order.
-    ranked = sorted(groups, key=lambda opening: _hash(f"{seed} {opening}"))
-    aside: set[str] = set()
+    aside: set[bytes] = set()
     count = 0
-
     # The last opening is never set aside: training needs at least one.
-    for opening in ranked[:-1]:
+    for rank in sorted(groups)[:-1]:
         if count >= wanted:
             break
-        aside.add(opening)
-        count += groups[opening]
+        aside.add(rank)
+        count += groups[rank]
 
-    sides: tuple[list, list] = ([], [])
-    for row in rows:
-        sides[_opening(row) in aside].append(row)
-    return sides
+    sides: tuple[list[int], list[int]] = ([], [])
+    for number, rank in enumerate(ranks):
+        sides[rank in aside].append(number)
+    return pick(rows, sides[0]), pick(rows, sides[1])
 
 
 def _hash(text: str) -> bytes:
@@ -142,19 +145,19 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def subset(rows: list[dict], limit: int, seed: int, funnel: Funnel) -> list[dict]:
+def subset(rows: Sequence[dict], limit: int, seed: int, funnel: Funnel) -> Sequence[dict]:
     """`limit` rows drawn at random but left in their order (data files are often sorted by topic); -1 keeps all."""
     if limit < 0 or limit >= len(rows):
         return rows
 
     drawn = set(random.Random(seed).sample(range(len(rows)), limit))
-    for number, row in enumerate(rows):
+    for number, where in enumerate(column(rows, "where")):
         if number not in drawn:
-            funnel.drop(BEYOND_SUBSET, row["where"])
-    return [row for number, row in enumerate(rows) if number in drawn]
+            funnel.drop(BEYOND_SUBSET, where)
+    return pick(rows, sorted(drawn))
 
 
-def one_half(rows: list[dict], half: int, funnel: Funnel) -> list[dict]:
+def one_half(rows: Sequence[dict], half: int, funnel: Funnel) -> Sequence[dict]:
     """The rows of one half (0 or 1) of the prompts: two models trained on different halves share no prompt.
 
     The hash of the dialogue's opening alone decides, so neither the seed nor the other rows change a row's half.
@@ -162,33 +165,33 @@ def one_half(rows: list[dict], half: int, funnel: Funnel) -> list[dict]:
     Raises: ValueError for an empty half.
     """
     kept = []
-    for row in rows:
+    for number, (opening, where) in enumerate(zip(_openings(rows), column(rows, "where"), strict=True)):
         # The parity of the first byte; the word before the opening keeps it independent of `split_eval`.
-        if _hash(f"half {_opening(row)}")[0] % 2 == half:
-            kept.append(row)
+        if _hash(f"half {opening}")[0] % 2 == half:
+            kept.append(number)
         else:
-            funnel.drop(OTHER_HALF, row["where"])
+            funnel.drop(OTHER_HALF, where)
 
     if not kept:
         raise ValueError(f"no prompt falls into half {half} of the data: there are too few to split")
-    return kept
+    return pick(rows, kept)
 
 
-def without_overlap(rows: list[dict], evaluation: list[dict], funnel: Funnel) -> list[dict]:
+def without_overlap(rows: Sequence[dict], evaluation: Sequence[dict], funnel: Funnel) -> Sequence[dict]:
     """The training rows whose prompt is in no evaluation row; the others are counted in `funnel`.
 
     Raises: ValueError where no training row is left.
     """
-    prompts = {row["prompt"] for row in evaluation}
+    prompts = {_hash(prompt) for prompt in column(evaluation, "prompt")}
     train = []
-    for row in rows:
-        if row["prompt"] in prompts:
-            funnel.drop("prompt is in the evaluation rows", row["where"])
+    for number, (prompt, where) in enumerate(zip(column(rows, "prompt"), column(rows, "where"), strict=True)):
+        if _hash(prompt) in prompts:
+            funnel.drop("prompt is in the evaluation rows", where)
         else:
-            train.append(row)
+            train.append(number)
 
     if not train:
         raise ValueError(
             "every training prompt is in the evaluation rows: name another --eval_split or --dataset_name"
         )
-    return train
+    return pick(rows, train)

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows
 from rlhf.run.terminal import printable
 
 # Limits that people choose between, in tokens.
@@ -18,7 +19,7 @@ OPENS = "〖"
 CLOSES = "〗"
 
 
-def inspect_rows(prompt_format: PromptFormat, rows: list[dict], funnel: Funnel, count: int = 3) -> None:
+def inspect_rows(prompt_format: PromptFormat, rows: Rows, funnel: Funnel, count: int = 3) -> None:
     """Print funnel, lengths, and the first rows: text, ids, and 1 where there is a loss."""
     print(funnel.table(), prompt_format.describe(), *length_lines(rows, funnel), sep="\n")
     # A prompt of PPO has nothing that is trained on.
@@ -34,7 +35,7 @@ def inspect_rows(prompt_format: PromptFormat, rows: list[dict], funnel: Funnel, 
 
 
 # ---- lengths ----
-def length_lines(rows: list[dict], funnel: Funnel) -> list[str]:
+def length_lines(rows: Rows, funnel: Funnel) -> list[str]:
     """Tokens of the rows that were encoded, those too long included; of pairs also both sides of the kept ones."""
     lengths = sorted(funnel.lengths)
     if not lengths:
@@ -45,13 +46,13 @@ def length_lines(rows: list[dict], funnel: Funnel) -> list[str]:
     lines = [f"tokens of a row: half have at most {middle}, 95 % at most {high}, the longest {lengths[-1]}"]
     lines.append(f"longer than a limit, and lost by it: {', '.join(lost)}")
 
-    sides = [(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows if "chosen_ids" in row]
-    if sides:
-        chosen, rejected = (sum(side) / len(sides) for side in zip(*sides, strict=True))
-        longer = sum(better > worse for better, worse in sides) / len(sides)
+    if len(rows) and "chosen_ids" in rows[0]:
+        chosen = rows.lengths("chosen_ids")
+        rejected = rows.lengths("rejected_ids")
+        longer = (chosen > rejected).mean()
         lines.append(
-            f"mean tokens of an answer: chosen {chosen:.0f}, rejected {rejected:.0f}; chosen is the longer one in "
-            f"{longer:.0%} of the pairs"
+            f"mean tokens of an answer: chosen {chosen.mean():.0f}, rejected {rejected.mean():.0f}; chosen is the "
+            f"longer one in {longer:.0%} of the pairs"
         )
         # A reward model finds the easiest rule, and length is the easiest of all.
         if longer > LONGER_IS_BETTER:

@@ -9,11 +9,12 @@ audit and compare.py see the same ids.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 from jinja2 import TemplateError
 
 from rlhf.artefacts.fingerprints import padding_id
-from rlhf.data.control_tokens import PROBE, ControlTokens, after, encode
+from rlhf.data.control_tokens import PROBE, ControlTokens, Marked, after, encode
 from rlhf.data.dialogues import Turn, Unusable
 from rlhf.data.template import AUTO, CHAT, fold, merged_turns, render
 
@@ -75,10 +76,7 @@ class PromptFormat:
     # ---- ids ----
     def query_ids(self, turns: list[Turn]) -> list[int]:
         """Token ids of a dialogue up to where its answer begins. Raises: Unusable where the template refuses it."""
-        if self.template == CHAT:
-            return self._chat_ids(turns, None)
-        query, _, mark = self._texts(turns, "")
-        return self._text_ids(query, mark)
+        return self.with_bos(self.control.encode(*self.query_text(turns)))
 
     def encode_answer(self, turns: list[Turn], answer: str) -> tuple[list[int], list[int]]:
         """Ids of a dialogue, and of an answer to it with its stop token.
@@ -88,36 +86,53 @@ class PromptFormat:
 
         Raises: Unusable where the template refuses the dialogue.
         """
-        stop = self.stop_ids[0]
-        if self.template == CHAT:
-            query_ids = self._chat_ids(turns, None)
-            rest = after(query_ids, self._chat_ids(turns, answer))
-            # What a template writes behind the stop token, such as a new line, is no part of the answer.
-            if rest is not None and stop in rest:
-                return query_ids, rest[: rest.index(stop) + 1]
-            return query_ids, self.control.continuation(answer) + [stop]
+        (texts,) = self.answer_texts(turns, [answer])
+        return self.answer_ids(texts, answer, {text: self.control.encode(*text) for text in texts})
 
-        query, said, mark = self._texts(turns, answer)
-        query_ids = self._text_ids(query, mark)
-        rest = after(query_ids, self._text_ids(query + said, mark))
-        if rest is None:
-            plain = said.replace(mark, "") if mark else said
-            rest = self.control.continuation(plain)
-        return query_ids, rest + [stop]
+    def query_text(self, turns: list[Turn]) -> Marked:
+        """The text that `query_ids` encodes. Raises: as `query_ids`."""
+        return self._chat_text(turns, None) if self.template == CHAT else self._texts(turns, "")[0]
+
+    def answer_texts(self, turns: list[Turn], answers: Iterable[str]) -> list[tuple[Marked, Marked]]:
+        """The two texts that `encode_answer` encodes for each answer: query, query with answer. Raises: as that."""
+        if self.template == CHAT:
+            query = self._chat_text(turns, None)
+            return [(query, self._chat_text(turns, answer)) for answer in answers]
+        made = [self._texts(turns, answer) for answer in answers]
+        return [((query, mark), (query + said, mark)) for (query, mark), said in made]
+
+    def answer_ids(
+        self, texts: tuple[Marked, Marked], answer: str, known: dict[Marked, list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """What `encode_answer` returns, from its texts and their ids (those of `ControlTokens.encode_all`)."""
+        query, whole = texts
+        stop = self.stop_ids[0]
+        query_ids = self.with_bos(known[query])
+        rest = after(query_ids, self.with_bos(known[whole]))
+
+        if self.template != CHAT:
+            # A space at the template's end may belong to the answer.
+            said = whole[0].removeprefix(query[0])
+            plain = said.replace(whole[1], "") if whole[1] else said
+            return query_ids, (self.control.continuation(plain) if rest is None else rest) + [stop]
+        # What a template writes behind the stop token, such as a new line, is no part of the answer.
+        if rest is not None and stop in rest:
+            return query_ids, rest[: rest.index(stop) + 1]
+        return query_ids, self.control.continuation(answer) + [stop]
 
     def decode(self, ids: list[int]) -> str:
         """Text of an answer, without its stop token and without space at its ends."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     # ---- a text template ----
-    def _texts(self, turns: list[Turn], answer: str) -> tuple[str, str, str | None]:
-        """Texts of query and answer, and the mark of the control tokens that were typed in them."""
+    def _texts(self, turns: list[Turn], answer: str) -> tuple[Marked, str]:
+        """Texts of query and answer, with the mark of the control tokens that were typed in them."""
         turns, answer, mark = self._with_marks(self._with_system(turns), answer)
         prompt = turns[0][1] if len(turns) == 1 else fold(merged_turns(turns), self.template)
         query = render(self.template, prompt)
 
         bare = query.rstrip(" ") if self.space_in_answer else query
-        return bare, query[len(bare) :] + answer, mark
+        return (bare, mark), query[len(bare) :] + answer
 
     def _glues_space(self) -> bool:
         """Return True if the template ends with a space that the tokenizer glues to the word after it.
@@ -129,24 +144,13 @@ class PromptFormat:
         glued = any(after(query_ids, encode(self.tokenizer, query + word)) is None for word in FIRST_WORDS)
         return query.endswith(" ") and glued
 
-    def _text_ids(self, text: str, mark: str | None) -> list[int]:
-        bos = [self.tokenizer.bos_token_id] if self._adds_bos else []
-        return bos + self.control.encode(text, mark)
-
     # ---- a chat template ----
-    def _chat_ids(self, turns: list[Turn], answer: str | None) -> list[int]:
-        """Ids of a dialogue in the chat template: up to its answer, or with one and all that comes after it."""
+    def _chat_text(self, turns: list[Turn], answer: str | None) -> Marked:
+        """A dialogue in the chat template: up to its answer, or with one and all that comes after it."""
         turns, said, mark = self._with_marks(self._with_system(turns), answer or "")
         if answer is not None:
             turns = [*turns, ("assistant", said)]
-        ids = self.control.encode(self._rendered(turns, open_end=answer is None), mark)
-
-        # The template writes its own BOS: it never gets a second one.
-        bos = self.tokenizer.bos_token_id
-        begins = bos is not None and ids[:1] == [bos]
-        if self._wanted_bos is True and not begins:
-            return [bos, *ids]
-        return ids[1:] if self._wanted_bos is False and begins else ids
+        return self._rendered(turns, open_end=answer is None), mark
 
     def _rendered(self, turns: list[Turn], open_end: bool) -> str:
         """Text of turns in the chat template; `open_end`: with the opening of the answer that comes next."""
@@ -172,6 +176,18 @@ class PromptFormat:
         return self.control.first_in(tail) if answer else None
 
     # ---- both ----
+    def with_bos(self, ids: list[int]) -> list[int]:
+        """Ids of a text, beginning with BOS where they are to, once."""
+        bos = self.tokenizer.bos_token_id
+        if self.template != CHAT:
+            return [bos, *ids] if self._adds_bos else ids
+
+        # The template writes its own BOS: it never gets a second one.
+        begins = bos is not None and ids[:1] == [bos]
+        if self._wanted_bos is True and not begins:
+            return [bos, *ids]
+        return ids[1:] if self._wanted_bos is False and begins else ids
+
     def _with_system(self, turns: list[Turn]) -> list[Turn]:
         if self.system_prompt is None or any(role == "system" for role, _ in turns):
             return turns

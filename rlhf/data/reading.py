@@ -8,20 +8,20 @@ Every row that is read is kept or counted under a reason in the `Funnel`.
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.data.columns import find_format
+from rlhf.data.columns import Survey, find_format
 from rlhf.data.dialogues import BadRow, Unusable
 from rlhf.data.files import TEXT, has_mark, kind_of
 from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
 from rlhf.data.located import GB18030_HINT, Located, write_bad_rows
+from rlhf.data.rows import Rows, RowWriter
 from rlhf.data.sources import EVAL_SPLITS, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
-from rlhf.run.environment import read_launch
+from rlhf.run.progress import shown
 
 
 # ---- reading ----
@@ -32,7 +32,7 @@ def load_rows(
     *,
     args=None,
     bad_rows_file: Path | str | None = None,
-) -> tuple[list[dict], Funnel]:
+) -> tuple[Rows, Funnel]:
     """Read one split of a source, check its rows, and bring them to one form.
 
     Args:
@@ -52,9 +52,7 @@ def load_rows(
     return rows, reader.funnel
 
 
-def load_splits(
-    args, kind: str, seed: int, bad_rows_file: Path | str | None = None
-) -> tuple[list[dict], list[dict], Funnel]:
+def load_splits(args, kind: str, seed: int, bad_rows_file: Path | str | None = None) -> tuple[Rows, Rows, Funnel]:
     """Training and evaluation rows as the flags say; no prompt is in both.
 
     Evaluation rows come from --eval_dataset_name, else --eval_split, else a split with a usual name, else they are set
@@ -69,7 +67,7 @@ def load_splits(
 
     # Evaluation rows of a source are counted in the same funnel, and their malformed rows reported together.
     given = _evaluation_source(args, splits)
-    evaluation = reader.rows(*given) if given else []
+    evaluation = reader.rows(*given) if given else Rows([])
     reader.finish()
 
     if given:
@@ -120,7 +118,7 @@ class _Reader:
         self.funnel = Funnel()
         self.malformed: list[dict] = []
 
-    def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> list[dict]:
+    def rows(self, source: str, splits: dict[str, Iterable[Located]], split: str) -> Rows:
         """The good rows of a split. Raises: ValueError where it is missing, or holds no row of this kind."""
         # A data set of several kinds of rows calls its splits train_sft, train_prefs and so on.
         alike = [name for name in splits if name.startswith(f"{split}_")]
@@ -129,30 +127,37 @@ class _Reader:
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
-        # All rows first: only together do they show which columns are usual.
-        located = list(splits[split])
+        # All rows once for their columns alone: only together do they show which are usual.
+        located = splits[split]
+        survey = Survey(shown(located, "reading"))
         # Texts alone are prompts.
-        if self.kind == "prompt" and all(isinstance(row, str) for _, row in located):
-            located = [(where, {"prompt": text}) for where, text in located]
+        if self.kind == "prompt" and survey.only_texts:
+            located = ((where, {"prompt": text}) for where, text in located)
+            columns = {"prompt"} if survey.count else set()
         elif kind_of(Path(source)) == TEXT:
             raise ValueError(f"{source}: a text file holds prompts, a line each: SFT and pairs need rows with columns")
-        columns = _usual_columns(located)
+        else:
+            columns = survey.usual_columns()
         try:
             fmt = find_format(columns, self.kind, self.args.named_columns()) if columns else None
         except ValueError as error:
-            raise ValueError(f"{source}: {error}{_hint(located)}") from None
+            raise ValueError(f"{source}: {error}{survey.hint()}") from None
 
         if fmt:
             self.funnel.formats.append(str(fmt))
-        for name in dict.fromkeys(where.rpartition(":")[0] for where, _ in located):
-            if Path(name).is_file() and has_mark(Path(name)):
-                self.funnel.formats.append(f"the byte order mark of {name} is left out")
 
         # Duplicates are sought inside one source: `load_splits` treats a prompt in both by itself.
-        seen: set[tuple] = set()
-        kept = []
-        for where, row in located:
-            kept += self._examples(where, row, fmt, seen)
+        seen: set[bytes] = set()
+        writer = RowWriter()
+        files: dict[str, None] = {}
+        for where, row in shown(located, "checking", total=survey.count):
+            files[where.rpartition(":")[0]] = None
+            for example in self._examples(where, row, fmt, seen):
+                writer.append(example)
+        for name in files:
+            if Path(name).is_file() and has_mark(Path(name)):
+                self.funnel.formats.append(f"the byte order mark of {name} is left out")
+        kept = writer.rows()
 
         # Where all rows are malformed, that is what to report.
         if not kept:
@@ -160,7 +165,7 @@ class _Reader:
             raise ValueError(f"{source} has no usable row ({self.funnel.summary()}): check the file")
         return kept
 
-    def _examples(self, where: str, row, fmt, seen: set[tuple]) -> list[dict]:
+    def _examples(self, where: str, row, fmt, seen: set[bytes]) -> list[dict]:
         """The usable examples of one row; whatever else comes of it is counted."""
         self.funnel.read += 1
 
@@ -190,27 +195,29 @@ class _Reader:
                 example["columns"] = row
         return good
 
-    def _is_usable(self, example: dict, where: str, seen: set[tuple]) -> bool:
+    def _is_usable(self, example: dict, where: str, seen: set[bytes]) -> bool:
         """Return True if an example is neither empty nor huge nor seen before, else count it under the reason."""
         # Numbers such as a margin are left out: a pair that differs in its margin alone is a duplicate.
         texts = {name: value for name, value in example.items() if isinstance(value, str)}
         values = tuple(texts.values())
+        # Hashes, because all texts of the data would fill the memory.
+        own = _digest(values)
 
         reason = None
         if not all(values):
             reason = "empty " + next(name for name, text in texts.items() if not text)
         elif sum(map(len, values)) > MAX_CHARACTERS:
             reason = f"longer than {MAX_CHARACTERS} characters"
-        elif values in seen:
+        elif own in seen:
             reason = "duplicate"
-        elif _swapped(example) in seen:
+        elif "chosen" in example and _digest((example["prompt"], example["rejected"], example["chosen"])) in seen:
             reason = "contradicts an earlier pair"
 
         if reason:
             self.funnel.drop(reason, where)
             return False
 
-        seen.add(values)
+        seen.add(own)
         return True
 
     def finish(self) -> None:
@@ -219,14 +226,12 @@ class _Reader:
             # Five places show a pattern; more would make a message that is not read, and so would one advice for each.
             bad_rows = self.funnel.bad_rows
             encoded = [words for words in bad_rows if GB18030_HINT in words]
-            shown = [words for words in bad_rows if words not in encoded[1:]][:5]
-            first = "; ".join(shown)
-            more = f" (and {len(bad_rows) - len(shown)} more)" if len(bad_rows) > len(shown) else ""
+            told = [words for words in bad_rows if words not in encoded[1:]][:5]
+            first = "; ".join(told)
+            more = f" (and {len(bad_rows) - len(told)} more)" if len(bad_rows) > len(told) else ""
             raise ValueError(f"malformed rows: {first}{more}: mend them, or leave them out with --bad_rows skip")
 
-        # All processes read the rows; one of them writes.
-        is_first = read_launch().rank == 0
-        if self.bad_rows_file and is_first:
+        if self.bad_rows_file:
             # Those of an earlier run are not this one's.
             if self.malformed:
                 write_bad_rows(Path(self.bad_rows_file), self.malformed)
@@ -234,31 +239,16 @@ class _Reader:
                 Path(self.bad_rows_file).unlink(missing_ok=True)
 
 
-def _usual_columns(located: list[Located]) -> set[str]:
-    """The columns that most rows have: one stray name must not decide how all the others are read."""
-    counts: Counter = Counter()
-    for _, row in located:
-        counts.update(row.keys() if isinstance(row, dict) else ())
-    most = max(counts.values(), default=0)
-    return {name for name, count in counts.items() if 2 * count >= most}
+def _digest(texts: tuple[str, ...]) -> bytes:
+    """A hash of some texts, each with its length, so that no two rows run into one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        content = text.encode("utf-8", "surrogatepass")
+        digest.update(b"%d:" % len(content) + content)
+    return digest.digest()
 
 
-def _swapped(example: dict) -> tuple | None:
-    """The texts of the pair that prefers the other answer; None where the example is no pair."""
-    if "chosen" not in example:
-        return None
-    return example["prompt"], example["rejected"], example["chosen"]
-
-
-def _hint(located: list[Located]) -> str:
-    """Hint for a source whose columns fit no format: a file's shape shows in its rows only."""
-    where, _ = located[0]
-    if where.rpartition(":")[0].lower().endswith(".csv"):
-        return "; the first line of a .csv must hold the column names"
-    return "; a file of one object must be made a list of rows" if len(located) == 1 else ""
-
-
-def fingerprints(rows: list[dict], eval_rows: list[dict]) -> dict[str, str]:
+def fingerprints(rows: Sequence[dict], eval_rows: Sequence[dict]) -> dict[str, str]:
     """What run.json keeps to know the rows again: hashes of the training and of the evaluation rows."""
     return {"fingerprint": data_fingerprint(rows), "eval_fingerprint": data_fingerprint(eval_rows)}
 
@@ -266,7 +256,7 @@ def fingerprints(rows: list[dict], eval_rows: list[dict]) -> dict[str, str]:
 def data_fingerprint(rows: Iterable[dict]) -> str:
     """sha256 of the rows' contents in their order, wherever their file lies."""
     digest = hashlib.sha256()
-    for row in rows:
+    for row in shown(rows, "fingerprint of the data"):
         # The turns of a dialogue are in its prompt too.
         content = {key: value for key, value in row.items() if key not in ("where", "turns")}
         line = json.dumps(content, sort_keys=True)

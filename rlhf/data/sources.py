@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,18 @@ SPLITS = ("train", *EVAL_SPLITS)
 SCRIPT_DATASETS = ("Hello-SimpleAI/HC3-Chinese", "Hello-SimpleAI/HC3")
 
 
-def splits_of(source: str, config: str | None = None, flag: str = "--dataset_name") -> dict[str, Iterator[Located]]:
+class Again:
+    """Rows that can be read any number of times: each time from the source, so that none has to be kept."""
+
+    def __init__(self, read: Callable[..., Iterator[Located]], *args):
+        self.read = read
+        self.args = args
+
+    def __iter__(self) -> Iterator[Located]:
+        return self.read(*self.args)
+
+
+def splits_of(source: str, config: str | None = None, flag: str = "--dataset_name") -> dict[str, Again]:
     """The splits of a local path or a hub id; a single file is one split named "train".
 
     Raises: FileNotFoundError, ValueError or ConnectionError, in one sentence, where the source cannot be read at all.
@@ -32,7 +43,7 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     # Path.expanduser would raise for a user who does not exist; this leaves such a name as it is.
     path = Path(os.path.expanduser(source))
     if path.is_file():
-        return {"train": read_file(path)}
+        return {"train": Again(read_file, path)}
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path)
@@ -50,7 +61,7 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
 
 
 # ---- directories and the hub ----
-def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
+def _saved_splits(path: Path) -> dict[str, Again]:
     # Imported where needed: datasets takes a second, and `--help` should not.
     import datasets
 
@@ -64,11 +75,30 @@ def _saved_splits(path: Path) -> dict[str, Iterator[Located]]:
 
     # A data set saved alone has no split names.
     named = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-    return {split: _numbered(f"{path}[{split}]", rows) for split, rows in named.items()}
+    return {split: Again(_numbered, f"{path}[{split}]", rows) for split, rows in named.items()}
 
 
-def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
+def _directory_splits(path: Path) -> dict[str, Again]:
     files: dict[str, list[Path]] = {}
+    for file in files_under(path):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
+        if kind_of(file) in SUFFIXES and not hidden:
+            files.setdefault(_split_of(inside), []).append(file)
+
+    if not files:
+        raise ValueError(
+            f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
+        )
+    return {split: Again(_joined, paths) for split, paths in files.items()}
+
+
+def _joined(paths: list[Path]) -> Iterator[Located]:
+    return chain.from_iterable(map(read_file, paths))
+
+
+def files_under(path: Path) -> list[Path]:
+    """All files of a directory and of those in it, links followed. Raises: OSError where one may not be read."""
     # Path.rglob would silently leave out a directory that may not be read, or one that is a link.
     every_file = []
     walked: set[str] = set()
@@ -80,19 +110,8 @@ def _directory_splits(path: Path) -> dict[str, Iterator[Located]]:
             continue
         walked.add(real)
         every_file += [Path(folder, name) for name in names]
-
     # Sorted, as the order of a file system differs from machine to machine and the rows' order would follow it.
-    for file in sorted(every_file):
-        inside = file.relative_to(path)
-        hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
-        if kind_of(file) in SUFFIXES and not hidden:
-            files.setdefault(_split_of(inside), []).append(file)
-
-    if not files:
-        raise ValueError(
-            f"{path} holds neither a save_to_disk data set nor a {', '.join(SUFFIXES)} file: name another"
-        )
-    return {split: chain.from_iterable(map(read_file, paths)) for split, paths in files.items()}
+    return sorted(every_file)
 
 
 def _raise(error: OSError) -> None:
@@ -109,13 +128,14 @@ def _split_of(file: Path) -> str:
     return next((word for word in words if word in SPLITS), "train")
 
 
-def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[Located]]:
+def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Again]:
     import datasets
 
     try:
         if name in SCRIPT_DATASETS:
             file = f"{config or 'all'}.jsonl"
-            return {"train": read_file(Path(hf_hub_download(name, file, repo_type="dataset")), f"{name}/{file}")}
+            path = Path(hf_hub_download(name, file, repo_type="dataset"))
+            return {"train": Again(read_file, path, f"{name}/{file}")}
         loaded = datasets.load_dataset(name, config)
     # datasets raises RuntimeError for any other loading script, and its own error where files differ in their form.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -123,7 +143,7 @@ def _hub_splits(name: str, config: str | None, flag: str) -> dict[str, Iterator[
             f"{flag} {name} is no local path and could not be loaded from the hub ({first_sentence(error)}): download "
             f"its data files where there is a network and pass {flag} the local file"
         ) from None
-    return {split: _numbered(f"{name}[{split}]", rows) for split, rows in loaded.items()}
+    return {split: Again(_numbered, f"{name}[{split}]", rows) for split, rows in loaded.items()}
 
 
 def _numbered(label: str, rows) -> Iterator[Located]:

@@ -18,6 +18,7 @@ from rlhf.models.scoring import score
 from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate
 from rlhf.reward.statistics import ScoreRows, calibration, length_results, moments, padding_change, points, share
 from rlhf.reward.texts import same_question
+from rlhf.run.progress import shown
 
 # (kind, number of the pair, row of token ids)
 Attack = tuple[str, int, list[int]]
@@ -73,7 +74,7 @@ def row_scorer(backbone: nn.Module, head: nn.Module, pad_id: int, batch_size: in
 
         try:
             with forked_rng(), torch.no_grad():
-                for start in range(0, len(order), batch_size):
+                for start in shown(range(0, len(order), batch_size), "scoring", "batches"):
                     chunk = order[start : start + batch_size]
                     sorted_scores += score_batch([rows[row] for row in chunk])
         finally:

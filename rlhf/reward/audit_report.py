@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ TERMINAL_LINES = 12
 
 # ---- running ----
 def audit_model(
-    args, backbone, head, prompt_format: PromptFormat, eval_rows: list[dict], folder: str
+    args, backbone, head, prompt_format: PromptFormat, eval_rows: Sequence[dict], folder: str
 ) -> dict[str, float]:
     """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
 
@@ -39,7 +40,7 @@ def audit_model(
     device = next(head.parameters()).device
     score_rows = row_scorer(backbone, head, prompt_format.pad_id, args.per_device_eval_batch_size, device)
     # This funnel is thrown away: run.json counts the rows of training, not those of the audit.
-    rows = subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel())
+    rows = list(subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel()))
     results = audit(
         score_rows,
         rows,
@@ -59,18 +60,12 @@ def audit_model(
     return {"audit_pass": float(results["verdict"]["verdict"] == "pass"), **shares}
 
 
-def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: list[dict]) -> None:
+def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: Sequence[dict]) -> None:
     """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
     folder = args.reward_model_lora_path
     # Before the base is loaded, so that a wrong adapter is refused within seconds.
-    check_adapter(
-        folder,
-        stage="reward",
-        flag="--reward_model_lora_path",
-        base=base,
-        tokenizer=prompt_format.tokenizer,
-        prompt_format=prompt_format.record(),
-    )
+    identity = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
+    check_adapter(folder, stage="reward", flag="--reward_model_lora_path", **identity)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A language model with the score head beside it, as in PPO.

@@ -10,11 +10,13 @@ The scores equal those of two separate rows; the query's tokens, and half of the
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from rlhf.data.batches import pad
+from rlhf.data.rows import Rows
 from rlhf.models.forward import TOLERANCE, accepts, backbone_of
 from rlhf.models.scoring import apply_head, last_states, score_in_parts
 
@@ -59,6 +61,17 @@ def pair_length(row: dict) -> int:
     """Tokens of the longer side of a pair."""
     longer = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     return len(row["query_ids"]) + longer
+
+
+def pair_lengths(rows: Rows) -> np.ndarray:
+    """[N]: `pair_length` of each row."""
+    longer = np.maximum(rows.lengths("chosen_ids"), rows.lengths("rejected_ids"))
+    return rows.lengths("query_ids") + longer
+
+
+def shared_lengths(rows: Rows) -> np.ndarray:
+    """[N]: `shared_length` of each row."""
+    return sum(rows.lengths(f"{name}_ids") for name in ("query", "chosen", "rejected"))
 
 
 def shared_length(row: dict) -> int:

@@ -11,7 +11,11 @@ from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.artefacts.resume import MERGED
 from rlhf.artefacts.run_json import load_run
 from rlhf.cost.fitting import choose_mini_batch, settle_mini_batch
+from rlhf.data import encoding, reading
+from rlhf.data.cache import Prepared
+from rlhf.data.funnel import subset
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.data.rows import Rows
 from rlhf.data.template import CHAT
 from rlhf.models.loading import read_config
 from rlhf.models.untrained import warn_of_untrained
@@ -186,3 +190,19 @@ def measure_start(loop: PPOLoop, fresh: bool) -> None:
         check_start(loop, fresh)
     if fresh and args.reward_model_lora_path and stored_audit(args.reward_model_lora_path) is None:
         quick_gate(loop)
+
+
+def prepare(args, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:
+    """Read and encode the prompts; held-out ones only where --eval_freq asks for them."""
+    held_out = Rows([])
+    if args.eval_freq:
+        rows, held_out, funnel = reading.load_splits(args, "prompt", args.seed, bad_rows_file)
+    else:
+        rows, funnel = reading.load_rows(
+            args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file
+        )
+    held_out = subset(held_out, args.eval_prompts, args.seed, funnel)
+
+    prompts = encoding.prompt_rows(prompt_format, rows, args.max_prompt_length, funnel)
+    eval_prompts = encoding.prompt_rows(prompt_format, held_out, args.max_prompt_length, funnel)
+    return Prepared({"train": prompts, "evaluation": eval_prompts}, funnel, {})

@@ -12,6 +12,7 @@ from rlhf.artefacts.checkpoint import complete_or_gone, read_manifest, rotate, w
 from rlhf.cost.flops import flop_counts, format_mfu, mfu, this_card, training_flops
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.log import Eta, MetricsLog
+from rlhf.run.progress import Progress
 from rlhf.run.stopping import agreed, stop_if_agreed
 
 CHECKPOINT_PREFIX = "checkpoint-"
@@ -81,6 +82,7 @@ class StageLog(TrainerCallback):
         self.tokens = 0
         self.marked_step = 0
         self.epoch = 0.0
+        self.evaluating: Progress | None = None
 
     # Evaluations and saving end with this too, so that neither counts as training time.
     def _restart_clock(self, state) -> None:
@@ -127,7 +129,10 @@ class StageLog(TrainerCallback):
             control.should_evaluate = False
         return control
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        # It begins with the first batch, whose time is lost to the pace: an evaluation that takes long has many.
+        self.evaluating = self.evaluating or Progress("evaluation", len(eval_dataloader), "batches")
+        self.evaluating.advance()
         # An evaluation can take long, and nothing of it is worth waiting for.
         stop_if_agreed(args.device)
 
@@ -182,6 +187,9 @@ class StageLog(TrainerCallback):
         return rates if share is None else rates | {"mfu": share}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if self.evaluating:
+            self.evaluating.close()
+            self.evaluating = None
         measured = {k: v for k, v in metrics.items() if k.startswith("eval_") and not k.endswith(EVAL_NOISE)}
         if self.log is not None:
             self.log.write({"step": state.global_step, **measured})

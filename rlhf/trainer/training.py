@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,9 @@ from rlhf.artefacts.files import read_object
 from rlhf.artefacts.output_dir import claim_output_dir
 from rlhf.artefacts.resume import refuse_changes
 from rlhf.data.batches import LengthGroupedSampler
+from rlhf.data.cache import Prepare, Prepared, prepared
+from rlhf.data.inspection import inspect_rows
+from rlhf.data.prompt_format import PromptFormat
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
@@ -34,6 +38,28 @@ def bad_rows_file(args) -> Path | None:
     return None if idle else Path(args.output_dir) / "bad_rows.jsonl"
 
 
+# ---- data ----
+def load_prepared(args, prompt_format: PromptFormat, prepare: Prepare, unit: str) -> Prepared:
+    """The rows that `prepare` makes or has made, "train" and "evaluation" among them.
+
+    What became of them is printed; `about` gets all that run.json says of the data.
+
+    Raises: ValueError where no row is left to train on.
+    """
+    found = prepared(args, prompt_format, prepare, bad_rows_file(args))
+    rows = found.rows["train"]
+    if args.inspect_data:
+        inspect_rows(prompt_format, rows, found.funnel)
+    else:
+        say(f"{prompt_format.describe()}\n{found.funnel.table()}")
+
+    if not rows:
+        raise ValueError(f"{args.dataset_name} leaves no {unit} to train on: {found.funnel.summary()}")
+    counts = {"rows": len(rows), "eval_rows": len(found.rows["evaluation"]), "funnel": found.funnel.as_dict()}
+    found.about |= counts
+    return found
+
+
 # ---- start ----
 def claim(args) -> list[Path]:
     """Claim the output directory for this run, on the first process; a run that only looks at data claims nothing.
@@ -47,7 +73,7 @@ def claim(args) -> list[Path]:
     return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
-def row_order(args, lengths: list[int]) -> LengthGroupedSampler:
+def row_order(args, lengths: Sequence[int]) -> LengthGroupedSampler:
     """Order of the training rows, with rows of like length in one batch of all processes; `lengths`: tokens a row."""
     # Several processes need batches of their own at every step: blank rows fill the last group.
     processes = rank_and_size()[1]

@@ -683,10 +683,10 @@ def test_a_disk_that_fails_is_named_with_the_file(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text(dumped(good("sft", 1)), encoding="utf-8")
 
-    def fail(self):
+    def fail(self, mode):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(Path, "open", fail)
     assert f"{path} cannot be read (Input/output error)" in refusal(path, "sft")
 
 
@@ -847,12 +847,13 @@ def test_a_file_in_the_old_chinese_encoding_is_told_so_once(tmp_path):
     assert "pairs.jsonl:10: " in said and "(and 8 more)" in said
 
 
-def test_a_byte_order_mark_is_read_and_noted(tmp_path, capsys):
+def test_a_byte_order_mark_is_read_and_noted(tmp_path):
     file = tmp_path / "pairs.jsonl"
     row = json.dumps({"prompt": "问", "chosen": "好", "rejected": "坏"}) + "\n"
     file.write_bytes(b"\xef\xbb\xbf" + row.encode())
-    assert load_rows(str(file), "preference")[0][0]["prompt"] == "问"
-    assert capsys.readouterr().out == f"{file} begins with a byte order mark, which is left out\n"
+    rows, funnel = load_rows(str(file), "preference")
+    assert rows[0]["prompt"] == "问"
+    assert f"the byte order mark of {file} is left out" in funnel.table()
 
 
 def test_a_tsv_file_is_read_by_its_tabs_in_a_directory_too(tmp_path):
