@@ -56,7 +56,10 @@ def read_state(folder: Path) -> dict:
         if state[name]:
             refuse_types(state[name], file, kinds, required=tuple(kinds))
     refuse_types(state["baseline"], file, dict.fromkeys(state["baseline"], (int, float)))
-    refuse_types(state["reward_stats"], file, dict.fromkeys(state["reward_stats"], float))
+    # A mean and a deviation for each part of the score.
+    parts = {name.removesuffix("mean").removesuffix("std") for name in state["reward_stats"]}
+    stats = [f"{part}{name}" for part in parts for name in ("mean", "std")]
+    refuse_types(state["reward_stats"], file, dict.fromkeys(state["reward_stats"], float), required=tuple(stats))
 
     guard = refuse_types(state["guard"], file, {"start": dict, "recent_kl": list}, required=("start", "recent_kl"))
     refuse_types(guard["start"], file, dict.fromkeys(guard["start"], float))

@@ -57,7 +57,9 @@ def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
     assert code == 0, errors
 
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"我喜欢什么？{i}"}) + "\n" for i in range(24)), encoding="utf-8")
+    prompts.write_text(
+        "".join(json.dumps({"prompt": f"我喜欢什么？{i}", "answer": i}) + "\n" for i in range(24)), encoding="utf-8"
+    )
     lines = folder / "prompts.txt"
     lines.write_text("我喜欢什么？\n小猫想要什么？\n", encoding="utf-8")
     return {

@@ -3,6 +3,7 @@
 import importlib
 import io
 import sys
+import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from unittest import mock
 
@@ -18,6 +19,8 @@ def run_here(script: str, *words: str) -> tuple[int, str, str]:
     # A script's own signal handlers would stay in this process and swallow a Ctrl-C of the test run.
     with (
         mock.patch.object(launch, "listen", lambda: None),
+        # A script prints warnings its own way, which must not stay in this process.
+        warnings.catch_warnings(),
         mock.patch.object(sys, "argv", [f"{script}.py", *words]),
         redirect_stdout(out),
         redirect_stderr(err),

@@ -264,7 +264,7 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(tiny_base, answers
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     same = {"save_steps": 6, "eval_steps": 4, "sample_max_new_tokens": 4, "resume_from_checkpoint": True}
     run(tiny_base, answers, trained, **same)
-    with pytest.raises(ValueError, match="another --learning_rate"):
+    with pytest.raises(ValueError, match="different: --learning_rate"):
         run(tiny_base, answers, trained, **same, learning_rate=1e-5)
     with pytest.raises(FileExistsError, match="is not empty"):
         run(tiny_base, answers, trained)
