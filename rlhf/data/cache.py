@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows, keep_in
 from rlhf.data.sources import files_under
-from rlhf.run.launch import say
+from rlhf.run.launch import rank_and_size, say
 from rlhf.run.progress import QUIET, Progress
 
 NONE = "none"
+
+# Seconds by which the first process of a run is ahead of the others.
+HEAD_START = 0.2
 
 # Flags beside those of the group "data" that decide which rows there are.
 DECIDING = (
@@ -107,6 +111,9 @@ def _root(args) -> Path | None:
 @contextmanager
 def _locked(folder: Path):
     """Let one process at a time do what is within; another says that it waits."""
+    if rank_and_size()[0]:
+        # The first process shows how far it has come, so it shall be the one at work: a head start, no more.
+        time.sleep(HEAD_START)
     # The system takes a killed process's lock away.
     lock = FileLock(f"{folder}.lock", mode=0o666)
     try:

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -141,6 +142,7 @@ class RowWriter:
     def __init__(self):
         self.waiting: list[dict] = []
         self.path: Path | None = None
+        self.gone: weakref.finalize | None = None
         self.file = None
 
     def append(self, row: dict) -> None:
@@ -157,7 +159,7 @@ class RowWriter:
         self._write()
         self.file.close()
         batches = _mapped(str(self.path))
-        self.path.unlink()
+        self.gone()
         return Rows(batches)
 
     def _write(self) -> None:
@@ -165,6 +167,8 @@ class RowWriter:
             handle, name = tempfile.mkstemp(prefix=f".{TOKEN}", suffix=".arrow", dir=scratch())
             os.close(handle)
             self.path = Path(name)
+            # Where reading stops at an error, nobody asks for the rows.
+            self.gone = weakref.finalize(self, self.path.unlink, missing_ok=True)
             self.file = pa.ipc.new_file(name, SCHEMA)
         if self.waiting:
             self.file.write_batch(_batch(self.waiting))

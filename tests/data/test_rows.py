@@ -68,6 +68,17 @@ def test_chosen_and_joined_rows_keep_their_order(many):
     assert dataset["prompt"][-1] == MADE[1]["prompt"]
 
 
+def test_rows_that_nobody_asks_for_leave_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(rows_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(rows_module, "scratch", lambda: str(tmp_path))
+    writer = RowWriter()
+    for row in MADE:
+        writer.append(row)
+    assert len(list(tmp_path.iterdir())) == 1
+    del writer
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_column_that_no_stage_has_is_refused():
     with pytest.raises(ValueError, match="no column extra"):
         RowWriter().append({"prompt": "a", "extra": 1})
