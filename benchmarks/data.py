@@ -6,7 +6,7 @@ cache of datasets; ours encodes in one process with the tokenizer's threads. Eve
 empty cache, but for the second start. Memory is that of the process and its children that no file backs, at its
 highest, less that of the same run on 10 pairs.
 
-    python -m benchmarks.data --model MODEL --source dpo_en_demo.json | tee benchmarks/results/data.log
+    python -m benchmarks.data --model MODEL --source pairs.json --pairs 10000 | tee benchmarks/results/data.log
 """
 
 import json

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from itertools import product
 
@@ -9,13 +12,14 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import gpu_7b, gpu_peers, ppo_step, settings, sft_step
+from benchmarks import data, gpu_7b, gpu_peers, ppo_step, settings, sft_step
 from benchmarks.gpu_measure import Meter, Row, Target, cells
 from benchmarks.model import EOS, VOCABULARY, causal_model, config
 from benchmarks.ppo_workload import SETTINGS, prompts, set_chance_of_eos
 from rlhf.cost.flops import FlopCounts
 from rlhf.cost.limits import Card, Cost, Rows, decoding_bytes
 from rlhf.cost.memory import Precision
+from rlhf.data.reading import load_rows
 
 
 def test_counted_flops_are_two_for_each_weight_and_token():
@@ -186,3 +190,25 @@ def test_the_settings_that_are_compared_differ_from_the_first_in_one_thing_each(
     assert made[0] == (1e-3, 16, 1.0) and len(made) == len(set(made)) == 5
     for other in made[1:]:
         assert sum(a != b for a, b in zip(made[0], other, strict=True)) == 1
+
+
+# ---- data ----
+def test_the_workload_of_pairs_has_as_many_different_ones_as_asked_for(tmp_path):
+    sides = {side: {"from": "gpt", "value": side} for side in ("chosen", "rejected")}
+    rows = [{"conversations": [{"from": "human", "value": asked}], **sides} for asked in ("one?", "two?")]
+    source = tmp_path / "source.json"
+    source.write_text(json.dumps(rows), encoding="utf-8")
+    data.write_workload(str(source), tmp_path / "pairs.jsonl", 5)
+    read, funnel = load_rows(str(tmp_path / "pairs.jsonl"), "preference")
+    assert [row["prompt"] for row in read] == ["0. one?", "1. two?", "2. one?", "3. two?", "4. one?"]
+    assert {(row["chosen"], row["rejected"]) for row in read} == {("chosen", "rejected")}
+    assert funnel.kept == 5
+
+
+def test_memory_of_a_process_counts_those_it_started():
+    alone = data.anonymous(os.getpid())
+    work = "import time; kept = bytearray(b'x' * 60_000_000); print(len(kept), flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", work], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert 50 < data.anonymous(os.getpid()) - alone < 150
+        child.kill()

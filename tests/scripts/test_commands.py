@@ -60,13 +60,15 @@ def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
     prompts.write_text(
         "".join(json.dumps({"prompt": f"我喜欢什么？{i}", "answer": i}) + "\n" for i in range(24)), encoding="utf-8"
     )
+    functions = folder / "rewards.py"
+    functions.write_text("def brevity(prompts, responses, rows):\n    return [-len(text) for text in responses]\n")
     lines = folder / "prompts.txt"
     lines.write_text("我喜欢什么？\n小猫想要什么？\n", encoding="utf-8")
     return {
         "--model_name": tiny_base, "--base_model_name": tiny_base, "--sft_model_lora_path": sft, "--lora_path": sft,
         "--previous_lora_weights": sft, "--reward_model_lora_path": reward, "--judge_lora_path": reward,
         "--merged_sft_model_path": str(folder / "merged"), "--prompts": str(lines), "adapter": sft,
-        "sft_training": write_answers(folder / "answers.jsonl"),
+        "functions": f"{functions}:", "sft_training": write_answers(folder / "answers.jsonl"),
         "reward_modeling": write_pairs(folder / "pairs.jsonl"), "rl_training": str(prompts),
     }  # fmt: skip
 
@@ -86,6 +88,9 @@ def small_command(words: list[str], places: dict[str, str], output_dir: str) -> 
     for name in flags:
         if name in places:
             flags[name] = [places[name]]
+    if "--reward_functions" in flags:
+        specs = flags["--reward_functions"]
+        flags["--reward_functions"] = [spec.replace("rewards.py:", places["functions"]) for spec in specs]
     if "--adapters" in flags:
         flags["--adapters"] = [f"{spec.partition('=')[0]}={places['adapter']}" for spec in flags["--adapters"]]
     if script in places:
