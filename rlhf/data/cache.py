@@ -80,7 +80,8 @@ def prepared(args, prompt_format: PromptFormat, prepare: Prepare, bad_rows_file:
         found = _load(folder)
         if found is None:
             _fill(folder, partial(prepare, args, prompt_format))
-            found = _load(folder)
+            # What cannot be read now is no damage: too little memory is left to map it, say.
+            found = _read(folder)
     if bad_rows_file:
         # Those of an earlier run are not this one's.
         Path(bad_rows_file).unlink(missing_ok=True)
@@ -158,14 +159,18 @@ def _fill(folder: Path, make: Callable[[Path | None], Prepared]) -> None:
 def _load(folder: Path) -> Prepared | None:
     """What a folder of the cache holds; None where there is none, or it is damaged."""
     try:
-        content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        funnel = Funnel(**content["funnel"])
-        # JSON knows no counters.
-        funnel.made = Counter(funnel.made)
-        funnel.dropped = Counter(funnel.dropped)
-        return Prepared({name: Rows.load(folder / name) for name in content["rows"]}, funnel, content["about"])
+        return _read(folder)
     except (OSError, ValueError, KeyError, TypeError, EOFError, pa.ArrowException):
         return None
+
+
+def _read(folder: Path) -> Prepared:
+    content = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    funnel = Funnel(**content["funnel"])
+    # JSON knows no counters.
+    funnel.made = Counter(funnel.made)
+    funnel.dropped = Counter(funnel.dropped)
+    return Prepared({name: Rows.load(folder / name) for name in content["rows"]}, funnel, content["about"])
 
 
 # ---- the key ----

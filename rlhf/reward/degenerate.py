@@ -10,12 +10,12 @@ from collections.abc import Callable
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from rlhf.data.funnel import Funnel
 from rlhf.data.template import turns_of
 from rlhf.reward.texts import alike, language, same_question, sentences
 
 # The flags of the reward stage ask for the kinds, before any library that takes seconds to load.
 if TYPE_CHECKING:
+    from rlhf.data.funnel import Funnel
     from rlhf.data.prompt_format import PromptFormat
 
 # A maker's result: text, or token ids with their stop token where a kind is about tokens; None: it cannot be made.
@@ -226,7 +226,7 @@ def degenerate_pairs(
     prompt_format: "PromptFormat",
     max_length: int,
     seed: int,
-    funnel: Funnel,
+    funnel: "Funnel",
 ) -> list[dict]:
     """`share` times as many further pairs as there are rows: a row's chosen answer against a degenerate one.
 

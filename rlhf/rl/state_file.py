@@ -57,9 +57,9 @@ def read_state(folder: Path) -> dict:
             refuse_types(state[name], file, kinds, required=tuple(kinds))
     refuse_types(state["baseline"], file, dict.fromkeys(state["baseline"], (int, float)))
     # A mean and a deviation for each part of the score.
-    parts = {name.removesuffix("mean").removesuffix("std") for name in state["reward_stats"]}
-    stats = [f"{part}{name}" for part in parts for name in ("mean", "std")]
-    refuse_types(state["reward_stats"], file, dict.fromkeys(state["reward_stats"], float), required=tuple(stats))
+    parts = sorted({name.removesuffix("mean").removesuffix("std") for name in state["reward_stats"]})
+    needed = [f"{part}mean" for part in parts] + [f"{part}std" for part in parts]
+    refuse_types(state["reward_stats"], file, dict.fromkeys(state["reward_stats"], float), required=tuple(needed))
 
     guard = refuse_types(state["guard"], file, {"start": dict, "recent_kl": list}, required=("start", "recent_kl"))
     refuse_types(guard["start"], file, dict.fromkeys(guard["start"], float))
