@@ -106,6 +106,7 @@ def _is_unsafe(error: Exception) -> bool:
 NO_MEMORY = (
     "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA out of memory",
     "can't start new thread", "Cannot allocate memory", "bad_alloc", "failed to map segment",
+    "Failed to launch worker thread",
 )  # fmt: skip
 
 
@@ -113,5 +114,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an allocation that failed, whichever library says so and how."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    # A library that is loaded late is mapped into memory too.
-    return isinstance(error, RuntimeError | ImportError) and any(words in str(error) for words in NO_MEMORY)
+    # A library that is loaded late is mapped into memory too; Arrow's errors have a class of their own.
+    return isinstance(error, Exception) and any(words in str(error) for words in NO_MEMORY)

@@ -46,7 +46,7 @@ def test_a_result_over_the_limit_for_files_leaves_none_of_its_parts(zygote, stag
 
 
 # MB beyond what the imports take: a file cannot be mapped, or a tensor not allocated.
-@pytest.mark.parametrize("more", [2, 24])
+@pytest.mark.parametrize("more", [2, 40])
 def test_a_limit_for_memory_is_one_sentence_in_sft_too(zygote, stages, tmp_path, more):
     own = int(Path(f"/proc/{zygote.process.pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     assert zygote.run(stages["sft"], tmp_path / "out", bytes=own + (more << 20)) == 1, zygote.said()[-3000:]
