@@ -105,8 +105,9 @@ def _child(command: Command) -> None:
 
     code = 1
     try:
-        from rlhf.run import launch
+        from rlhf.run import forks, launch
 
+        forks.own_pool()
         module = importlib.import_module(command.module)
         words = list(command.argv)
         sys.argv = words[1:] if words[0] == "-m" else words

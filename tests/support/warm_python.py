@@ -4,6 +4,7 @@
 files to the server, which forks; it passes signals on and ends with the exit code of the fork.
 """
 
+import importlib
 import io
 import json
 import os
@@ -54,6 +55,7 @@ def run_script(job: dict, files: list[int]) -> None:
     sys.argv = job["argv"]
     sys.path[0] = str(Path(job["argv"][0]).resolve().parent)
 
+    importlib.import_module("rlhf.run.forks").own_pool()
     code = 0
     try:
         runpy.run_path(job["argv"][0], run_name="__main__")
@@ -84,8 +86,6 @@ def answer(client: socket.socket) -> None:
 
 def serve(address: str) -> None:
     """Import once, then fork for each client, as long as the process that started this one lives."""
-    import importlib
-
     for name in ("sft_training", "reward_modeling", "rl_training", "merge_lora", "compare"):
         importlib.import_module(name)
     listener = socket.socket(socket.AF_UNIX)

@@ -119,6 +119,7 @@ def child(job: dict, rank: int) -> None:
         sys.warnoptions.append("error")
         warnings.simplefilter("error")
 
+    importlib.import_module("rlhf.run.forks").own_pool()
     script = importlib.import_module(job["script"])
     sys.argv = [f"{job['script']}.py", *job["argv"]]
     if "cwd" in job:
