@@ -1,8 +1,10 @@
 """Tiny models every test can afford: a native Baichuan and a stock Llama, built once a session from made-up text."""
 
+import atexit
 import gc
 import json
 import os
+import shutil
 import tempfile
 from itertools import product
 from pathlib import Path
@@ -11,18 +13,21 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Encoded rows are kept for later starts: those of tests not among the user's.
-os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="rlhf-tests-"))
+if "HF_DATASETS_CACHE" not in os.environ:
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="rlhf-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 import pytest
 import sentencepiece
 import torch
-from chat_tokenizers import make
+from chat_tokenizers import REAL, REAL_FAMILY, make
 from forked import stages, whole, zygote  # noqa: F401 (fixtures for all)
 from short_runs import short_inputs  # noqa: F401 (a fixture for all)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from rlhf.data.encoding import load_tokenizer
 
 # Matrices this small only lose time to threads.
 torch.set_num_threads(1)
@@ -171,3 +176,18 @@ def sample_lines(shared_data) -> list[str]:
     files = [shared_data / name for name in ("alpaca_zh_demo.json", "dpo_zh_demo.json")]
     found = [text for file in files for text in texts(json.loads(file.read_text(encoding="utf-8")))]
     return [line for text in found for line in text.splitlines(keepends=True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tmp_path_factory):
+    """The tokenizer of a family, saved and read back as a user's would be."""
+    made = {"real": AutoTokenizer.from_pretrained(REAL)} if REAL_FAMILY else {}
+
+    def get(family: str):
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            make(family, folder / "parts").save_pretrained(folder)
+            made[family] = load_tokenizer(str(folder))
+        return made[family]
+
+    return get

@@ -6,14 +6,13 @@ what plain peft computes with the adapter alone.
 """
 
 import re
-import signal
-import threading
-from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig
 from torch import Tensor
+
+from rlhf.artefacts.time_limits import within_seconds
 
 # Fields that may have any value: they say where an adapter goes, and how strong it is.
 ANY_VALUE = {
@@ -151,7 +150,7 @@ def refuse_slow_patterns(config: LoraConfig, weights: dict[str, Tensor], owner: 
     names = [name.split(".lora_")[0] for name in sorted(weights)[:PATTERN_NAMES]]
     for field, pattern in patterns:
         try:
-            with within_cpu_seconds(PATTERN_SECONDS):
+            with within_seconds(PATTERN_SECONDS, computing=True):
                 for name in names:
                     re.fullmatch(pattern, f"{name}!")
         except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -161,26 +160,6 @@ def refuse_slow_patterns(config: LoraConfig, weights: dict[str, Tensor], owner: 
                 f"{owner}: the regular expression in {field}, {pattern!r:.60}, takes for ever on the name of a "
                 "module: write it without a repetition inside a repetition"
             ) from None
-
-
-@contextmanager
-def within_cpu_seconds(seconds: float):
-    """Raise TimeoutError if the block computes for longer; regular expressions look for signals on their way."""
-
-    def stop(signum, frame):
-        raise TimeoutError
-
-    # Only the main thread may set a handler, and only there are adapters read.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _default(field):

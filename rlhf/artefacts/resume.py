@@ -74,9 +74,7 @@ def _place(path: str | None) -> str | None:
 def _only_longer(changes: list[str], args) -> bool:
     """Return True if only the run's length differs; it counts where the learning rate depends on the length."""
     rules = resume_rules(type(args))
-    # Each entry of `differences` begins with "--" and the name; one of `_other_inputs` names no flag.
-    if not all(words.startswith("--") for words in changes):
-        return False
+    # Each entry of `differences` begins with "--" and the name.
     names = [words.split()[0][2:] for words in changes]
     # Any other schedule would have had other learning rates from the first step on.
     return args.lr_scheduler_type == "constant" and all(rules[name] == "longer" for name in names)

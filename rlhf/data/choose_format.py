@@ -15,7 +15,8 @@ def choose_format(args, tokenizer, model_dir: str | Path) -> PromptFormat:
         args: flags of `FormatFlags`. model_dir: of the base, whose generation_config names stop tokens.
     Raises: ValueError where there is no chat template, or the flags cannot be followed.
     """
-    template = args.prompt_template
+    asked = args.prompt_template
+    template = asked
     chat_template = chat_template_of(args.chat_template, tokenizer)
     if template == AUTO:
         template = CHAT if chat_template else DEFAULT_TEMPLATE
@@ -24,11 +25,11 @@ def choose_format(args, tokenizer, model_dir: str | Path) -> PromptFormat:
             f"--prompt_template chat: the tokenizer of {model_dir} has no chat template: give --chat_template FILE, "
             "or a text with {prompt}"
         )
-    asked = args.prompt_template
     if template != CHAT and args.chat_template_kwargs:
         raise ValueError(
             f"--chat_template_kwargs, but the tokenizer of {model_dir} has no chat template to take them: leave it out"
         )
+
     args.prompt_template = template
     chosen = PromptFormat(
         tokenizer,

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.artefacts.adapters import read_adapter
 from rlhf.artefacts.damage import refuse_nonfinite, refused
-from rlhf.artefacts.foreign import MERGE_IT, PATTERN_SECONDS, refuse_unshareable, within_cpu_seconds
+from rlhf.artefacts.foreign import MERGE_IT, PATTERN_SECONDS, refuse_unshareable
+from rlhf.artefacts.time_limits import within_seconds
 from rlhf.models.linear import fuse_adapters
 
 # Every linear layer of the decoder blocks, as --lora_target_models has it.
@@ -46,7 +47,7 @@ def lora_targets(model: PreTrainedModel, spec: str | None) -> list[str] | str:
 
     # peft matches an expression with the whole name of a module.
     try:
-        with within_cpu_seconds(PATTERN_SECONDS):
+        with within_seconds(PATTERN_SECONDS, computing=True):
             matches = any(re.fullmatch(spec, name) for name in linear)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"--lora_target_models {spec} is no regular expression ({error})") from None

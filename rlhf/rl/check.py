@@ -226,6 +226,7 @@ def check_start(loop: PPOLoop, fresh: bool) -> None:
         warnings.warn(warning, stacklevel=2)
     if fresh:
         _check_spread(loop, rollout, prompts)
+
     if rollout.ended(loop.sampling.stop_ids).any():
         say("check: log-probabilities, scores, reference and stop token are as they should be")
         return

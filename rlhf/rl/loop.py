@@ -32,8 +32,8 @@ class PPOLoop:
     kl_controller: FixedKLController | AdaptiveKLController
     guard: CollapseGuard
     functions: list[RewardFunction] = field(default_factory=list)
-    # The warning that one part of the score decides alone was given.
-    dominated: bool = False
+    # Parts of the score in the run's first step, emptied when it was said that one of them decides alone.
+    first_parts: dict[str, float] | None = None
     # Mean and deviation of the SFT model's raw scores, for --reward_transform standardize.
     reward_stats: dict[str, float] = field(default_factory=dict)
     # Evaluation of the SFT model, before the first step.

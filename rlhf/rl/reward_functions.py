@@ -6,10 +6,8 @@ A file of reward functions is the user's own code and runs as such, without a sa
 import hashlib
 import importlib.util
 import math
-import signal
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from rlhf.artefacts.time_limits import within_seconds
 from rlhf.reward import functions
 
 READY = ("overlong", "repetition", "exact_answer", "pattern")
@@ -115,7 +114,7 @@ def call_function(
     """
     name = f"reward function {function.name}"
     try:
-        with _within(timeout):
+        with within_seconds(timeout):
             scores = function.call(prompts, responses, rows)
     except TimeoutError:
         raise ValueError(f"{name} took longer than --reward_timeout {timeout:g} seconds for a batch") from None
@@ -131,25 +130,6 @@ def call_function(
         if score is not None and not (isinstance(score, bool | int | float) and math.isfinite(score)):
             raise ValueError(f"{name} gave {score!r:.60} for row {row} ({responses[row]!r:.60}): not a finite number")
     return torch.tensor([math.nan if score is None else float(score) for score in scores])
-
-
-@contextmanager
-def _within(seconds: float):
-    """Raise TimeoutError in the block once the seconds are over; 0 waits for ever."""
-    if not seconds:
-        yield
-        return
-
-    def stop(signum, frame):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _cause(error: Exception, path: Path | None = None) -> str:

@@ -145,11 +145,15 @@ def describe_parts(loop: PPOLoop, parts: dict[str, Tensor]) -> dict[str, float]:
 
 def warn_of_dominating(loop: PPOLoop, record: dict[str, float]) -> None:
     """Say once that one part of the score has come to decide alone, compared with the run's first step."""
-    if not loop.functions or loop.dominated:
+    if not loop.functions:
         return
-    sentence = dominating_part(loop, record, read_metrics(loop.args.output_dir)[0])
+    # A run that goes on finds its first step in the log; the log is read once.
+    if loop.first_parts is None:
+        loop.first_parts = read_metrics(loop.args.output_dir)[0]
+    sentence = dominating_part(loop, record, loop.first_parts)
     if sentence:
-        loop.dominated = True
+        # Nothing is compared with it any more.
+        loop.first_parts = {}
         warnings.warn(sentence, stacklevel=2)
 
 

@@ -1,13 +1,10 @@
 """Rows encoded many at once have the ids, the order and the counts of rows encoded one by one."""
 
-import os
 import random
-from pathlib import Path
 
 import pytest
-from chat_tokenizers import CHAT_FAMILIES, TEXT_FAMILIES, make
+from chat_tokenizers import CHAT_FAMILIES, REAL_FAMILY, TEXT_FAMILIES, make
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import AutoTokenizer
 
 from rlhf.data import encoding
 from rlhf.data.choose_format import text_format
@@ -19,29 +16,12 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.reading import load_rows
 from rlhf.data.template import turns_of
 
-# A directory with a real chat model, where there is one: its tokenizer is tried like the others.
-REAL = os.environ.get("RLHF_REAL_MODEL", "")
-FAMILIES = (*CHAT_FAMILIES, *TEXT_FAMILIES, *(["real"] if Path(REAL, "tokenizer.json").is_file() else []))
+FAMILIES = (*CHAT_FAMILIES, *TEXT_FAMILIES, *REAL_FAMILY)
 
 WORDS = (
     "The", "capital", " of", "  France", "\n", "\n\n", "我喜欢", "红茶。", "I'm", "42", "3.14", "<|im_end|>", "</s>",
     "<eos>", "[/INST]", "<think>", "\u200b", "🙂", " ", "<|eot_id|>", "▁", "\t", "é",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer_of(tmp_path_factory):
-    """The tokenizer of a family, saved and read back as a user's would be."""
-    made = {"real": AutoTokenizer.from_pretrained(REAL) if "real" in FAMILIES else None}
-
-    def get(family: str):
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            make(family, folder / "parts").save_pretrained(folder)
-            made[family] = load_tokenizer(str(folder))
-        return made[family]
-
-    return get
 
 
 def random_rows(count: int) -> list[dict]:

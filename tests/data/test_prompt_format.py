@@ -1,17 +1,13 @@
 """Prompt formats: ids equal those of the chat template, one BOS or none, typed control tokens, stop sets."""
 
-import os
-from pathlib import Path
-
 import pytest
-from chat_tokenizers import CHAT_FAMILIES, TEXT_FAMILIES, make
-from transformers import AutoTokenizer
+from chat_tokenizers import CHAT_FAMILIES, REAL_FAMILY, TEXT_FAMILIES
 
 from rlhf.artefacts.fingerprints import padding_id
 from rlhf.data.arguments import DataArguments
 from rlhf.data.choose_format import choose_format, generation_stop_ids, stored_format, text_format
 from rlhf.data.dialogues import Unusable
-from rlhf.data.encoding import load_tokenizer, preference_rows, prompt_rows, sft_rows
+from rlhf.data.encoding import preference_rows, prompt_rows, sft_rows
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.reading import load_rows
@@ -19,24 +15,7 @@ from rlhf.data.served_template import served_template
 
 QUESTION = [("user", "What is the capital of France?")]
 DIALOGUE = [("user", "你喜欢什么？"), ("assistant", "红茶。"), ("user", "I'm sorry, what?")]
-# A directory with a real chat model, where there is one: its tokenizer is tried like the others.
-REAL = os.environ.get("RLHF_REAL_MODEL", "")
-FAMILIES = (*CHAT_FAMILIES, *(["real"] if Path(REAL, "tokenizer.json").is_file() else []))
-
-
-@pytest.fixture(scope="module")
-def tokenizer_of(tmp_path_factory):
-    """The tokenizer of a family, saved and read back as a user's would be."""
-    made = {"real": AutoTokenizer.from_pretrained(REAL) if "real" in FAMILIES else None}
-
-    def get(family: str):
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            make(family, folder / "parts").save_pretrained(folder)
-            made[family] = load_tokenizer(str(folder))
-        return made[family]
-
-    return get
+FAMILIES = (*CHAT_FAMILIES, *REAL_FAMILY)
 
 
 def chat_format(tokenizer, **settings) -> PromptFormat:

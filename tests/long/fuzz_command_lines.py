@@ -6,7 +6,6 @@
 A command line depends on the seed and its number alone: the shortest one of a script with up to three mistakes in it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import importlib
@@ -25,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "long")]
 
 from forked import TERM, Zygote  # noqa: E402
+from fuzzing import fuzz_arguments  # noqa: E402
 from short_runs import SCRIPTS, make_inputs, short_run  # noqa: E402
 from soak import make_base  # noqa: E402
 
@@ -220,12 +220,7 @@ def make_inputs_of(folder: Path):
 
 def main() -> None:
     """Run the command lines that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int)
-    args = parser.parse_args()
+    args, numbers = fuzz_arguments(__doc__, "lines", 1000)
 
     with tempfile.TemporaryDirectory() as name:
         world = Path(name) / "inputs"
@@ -234,7 +229,6 @@ def main() -> None:
         make_inputs(str(world / "base"), world)
         zygote = Zygote()
         seen = Counter()
-        numbers = [args.only] if args.only is not None else range(args.first, args.first + args.lines)
         for number in numbers:
             what = check(zygote, world, args.seed, number, args.only is not None)
             fine = what.startswith("exit ")

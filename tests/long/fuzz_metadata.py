@@ -8,7 +8,6 @@ fits, so that nothing but the way of reading protects from what they say. The ot
 where the run goes on, its weights have to be those of an undisturbed one.
 """
 
-import argparse
 import json
 import os
 import random
@@ -27,6 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 import conftest  # noqa: E402
 from chat_tokenizers import make  # noqa: E402
 from forked import FILES, KILL, Zygote, make_stages  # noqa: E402
+from fuzzing import fuzz_arguments  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from rlhf.artefacts.checkpoint import MANIFEST, read_manifest, write_manifest  # noqa: E402
@@ -272,12 +272,7 @@ def check(zygote: Zygote, world: Path, stages: dict, seed: int, number: int, sho
 
 def main() -> None:
     """Run the cases that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--only", type=int)
-    args = parser.parse_args()
+    args, numbers = fuzz_arguments(__doc__, "files", 2000)
 
     with tempfile.TemporaryDirectory() as name:
         world = Path(name) / "whole"
@@ -286,7 +281,6 @@ def main() -> None:
         make_world(world, zygote)
         stages = make_stages_again(world)
         seen = Counter()
-        numbers = [args.only] if args.only is not None else range(args.first, args.first + args.files)
         for number in numbers:
             what = check(zygote, world, stages, args.seed, number, args.only is not None)
             seen[what.split()[0]] += 1

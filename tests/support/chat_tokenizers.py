@@ -1,6 +1,7 @@
 """Tokenizers of the families that people bring, small and trained here, each with a chat template in its own style."""
 
 import json
+import os
 from pathlib import Path
 
 import sentencepiece
@@ -18,6 +19,10 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.baichuan.to_fast_tokenizer import fast_tokenizer
+
+# A directory with a real chat model, where there is one: its tokenizer is tried like the others.
+REAL = os.environ.get("RLHF_REAL_MODEL", "")
+REAL_FAMILY = ("real",) if Path(REAL, "tokenizer.json").is_file() else ()
 
 TEXT = [
     "You are a helpful assistant. What is the capital of France? Paris, I think. I'm sorry, I can't say.",
