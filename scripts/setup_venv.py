@@ -131,7 +131,8 @@ def make_environment():
     uv = find_uv()
     if python:
         say(f"making {ENV}")
-        code, text = heard([python, "-m", "venv", ENV])
+        # Python takes most of the time to unpack a pip, which `put_pip` has sooner.
+        code, text = heard([python, "-m", "venv", ENV, "--without-pip"])
         if code == 0:
             return
         if not uv:
@@ -186,26 +187,41 @@ def missing(requirements):
 # ---- installing ----
 
 
-def ask_pip():
-    """Command that runs .venv's pip, and what the user told pip by files and PIP_ variables, as {name: value}.
+def find_pip():
+    """Command that runs a pip for .venv, or []. A new .venv has none yet: another Python's installs into it too."""
+    own = [PYTHON, "-m", "pip"]
+    beside = [sys.executable, "-m", "pip", "--python", PYTHON]
+    for pip in (own, beside):
+        if heard([*pip, "--version"])[0] == 0:
+            return pip
+    return own if heard([PYTHON, "-m", "ensurepip"])[0] == 0 else []
 
-    Where uv made .venv, pip is put there first. Where that fails, the command is [] and only the variables count.
-    """
-    pip = [PYTHON, "-m", "pip"]
-    code, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL)
-    if code and heard([PYTHON, "-m", "ensurepip"])[0] == 0:
-        code, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL)
-    if code:
+
+def told_to(pip):
+    """What the user told pip by files and PIP_ variables, as {name: value}; without a pip only the variables count."""
+    if not pip:
         told = [name for name in os.environ if name.startswith("PIP_")]
-        return [], {name[4:].lower().replace("_", "-"): os.environ[name] for name in told}
+        return {name[4:].lower().replace("_", "-"): os.environ[name] for name in told}
 
+    _, text = heard([*pip, "config", "list"], stderr=subprocess.DEVNULL)
     settings = {}
     for section in ("global.", "install.", ":env:."):
         for line in text.splitlines():
             name, _, value = line.partition("=")
             if name.startswith(section):
                 settings[name[len(section) :]] = ast.literal_eval(value)
-    return pip, settings
+    return settings
+
+
+def put_pip(uv):
+    """Put pip into .venv, where users look for it: uv unpacks the wheel that Python brings in no time."""
+    if heard([PYTHON, "-c", "import pip"])[0] == 0:
+        return
+    bundled = "import ensurepip, pathlib; print(*pathlib.Path(ensurepip.__file__).parent.glob('_bundled/pip-*.whl'))"
+    wheel = heard([PYTHON, "-c", bundled])[1].strip()
+    flags = ["--python", PYTHON, "--no-deps", "--no-index"]
+    if not uv or not wheel.endswith(".whl") or heard([*uv, "pip", "install", *flags, wheel])[0]:
+        heard([PYTHON, "-m", "ensurepip"])
 
 
 def can_write(folder):
@@ -287,7 +303,8 @@ def stop(requirements, why):
 def install(requirements):
     """Install torch, then the rest: by uv, and by pip where uv cannot be had or cannot do it."""
     forget_half_installed()
-    pip, settings = ask_pip()
+    pip = find_pip()
+    settings = told_to(pip)
     environment = uv_environment(settings)
     bounds = write_bounds()
 
@@ -318,19 +335,10 @@ def install(requirements):
         why_pip = ""
         if shown([*pip, "install", *bounds, *words]):
             stop(requirements, "pip's words are above")
+    put_pip(uv)
 
 
 # ---- the whole ----
-
-
-def write_bytecode():
-    """Compile what the stages import, where Python may not do so later: each start would take some 10 s longer.
-
-    pip compiles all that it installs, which takes most of its time. Elsewhere Python does it at the first use.
-    """
-    environment = {**os.environ}
-    if environment.pop("PYTHONDONTWRITEBYTECODE", ""):
-        heard([PYTHON, "-c", f"import {IMPORTED}"], env=environment)
 
 
 @contextlib.contextmanager
@@ -350,8 +358,15 @@ def only_one():
 
 
 def summary(seconds):
-    """One line: seconds, size, Python, torch's build, the cards it can use. Ends here where torch does not import."""
-    probe = """
+    """One line: seconds, size, Python, torch's build, the cards it can use. Ends here where torch does not import.
+
+    What is imported for it is compiled by the way, also where Python may not do so later: there each start would take
+    some 10 s longer. pip compiles all that it installs, which takes most of its time.
+    """
+    environment = {**os.environ}
+    imported = IMPORTED if environment.pop("PYTHONDONTWRITEBYTECODE", "") else "torch"
+    probe = f"import contextlib\nwith contextlib.suppress(Exception):\n    import {imported}\n"
+    probe += """
 import sys, torch
 cards = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 if torch.backends.mps.is_available():
@@ -359,7 +374,7 @@ if torch.backends.mps.is_available():
 named = ", ".join(f"{cards.count(card)} x {card}" for card in sorted(set(cards))) or "no GPU that torch can use"
 print("Python %d.%d.%d" % sys.version_info[:3], f"torch {torch.__version__}", named, sep=", ")
 """
-    code, text = heard([PYTHON, "-c", probe])
+    code, text = heard([PYTHON, "-c", probe], env=environment)
     lines = text.strip().splitlines() or ["no output"]
     if code:
         sys.exit(f"torch is installed in {ENV}, but does not import: {lines[-1]}")
@@ -393,7 +408,6 @@ def main(requirements):
         for mark in ENV.glob("installed_*.txt"):
             mark.unlink()
         install(requirements)
-        write_bytecode()
         line = summary(lambda: time.monotonic() - begin)
         (ENV / f"installed_{requirements}").write_text("\n".join(sorted(wanted)) + "\n", encoding="utf-8")
     say(line)
