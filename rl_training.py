@@ -16,9 +16,10 @@ from pathlib import Path
 from rlhf.arguments import CommonArguments, LoraArguments
 from rlhf.data.arguments import DataArguments
 from rlhf.flags import parse
-from rlhf.rl.arguments import RewardFlags, SamplingFlags, UpdateFlags, WatchFlags
+from rlhf.rl.arguments import RewardFlags, SamplingFlags, WatchFlags
 from rlhf.rl.artefact_flags import ArtefactFlags
 from rlhf.rl.function_flags import FunctionFlags
+from rlhf.rl.update_flags import UpdateFlags
 from rlhf.run import startup
 
 

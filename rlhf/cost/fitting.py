@@ -33,6 +33,9 @@ def remedies(args, kind: str) -> Iterator[dict]:
     # Fewer rows a pass and as many more passes: the optimizer step stays the same.
     name = "mini_batch_size" if kind == "ppo" else "per_device_train_batch_size"
     rows = getattr(args, name) or 1
+    if kind == "ppo" and args.tokens_per_backward:
+        yield {"tokens_per_backward": args.max_prompt_length + args.output_max_length}
+        rows = 1
     for size in divisors(rows)[1:]:
         yield {name: size, "gradient_accumulation_steps": args.gradient_accumulation_steps * rows // size}
 

@@ -77,10 +77,13 @@ def memory_of(args, base: Base, kind: str, precision: Precision | None = None) -
         tokens = args.per_device_train_batch_size * SIDES[kind] * args.max_length
         return trainer_needs(base.shape, precision, trained, tokens, args.gradient_checkpointing, head=kind == "sft")
 
+    # Left out, it is what fits; one row is what a start falls back to.
+    mini_batch = args.mini_batch_size or 1
+    if args.tokens_per_backward:
+        mini_batch = max(1, args.tokens_per_backward // (args.max_prompt_length + args.output_max_length))
     sizes = PpoSizes(
         batch=args.batch_size,
-        # Left out, it is what fits; one row is what a start falls back to.
-        mini_batch=args.mini_batch_size or 1,
+        mini_batch=mini_batch,
         forward_batch=args.forward_batch_size,
         query=args.max_prompt_length,
         response=args.output_max_length,

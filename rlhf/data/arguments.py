@@ -122,12 +122,27 @@ class DataArguments(FormatFlags):
         expert=True,
     )
 
+    inspect_rows: int = flag(
+        10_000,
+        help="rows of each source, the first ones, that --inspect_data looks at; -1 for all",
+        group="data",
+        resume="free",
+        expert=True,
+    )
+
     def __post_init__(self):
+        if self.inspect_rows < 1 and self.inspect_rows != -1:
+            raise ValueError(f"--inspect_rows {self.inspect_rows} is no number of rows: give 1 or more, or -1 for all")
         if not 0 <= self.eval_size < math.inf:
             raise ValueError(f"--eval_size {self.eval_size} is no size: give a share below 1 or a number of rows")
         if self.eval_split == self.train_split and not self.eval_dataset_name:
             raise ValueError(f"--eval_split {self.eval_split} is the split to train on: name another or leave it out")
         super().__post_init__()
+
+    def row_limit(self) -> int | None:
+        """Rows that are read of each source; None: all, as everywhere but under --inspect_data."""
+        limited = getattr(self, "inspect_data", False) and self.inspect_rows != -1
+        return self.inspect_rows if limited else None
 
     def named_columns(self) -> dict[str, str | None]:
         """The columns the user named, as `find_format` takes them."""

@@ -92,7 +92,8 @@ def prepared(args, prompt_format: PromptFormat, prepare: Prepare, bad_rows_file:
 
 def _root(args) -> Path | None:
     """The folder of the cache; None where there is to be none, or none can be written."""
-    if args.data_cache == NONE:
+    # A look at the first rows shall not wait for a hash of all.
+    if args.data_cache == NONE or args.row_limit() is not None:
         return None
     # As datasets has it, without its import: that takes a second, and 100 MB of every process.
     usual = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
@@ -181,7 +182,7 @@ def _key(args, prompt_format: PromptFormat, prepare: Prepare) -> str | None:
         return None
 
     flags = {field.name: getattr(args, field.name) for field in fields(args) if field.metadata["group"] == "data"}
-    flags.pop("data_cache")
+    del flags["data_cache"], flags["inspect_rows"]
     flags |= {name: getattr(args, name) for name in DECIDING if hasattr(args, name)}
     tokenizer = prompt_format.tokenizer
     # A Python tokenizer keeps its pieces in a file: the vocabulary and the special ids have to do.

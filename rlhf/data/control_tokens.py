@@ -4,8 +4,10 @@ A typed `<|im_end|>` is broken by a mark before the template sees it. Between th
 text is then encoded piece by piece, each piece as plain text without its marks.
 """
 
+import copy
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from itertools import chain
 
 # Texts in front of which another text is encoded, to see it as a continuation.
@@ -109,15 +111,21 @@ class ControlTokens:
         texts = set(texts)
         # Marked texts are rare, and a Python tokenizer has no threads.
         single = {text for text in texts if text[1] is not None or not self.tokenizer.is_fast}
-        known = {text: self.encode(*text) for text in single}
+        own = self._of_another_thread
+        known = {text: own.encode(*text) for text in single}
 
         cut = {text: self._cuts.split(text[0]) if self._cuts_freely else [text[0]] for text in texts - single}
         pieces = list(dict.fromkeys(chain.from_iterable(cut.values())))
         if pieces:
             settings = {"add_special_tokens": False, "split_special_tokens": False, "return_attention_mask": False}
-            ids = dict(zip(pieces, self.tokenizer(pieces, **settings)["input_ids"], strict=True))
+            ids = dict(zip(pieces, own.tokenizer(pieces, **settings)["input_ids"], strict=True))
             known |= {text: list(chain.from_iterable(map(ids.get, parts))) for text, parts in cut.items()}
         return known
+
+    @cached_property
+    def _of_another_thread(self) -> "ControlTokens":
+        """A copy of these: a tokenizer changes its settings at every call, so two threads must not share one."""
+        return copy.deepcopy(self)
 
     def continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on another one."""

@@ -1,6 +1,7 @@
 """Rows of token ids, the same in every stage: tokenizer and encoded rows."""
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -94,11 +95,7 @@ def _encoded(
 
     A row that the chat template refuses is left out and counted. The texts of many rows are encoded in one call.
     """
-    for chunk in _chunks(shown(rows, "encoding")):
-        asked = [_texts(prompt_format, row, sides) for row in chunk]
-        usable = [texts for texts in asked if not isinstance(texts, Unusable)]
-        known = prompt_format.control.encode_all(chain.from_iterable(chain.from_iterable(usable)))
-
+    for chunk, asked, known in _with_ids(prompt_format, _chunks(shown(rows, "encoding")), sides):
         # In the order of the rows, so that the funnel names its reasons in that order.
         for row, texts in zip(chunk, asked, strict=True):
             if isinstance(texts, Unusable):
@@ -108,6 +105,28 @@ def _encoded(
                 yield row, list(map(prompt_format.answer_ids, texts, answers, repeat(known)))
             else:
                 yield row, [prompt_format.with_bos(known[texts[0][0]])]
+
+
+def _with_ids(
+    prompt_format: PromptFormat, chunks: Iterable[list[dict]], sides: tuple[str, ...]
+) -> Iterator[tuple[list[dict], list, dict[Marked, list[int]]]]:
+    """Runs of rows, the texts of each row (of `_texts`), and the ids of all these texts.
+
+    The tokenizer's threads encode one run while the texts of the next are made and the ids of the last are looked at.
+    """
+    with ThreadPoolExecutor(1) as encoder:
+        ahead = None
+        for chunk in chunks:
+            asked = [_texts(prompt_format, row, sides) for row in chunk]
+            usable = [texts for texts in asked if not isinstance(texts, Unusable)]
+            texts = list(chain.from_iterable(chain.from_iterable(usable)))
+            # Only one run is ahead: each is as large as memory should be asked for.
+            following = chunk, asked, encoder.submit(prompt_format.control.encode_all, texts)
+            if ahead:
+                yield *ahead[:2], ahead[2].result()
+            ahead = following
+        if ahead:
+            yield *ahead[:2], ahead[2].result()
 
 
 def _texts(prompt_format: PromptFormat, row: dict, sides: tuple[str, ...]) -> list[tuple[Marked, ...]] | Unusable:

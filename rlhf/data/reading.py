@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from rlhf.data.columns import Survey, find_format
@@ -19,7 +20,7 @@ from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.funnel import Funnel, split_eval, without_overlap
 from rlhf.data.located import GB18030_HINT, Located, write_bad_rows
 from rlhf.data.rows import Rows, RowWriter
-from rlhf.data.sources import EVAL_SPLITS, splits_of
+from rlhf.data.sources import EVAL_SPLITS, Again, splits_of
 from rlhf.data.template import AUTO, DEFAULT_TEMPLATE, opening
 from rlhf.run.progress import shown
 
@@ -101,6 +102,10 @@ class ReadingOptions:
     prompt_template: str = DEFAULT_TEMPLATE
     bad_rows: str = "stop"
 
+    def row_limit(self) -> int | None:
+        """Rows that are read of each source: all."""
+        return None
+
     def named_columns(self) -> dict[str, str | None]:
         """The columns the user named, as `find_format` takes them: none."""
         return dict.fromkeys(("prompt", "answer", "chosen", "rejected", "margin"))
@@ -127,8 +132,12 @@ class _Reader:
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}: it has {', '.join(sorted(splits))}")
 
-        # All rows once for their columns alone: only together do they show which are usual.
         located = splits[split]
+        limit = self.args.row_limit()
+        if limit is not None:
+            located = Again(islice, located, limit)
+
+        # All rows once for their columns alone: only together do they show which are usual.
         survey = Survey(shown(located, "reading"))
         # Texts alone are prompts.
         if self.kind == "prompt" and survey.only_texts:
@@ -145,6 +154,8 @@ class _Reader:
 
         if fmt:
             self.funnel.formats.append(str(fmt))
+        if survey.count == limit:
+            self.funnel.formats.append(f"of {source} the first {limit:,} rows alone; --inspect_rows -1 reads all")
 
         # Duplicates are sought inside one source: `load_splits` treats a prompt in both by itself.
         seen: set[bytes] = set()

@@ -3,9 +3,7 @@
     y = x W' + b + s (x A') B'        W [out, in] frozen, A [r, in] and B [out, r] trained, s = alpha / r
 
 peft's forward makes each term a tensor of the layer's size and adds them; here the small product is added in place,
-forward and backward. Float32 on a CPU uses oneDNN, which PyTorch contains but does not choose: its products took 10
-to 30 % less time than MKL's on the AMD machine that benchmarks/ was measured on. For few rows, as in decoding, MKL
-took half as long with the weight on the left.
+forward and backward. Float32 on a CPU takes the way that trial.py found to be fastest there.
 
 A `forward` is replaced on an instance in four ways, all of them in this project and none anywhere else:
 
@@ -25,32 +23,21 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from rlhf.models import trial
+
 # PyTorch and oneDNN each keep what they prepared for the last 1024 shapes, buffers of the weights' size among it:
 # gigabytes, when rows have ever new lengths. A micro-batch needs about twenty. Both read the limit at their first
 # product, so it is set at import; a value that the caller set stays.
 for _name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_name, "32")
 
-# Elements of a weight from which on the order of a product matters, and oneDNN's longer way into it pays.
-LARGE = 1 << 17
-
-# Rows of which the weight is better on the left.
-FEW = 4
-
-
-# PyTorch keeps this operator to itself: a version without that name takes the usual product.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W' + b of x [N, in] and weight [out, in], in memory of its own; no gradients."""
     plain = x.is_cpu and x.dtype == weight.dtype == torch.float32
-    if not (ONEDNN and plain and weight.numel() >= LARGE):
+    if not (trial.ONEDNN and plain and weight.numel() >= trial.LARGE):
         return linear(x, weight, bias)
-    if bias is None and 1 < len(x) <= FEW:
-        # Row after row in memory again, as the other ways give it.
-        return (weight @ x.T).T.contiguous()
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return trial.way_of(x, weight)(x, weight, bias)
 
 
 def adapted(
@@ -187,10 +174,11 @@ class FrozenForward:
 
 def fuse_linears(model: nn.Module) -> None:
     """Let the linear layers of `model`, adapted or frozen, compute as above; quantised ones stay as they are."""
+    trial.settle(model)
     fuse_adapters(model)
     for module in model.modules():
         # The exact type, because a subclass (4 bits, or the head of Baichuan2) computes something else.
-        if type(module) is nn.Linear and ONEDNN and module.weight.is_cpu:
+        if type(module) is nn.Linear and trial.ONEDNN and module.weight.is_cpu:
             module.forward = FrozenForward(module)
 
 

@@ -154,8 +154,11 @@ def batch_sizes(loop: PPOLoop) -> str:
     responses = args.batch_size * loop.processes
     # An optimizer step sees one window of each process.
     window = args.mini_batch_size * args.gradient_accumulation_steps * loop.processes
+    bound = f"{args.mini_batch_size} rows"
+    if args.tokens_per_backward:
+        bound = f"at most {args.tokens_per_backward:,} tokens"
     return (
-        f"{loop.total_steps} steps of {responses} responses{groups}; {args.mini_batch_size} rows a backward pass, "
+        f"{loop.total_steps} steps of {responses} responses{groups}; {bound} a backward pass, "
         f"an optimizer step each {window}"
     )
 

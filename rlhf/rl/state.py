@@ -16,6 +16,7 @@ from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.checkpoint import publish, rotate, why_incomplete
 from rlhf.artefacts.output_dir import finished_together
 from rlhf.artefacts.run_json import write_run
+from rlhf.models import trial
 from rlhf.rl.loop import PPOLoop
 from rlhf.rl.roles import save_critic
 from rlhf.rl.state_file import Copies, load_last_good, load_state, save_last_good, save_state
@@ -66,7 +67,9 @@ def snapshot(loop: PPOLoop) -> Snapshot:
 def _state(loop: PPOLoop) -> dict:
     """The part of a run that is JSON, not a copy: the fields KEPT, the KL penalty and the guard's memory."""
     state = {name: getattr(loop, name) for name in KEPT}
-    return state | {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict()}
+    # A product rounds as its way does: a run that is resumed keeps its own.
+    kernels = trial.in_use()
+    return state | {"kl_coef": loop.kl_controller.value, "guard": loop.guard.state_dict(), "kernels": kernels}
 
 
 def restore(loop: PPOLoop, kept: Snapshot) -> None:
@@ -81,6 +84,7 @@ def _put_back(loop: PPOLoop, state: dict) -> None:
         setattr(loop, name, state[name])
     loop.kl_controller.value = state["kl_coef"]
     loop.guard.load_state_dict(state["guard"])
+    trial.use(state["kernels"])
 
 
 # ---- checkpoints ----

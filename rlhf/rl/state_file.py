@@ -9,6 +9,7 @@ from torch import Tensor
 from rlhf.artefacts.checkpoint import read_manifest
 from rlhf.artefacts.damage import refuse_other_shapes, refuse_types, refused
 from rlhf.artefacts.files import load_tensors, read_object, write_json
+from rlhf.models import trial
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
@@ -56,6 +57,11 @@ def read_state(folder: Path) -> dict:
         if state[name]:
             refuse_types(state[name], file, kinds, required=tuple(kinds))
     refuse_types(state["baseline"], file, dict.fromkeys(state["baseline"], (int, float)))
+    # Runs of earlier versions had the usual ones.
+    kernels = refuse_types({"kernels": {}} | state, file, {"kernels": dict})["kernels"]
+    if not all(way in list(trial.WAYS) for way in kernels.values()):
+        raise ValueError(f"{file}: its kernels are none of {', '.join(trial.WAYS)}: it is damaged, or was changed")
+    state["kernels"] = kernels
     # A mean and a deviation for each part of the score.
     parts = sorted({name.removesuffix("mean").removesuffix("std") for name in state["reward_stats"]})
     needed = [f"{part}mean" for part in parts] + [f"{part}std" for part in parts]

@@ -84,12 +84,14 @@ class Learner:
         self.critic_only = critic_only
         trained = roles.critic() if critic_only else roles.trainable()
         self.parameters = list(trained.values())
+        # What bounds a backward pass, for whoever has too little memory.
+        self.bound = "--tokens_per_backward" if args.tokens_per_backward else "--mini_batch_size"
         # SUMS of the open window; in float64 many small terms add up without loss.
         self.window = torch.zeros(len(SUMS), device=accelerator.device, dtype=torch.float64)
         # Norm of each optimizer step's gradient, largest ratio of each backward.
         self.norms: list[float] = []
         self.largest: list[Tensor] = []
-        # Backward passes of the open window, and windows that were skipped.
+        # Mini-batches in the open window, and windows that were skipped.
         self.pending = 0
         self.skipped = 0
 
@@ -100,10 +102,16 @@ class Learner:
 
         for epoch in range(args.ppo_epochs):  # noqa: B007 (how far it came is reported)
             start = totals
-            for rows in mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator):
-                part = rollout.rows(rows)
-                with explain_out_of_memory("the update", part.input_ids.shape, "--mini_batch_size"):
-                    totals = totals + self.backward(part)
+            batches = mini_batches(rollout, args.mini_batch_size, args.gradient_accumulation_steps, generator)
+            while batches:
+                # Those up to the next optimizer step, which the epoch before may have begun.
+                due = args.gradient_accumulation_steps - self.pending
+                for rows in self.passes(rollout, batches[:due]):
+                    part = rollout.rows(rows)
+                    with explain_out_of_memory("the update", part.input_ids.shape, self.bound):
+                        totals = totals + self.backward(part)
+                self.pending += len(batches[:due])
+                batches = batches[due:]
                 if self.pending == args.gradient_accumulation_steps:
                     self.step()
             # All ranks must leave together, or the next reduction waits forever for the one that left.
@@ -115,6 +123,12 @@ class Learner:
         if self.pending:
             self.step()
         return self.metrics(totals) | {"skipped": self.skipped, "epochs": epoch + 1}
+
+    def passes(self, rollout: Rollout, batches: list[Tensor]) -> list[Tensor]:
+        """Row indices of the backward passes of some mini-batches: their own, or cut by --tokens_per_backward."""
+        limit = self.args.tokens_per_backward
+        lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+        return by_tokens(torch.cat(batches), lengths, limit) if limit else batches
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """Means over real tokens of all ranks of SUMS, the largest ratio, and the mean gradient norm."""
@@ -165,7 +179,6 @@ class Learner:
         nothing = torch.zeros((), device=part.mask.device)
         sums = torch.stack([stats.get(name, nothing).detach().double() for name in SUMS])
         self.window = self.window + sums
-        self.pending = self.pending + 1
         return sums
 
     def value_sums(self, hidden: Tensor, part: Rollout) -> dict[str, Tensor]:
@@ -240,3 +253,20 @@ def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torc
         order = lengths[window].argsort(stable=True)
         batches += window[order].split(size)
     return batches
+
+
+def by_tokens(rows: Tensor, lengths: Tensor, limit: int) -> list[Tensor]:
+    """Row indices [N], the shortest first, cut where rows padded to the longest would hold more than `limit` tokens.
+
+    Args:
+        lengths: [B] long, tokens of every row. limit: a row that is longer has a pass of its own.
+    """
+    rows = rows[lengths[rows].argsort(stable=True)]
+    sizes: list[int] = []
+    # In rising order, the row that comes next is the longest of its pass.
+    for length in lengths[rows].tolist():
+        if sizes and (sizes[-1] + 1) * length <= limit:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return list(rows.split(sizes))

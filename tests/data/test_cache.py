@@ -110,7 +110,29 @@ def test_no_flag_is_read_that_is_not_in_the_key(stage, data, prompt_format):
     prepare_of(stage)(Watched(), prompt_format, None)
     groups = {field.name: field.metadata["group"] for field in args.__dataclass_fields__.values()}
     decided = {name for name, group in groups.items() if group == "data"} | set(DECIDING)
-    assert read - {"named_columns"} <= decided
+    assert read - {"named_columns", "row_limit"} <= decided
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_look_at_the_first_rows_reads_no_more_and_keeps_nothing(stage, data, prompt_format, monkeypatch):
+    # What comes after the rows that are looked at may be of any kind.
+    with data.open("ab") as out:
+        out.write(b"\x00\xff\n" * 100)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_contents", None)
+        look = arguments(stage, data, inspect_data=True, inspect_rows=10, bad_rows="stop")
+        found = prepared(look, prompt_format, prepare_of(stage), None)
+    assert sum(len(found.rows[name]) for name in ("train", "evaluation")) == found.funnel.read == 10
+    assert f"of {data} the first 10 rows alone; --inspect_rows -1 reads all" in found.funnel.table()
+    assert not (data.parent / "cache").exists()
+
+    whole = prepared(
+        arguments(stage, data, inspect_data=True, inspect_rows=-1), prompt_format, prepare_of(stage), None
+    )
+    assert whole.funnel.read == 141
+    # The run itself looks at all rows, whatever an inspection would see.
+    run = prepared(arguments(stage, data, inspect_rows=10), prompt_format, prepare_of(stage), None)
+    assert content(run) == content(whole)
 
 
 # ---- faults ----

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rlhf.models import linear
+from rlhf.models import linear, trial
 from rlhf.models.linear import AdaptedForward, FrozenForward, fuse_linears
 from rlhf.models.loading import load_base
 
@@ -161,14 +161,14 @@ def test_an_adapter_for_inference_gets_no_gradient_and_hands_one_on():
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "default"])
 def onednn(request, monkeypatch):
-    if request.param and not linear.ONEDNN:
+    if request.param and not trial.ONEDNN:
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(linear, "ONEDNN", request.param)
-    monkeypatch.setattr(linear, "LARGE", 0)
+    monkeypatch.setattr(trial, "ONEDNN", request.param)
+    monkeypatch.setattr(trial, "LARGE", 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [1, linear.FEW, linear.FEW + 1])
+@pytest.mark.parametrize("rows", [1, trial.FEW, trial.FEW + 1])
 def test_all_ways_to_a_product_give_the_same_numbers_as_pytorchs_layers(onednn, bias, rows):
     usual, fused = layers(bias=bias)
     x = torch.randn(1, rows, 6)
@@ -198,7 +198,7 @@ print(peak(range(300, 280, -1)), peak(range(280, 180, -1)))
 """
 
 
-@pytest.mark.skipif(not linear.ONEDNN, reason="this PyTorch has no oneDNN")
+@pytest.mark.skipif(not trial.ONEDNN, reason="this PyTorch has no oneDNN")
 def test_rows_of_ever_new_lengths_leave_no_memory_behind():
     kept = {"LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
     environment = {name: value for name, value in os.environ.items() if name not in kept}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from test_rl_training import PROMPTS, TUTORIAL, stored_rollout, updated, world  
 
 import rl_training
 from rlhf.artefacts.run_json import load_run
-from rlhf.rl import starting
+from rlhf.rl import starting, update
 from rlhf.run.log import read_metrics
 
 # The same run with everything that the defaults would choose; the tiny base is 32 wide.
@@ -96,6 +97,47 @@ def test_the_update_is_the_same_whatever_mini_batch_is_chosen(world, rows, passe
             torch.testing.assert_close(p, expected[name], atol=1e-5, rtol=0)
         for name in ("loss/policy", "loss/value", "grad_norm", "approxkl"):
             assert metrics[name] == pytest.approx(numbers[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("passes", [4, 3])
+def test_tokens_bound_a_backward_pass_and_change_no_optimizer_step(world, passes, monkeypatch):  # noqa: F811
+    """Windows of 8 or 6 rows over batches of 8; of 6 they span epochs."""
+    rollout = stored_rollout(None, rows=8)
+    flags = {"mini_batch_size": 2, "gradient_accumulation_steps": passes, "ppo_epochs": 3}
+    _, expected, numbers = updated(world, rollout, **flags)
+    lengths = rollout.attention_mask.sum(1)
+    seen = []
+    backward = update.Learner.backward
+
+    def watched(self, part):
+        seen.append((len(part.mask), int(part.attention_mask.sum(1).max())))
+        return backward(self, part)
+
+    monkeypatch.setattr(update.Learner, "backward", watched)
+    for limit in (1, 2 * int(lengths.max()), 10_000):
+        seen.clear()
+        _, after, metrics = updated(world, rollout, tokens_per_backward=limit, **flags)
+        for name, p in after.items():
+            torch.testing.assert_close(p, expected[name], atol=1e-5, rtol=0)
+        for name in ("loss/policy", "loss/value", "grad_norm", "approxkl"):
+            assert metrics[name] == pytest.approx(numbers[name], abs=1e-5)
+        assert sum(rows for rows, _ in seen) == 24
+        assert all(rows == 1 or rows * longest <= limit for rows, longest in seen)
+    # Without a bound that counts, a window (or what of it an epoch holds) is one pass.
+    assert len(seen) == (3 if passes == 4 else 6)
+
+
+def test_rows_are_cut_into_the_fewest_passes_that_hold_so_many_tokens():
+    lengths = torch.randint(1, 50, (40,), generator=torch.Generator().manual_seed(0))
+    rows = torch.randperm(40, generator=torch.Generator().manual_seed(1))[:30]
+    for limit in (1, 60, 200, 5000):
+        pieces = update.by_tokens(rows, lengths, limit)
+        assert sorted(torch.cat(pieces).tolist()) == sorted(rows.tolist())
+        padded = [len(piece) * int(lengths[piece].max()) for piece in pieces]
+        assert all(size <= limit or len(piece) == 1 for size, piece in zip(padded, pieces, strict=True))
+        # No row of the next pass would have found room.
+        for piece, following in pairwise(pieces):
+            assert (len(piece) + 1) * int(lengths[following].min()) > limit
 
 
 # ---- resuming ----

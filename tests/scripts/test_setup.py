@@ -282,6 +282,17 @@ def test_no_python_at_all_is_one_sentence(project):
     assert len(said.splitlines()) == 1
 
 
+@needs_installers
+def test_the_environment_has_a_pip_of_its_own_that_nobody_waited_for(project, wheels):
+    project.put("python3", f'exec "{sys.executable}" "$@"')
+    project.put_uv()
+    project.set_up(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(wheels / "all"))
+    assert project.installed().keys() - ALL.keys() == {"pip"}
+    pip = project.folder / ".venv" / "bin" / "pip"
+    said = subprocess.run([pip, "--version"], capture_output=True, text=True, check=True).stdout
+    assert f"{project.folder}/.venv/" in said
+
+
 def half_made(environment):
     (environment / "bin" / "activate").unlink()
 
