@@ -199,7 +199,7 @@ def _table_of_columns(row) -> list[dict] | None:
         return None
     counts = {len(value) for value in row.values()}
     # A single row may hold lists too: those of messages, or of one answer.
-    if len(counts) != 1 or counts < {2} or any(isinstance(value[0], dict) for value in row.values()):
+    if len(counts) != 1 or min(counts) < 2 or any(isinstance(value[0], dict) for value in row.values()):
         return None
     return [dict(zip(row, values, strict=True)) for values in zip(*row.values(), strict=True)]
 

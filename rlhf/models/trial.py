@@ -13,6 +13,7 @@ import os
 import platform
 import time
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -92,7 +93,8 @@ def settle(model: nn.Module) -> None:
     """Choose the ways of the products of a model's large weights."""
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
     large = [weight for weight in weights if _is_large(weight)]
-    shapes = {_key(kind, view): view for weight in large for view in (weight, weight.T) for kind in USUAL}
+    views = large + [weight.T for weight in large]
+    shapes = {_key(kind, view): view for kind, view in product(USUAL, views)}
     known = _known(shapes) if shapes else {}
     use({key: known[key] for key in shapes if known[key] != USUAL[key.split()[0]]})
 

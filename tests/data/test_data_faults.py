@@ -22,6 +22,7 @@ from rlhf.data.arguments import DataArguments
 from rlhf.data.choose_format import text_format
 from rlhf.data.columns import find_format
 from rlhf.data.encoding import load_tokenizer, preference_rows, prompt_rows, sft_rows
+from rlhf.data.files import read_file
 from rlhf.data.formats import MAX_CHARACTERS, examples
 from rlhf.data.located import not_utf8
 from rlhf.data.reading import load_rows, load_splits
@@ -535,6 +536,13 @@ def test_a_quote_never_closed_says_how_many_lines_are_lost_with_it(tmp_path):
     rows, _, bad = load(path, "sft", "skip", eval_size=0)
     assert [row["prompt"] for row in rows] == ["一"]
     assert bad[0]["row"] == '三,"四\n五,六\n七,八\n'
+
+
+@pytest.mark.parametrize("row", [{"prompt": []}, {"prompt": ["一？"], "answer": ["一。"]}, {"messages": [[]]}])
+def test_one_line_of_short_lists_is_a_row_and_no_table_of_columns(row, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert [found for _, found in read_file(path)] == [row]
 
 
 def test_blank_lines_before_the_column_names_and_unnamed_columns_do_no_harm(tmp_path):
