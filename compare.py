@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.compare.arguments import named_adapters
+from rlhf.compare.arguments import named_adapters, slide_versions, terms_of
 from rlhf.data.arguments import FormatFlags
 from rlhf.flags import REQUIRED, flag, parse
 from rlhf.run import startup
@@ -47,14 +47,25 @@ class ScriptArguments(FormatFlags):
         aliases=["--model_name", "--model_path"],
     )
     adapters: list[str] = flag(
-        [], help="the columns, as NAME=DIR ..., e.g. sft=runs/sft rlhf10=runs/ppo/step_10", group="artefacts"
+        [], help="the columns, as NAME=DIR ..., e.g. sft=runs/sft rlhf10=runs/ppo/step_10 half=0.5*runs/sft+0.5*runs/ppo",
+        group="artefacts",
     )
     include_base: bool = flag(True, help="show the bare base as the first column, named base", group="artefacts")
+    slide: list[str] = flag(
+        [],
+        help="two adapters: five columns of their weighted sums, from the first to the second, with KL to the first",
+        group="artefacts",
+        nargs=2,
+        metavar="DIR",
+    )
     tokenizer_name: str | None = flag(
         None, help="tokenizer directory or hub id, if not the adapters' own", group="artefacts"
     )
     reward_model_lora_path: str | None = flag(
         None, help="reward adapter of the same base: each cell gets its raw score (no sigmoid)", group="artefacts"
+    )
+    judge_lora_path: str | None = flag(
+        None, help="another reward adapter, which PPO did not see: each cell gets its score too", group="artefacts"
     )
     output_dir: str = flag("runs/compare", help="directory for comparison.md, .html and .csv", group="artefacts")
     # ---- prompts ----
@@ -83,7 +94,11 @@ class ScriptArguments(FormatFlags):
     batch_size: int = flag(8, help="prompts answered at once; changes speed, not answers", group="machine")
 
     def __post_init__(self):
-        self.versions = named_adapters(self.adapters, self.include_base)
+        # A slide is about the way between two adapters, which the bare base is far from.
+        between = slide_versions(*self.slide) if self.slide else {}
+        self.versions = between
+        if self.adapters or not between:
+            self.versions = between | named_adapters(self.adapters, self.include_base and not between)
         for name in ("temperature", "repetition_penalty"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be over 0 (greedy decoding is --do_sample False)")
@@ -108,7 +123,7 @@ import torch
 
 from rlhf.artefacts import adapters, fingerprints, run_json
 from rlhf.artefacts import files as files_on_disk
-from rlhf.compare import answers, html_page, tables
+from rlhf.compare import answers, answers_file, html_page, slide, tables
 from rlhf.data import columns, dialogues, encoding, files, formats
 from rlhf.data.choose_format import choose_format, stored_format
 from rlhf.data.prompt_format import PromptFormat
@@ -120,9 +135,14 @@ from rlhf.run import launch
 # ---- before the model loads ----
 def adapters_of(args: ScriptArguments) -> list[tuple[str, str, tuple[str, ...]]]:
     """(flag, directory, stages it may be of) of every adapter that the flags name."""
-    wanted = [(f"--adapters {name}:", path, ("sft", "ppo")) for name, path in args.versions.items() if path]
-    if args.reward_model_lora_path:
-        wanted.append(("--reward_model_lora_path", args.reward_model_lora_path, ("reward",)))
+    wanted = []
+    for name, value in args.versions.items():
+        # A column may be a sum of several.
+        for _, path in terms_of(value) if value else ():
+            wanted.append((f"--adapters {name}:", path, ("sft", "ppo")))
+    for flag_name in ("reward_model_lora_path", "judge_lora_path"):
+        if getattr(args, flag_name):
+            wanted.append((f"--{flag_name}", getattr(args, flag_name), ("reward",)))
     return wanted
 
 
@@ -261,6 +281,8 @@ def load_versions(args: ScriptArguments, base_dir: str, prompt_format: PromptFor
             versions.add(name, path)
     if args.reward_model_lora_path:
         versions.add_reward_model(args.reward_model_lora_path)
+    if args.judge_lora_path:
+        versions.add_reward_model(args.judge_lora_path, answers.JUDGE)
     return versions
 
 
@@ -273,6 +295,8 @@ def origin(args: ScriptArguments, prompt_format: PromptFormat) -> list[tuple[str
     rows += [(name, path) for name, path in args.versions.items() if path]
     if args.reward_model_lora_path:
         rows.append(("reward model (raw scores)", args.reward_model_lora_path))
+    if args.judge_lora_path:
+        rows.append(("judge (raw scores)", args.judge_lora_path))
     return rows + [("sampling", how.format(args)), ("prompt template", repr(prompt_format.template))]
 
 
@@ -355,13 +379,21 @@ def main(args: ScriptArguments) -> None:
     html_page.write_html(output_dir / "comparison.html", prompts, columns, made)
     tables.write_csv(output_dir / "comparison.csv", prompts, columns)
     tables.print_table(prompts, columns)
-    print(f"\nwritten: {output_dir}/comparison.md, .html, .csv")
-    if wins := answers.wins_in_words(columns):
+    answers_file.write_answers(output_dir / answers_file.NAME, prompts, columns, seeds, args)
+    print(f"\nwritten: {output_dir}/comparison.md, .html, .csv, {answers_file.NAME}")
+    if args.slide:
+        points = slide.measure(versions, columns, queries, next(iter(args.versions)))
+        slide.write_slide(output_dir, points)
+        print(*slide.table(points), f"written: {output_dir}/slide.md, .csv, .png", sep="\n")
+    if wins := tables.wins_in_words(columns):
         print(wins)
     # The same versions, as they were named.
     words = ["python", "compare.py", "--base_model_name", args.base_model_name]
     words += ["--adapters", *args.adapters] if args.adapters else []
-    print(f"next: open {output_dir}/comparison.html, or talk to them: {shlex.join([*words, '--interactive', 'True'])}")
+    words += ["--slide", *args.slide] if args.slide else []
+    vote = shlex.join(["python", "playground.py", "--answers", str(output_dir / answers_file.NAME)])
+    print(f"next: open {output_dir}/comparison.html; vote without seeing the names: {vote}")
+    print(f"or talk to them: {shlex.join([*words, '--interactive', 'True'])}")
 
 
 if __name__ == "__main__":

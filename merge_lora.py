@@ -7,10 +7,12 @@ Out: <output_dir>: safetensors, config, tokenizer, run.json. Nothing is written 
 
     python merge_lora.py --base_model_name baichuan-inc/baichuan-7B --lora_path runs/sft --output_dir merged/sft
     python merge_lora.py --adapter_only True --lora_path runs/sft --output_dir merged/sft_qkv   # LoRA for q, k, v
+    python merge_lora.py --average runs/rm_0 runs/rm_1 --output_dir runs/rm_average                     # one adapter
 """
 
+import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlhf.flags import flag, parse
@@ -39,8 +41,16 @@ class ScriptArguments:
         None, help="tokenizer directory or hub id, if not the one that the adapter was trained with"
     )
     adapter_only: bool = flag(False, help="write the W_pack adapter as a q_proj/k_proj/v_proj one; merge nothing")
+    average: list[str] = flag(
+        [], help="adapters of one base: write one adapter that is their average (or their sum by --weights), exactly"
+    )
+    weights: list[float] = flag([], help="weight of each adapter of --average; by default all count alike")
 
     def __post_init__(self):
+        if self.average:
+            return self._check_average()
+        if self.weights:
+            raise ValueError("--weights are the weights of --average: give the adapters too")
         if self.adapter_only and not self.lora_path:
             raise ValueError("--adapter_only True needs --lora_path, the adapter to convert")
         if not self.adapter_only and not self.base_model_name:
@@ -49,6 +59,13 @@ class ScriptArguments:
             raise ValueError(
                 "nothing to do: give --lora_path to merge an adapter, or --format llama to convert the base"
             )
+
+    def _check_average(self):
+        if self.lora_path or self.adapter_only or self.format:
+            raise ValueError("--average writes an adapter: --lora_path, --adapter_only and --format are for other uses")
+        self.weights = self.weights or [1 / len(self.average)] * len(self.average)
+        if len(self.weights) != len(self.average) or not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"--weights must be {len(self.average)} numbers, one for each adapter of --average")
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
@@ -66,7 +83,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rlhf.artefacts import adapters, damage, files, fingerprints, foreign, output_dir, run_json
+from rlhf.artefacts import adapters, averaging, damage, files, fingerprints, foreign, output_dir, run_json
 from rlhf.baichuan import to_fast_tokenizer, to_llama
 from rlhf.data import encoding
 from rlhf.data.choose_format import stored_format
@@ -146,6 +163,36 @@ def convert_adapter(args: ScriptArguments, target: Path) -> None:
         save_file(weights, folder / files.ADAPTER_FILE, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
     print(f"adapter for q_proj, k_proj and v_proj written to {target}", flush=True)
+
+
+def average_into(args: ScriptArguments, target: Path) -> None:
+    """Write the weighted sum of adapters as one adapter, once its difference to the sum of their terms is measured.
+
+    Raises: ValueError where they do not belong to one base, or the difference is more than rounding.
+    """
+    # 1. Do they belong together, and to the base where one is given?
+    first = averaging.refuse_unlike(args.average, "--average")
+    if args.base_model_name and first:
+        base = fingerprints.base_fingerprint(loading.resolve_model(args.base_model_name, "--base_model_name"))
+        adapters.check_adapter(args.average[0], stage=first["stage"], base=base, flag="--average")
+    parts = list(zip(args.weights, args.average, strict=True))
+    terms = averaging.read_terms(parts, "--average")
+
+    # 2. The sum, and the proof of it.
+    config, tensors = averaging.weighted_sum(terms)
+    difference, largest = averaging.difference(terms, tensors)
+    if not difference <= averaging.BOUND * largest:
+        raise ValueError(f"the sum is {difference:.2g} away from the adapters' own terms: nothing was written")
+
+    # 3. Beside it what later stages ask for, as the first adapter has it.
+    with output_dir.staged(target) as folder:
+        averaging.write_sum(folder, config, tensors, args.average[0])
+        if first:
+            metrics = {"rank": config.r, "difference": difference, "largest_change": largest}
+            averaging.write_run(folder, first, asdict(args), args.average, metrics)
+    shown = " + ".join(f"{weight:.3g} * {path}" for weight, path in parts)
+    print(f"{target} = {shown}: rank {config.r}", flush=True)
+    print(f"largest difference to the weighted sum of the terms {difference:.2g}, largest change of a weight {largest:.2g}")
 
 
 def merge_into(args: ScriptArguments, target: Path) -> None:
@@ -263,7 +310,9 @@ def check_parity(expected: Tensor, merged: Tensor, dtype: str) -> float:
 def main(args: ScriptArguments) -> None:
     """Check the paths, then convert the adapter or merge it."""
     target = output_dir.refuse_used(args.output_dir)
-    if args.adapter_only:
+    if args.average:
+        average_into(args, target)
+    elif args.adapter_only:
         convert_adapter(args, target)
     else:
         merge_into(args, target)

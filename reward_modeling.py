@@ -78,6 +78,7 @@ from rlhf.data.funnel import one_half, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
+from rlhf.page import report
 from rlhf.reward import audit_report, closing, degenerate, pairs
 from rlhf.run import launch
 from rlhf.trainer import stage_trainer, training
@@ -276,6 +277,7 @@ def finish(args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat,
             launch.say(f"audit written to {args.output_dir}/audit.md")
         run_json.write_run(folder, **about, metrics=metrics)
 
+    report.write_at_end(args.output_dir)
     closing.say_finished(args, metrics, len(eval_rows))
 
 

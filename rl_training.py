@@ -53,6 +53,7 @@ from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import generation, loading
+from rlhf.page import report
 from rlhf.rl import charts, evaluation, experience, groups, guard, metrics, rewards, roles, starting, state, update
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.reward_functions import load_functions
@@ -224,6 +225,9 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
         if log:
             log.close()
             pictures.attempt(charts.draw_run, args.output_dir)
+            # A finished run has its report once its result is saved.
+            if last["step"] < total:
+                report.write_at_end(args.output_dir)
     return last
 
 
@@ -313,6 +317,7 @@ def main(args: ScriptArguments) -> None:
     summary = train(loop, done, run)
     if accelerator.is_main_process:
         state.save_finished(loop, run, {"steps": loop.total_steps, **summary, "best": loop.best})
+        report.write_at_end(args.output_dir)
         evaluation.say_finished(loop)
     accelerator.end_training()
 

@@ -77,6 +77,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows, written
 from rlhf.endings import say_end
 from rlhf.models import loading, lora, untrained
+from rlhf.page import report
 from rlhf.run import launch
 from rlhf.run.log import MetricsLog, read_metrics
 from rlhf.trainer import samples, stage_trainer, training
@@ -201,10 +202,8 @@ def finish(args: ScriptArguments, model, about: dict, log: MetricsLog) -> None:
         adapters.save_adapter(model, folder)
         run_json.write_run(folder, **about, metrics=metrics)
     log.close()
-    quality = None
-    if metrics:
-        before, after = metrics.values()
-        quality = f"loss on held-out answers {before:.3f} before, {after:.3f} after"
+    report.write_at_end(args.output_dir)
+    quality = "loss on held-out answers {:.3f} before, {:.3f} after".format(*metrics.values()) if metrics else None
     more = {"model_name": args.model_name, "dataset_name": "pairs.jsonl"}
     say_end(f"SFT adapter in {args.output_dir}", quality, args, "reward_modeling.py", **more)
 

@@ -15,7 +15,7 @@ FLOORS = (
     ("data", "models"),
     ("arguments", "endings", "reward", "compare"),
     ("cost",),
-    ("rl", "trainer"),
+    ("rl", "trainer", "page"),
 )
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Lower rooms on the same floor that a room may look into: data is encoded before a model runs.

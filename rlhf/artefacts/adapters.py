@@ -56,14 +56,14 @@ def save_adapter(
         # Whatever asked for it: an adapter that is no number is never published.
         refuse_written(saved / ADAPTER_FILE, "the adapter")
         follow_umask(saved / ADAPTER_FILE)
-        config = _sorted_lists(json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")))
+        config = sorted_lists(json.loads((saved / "adapter_config.json").read_text(encoding="utf-8")))
         # The weights first, because a folder counts as an adapter from its config on.
         os.replace(saved / ADAPTER_FILE, output_dir / ADAPTER_FILE)
         write_json(output_dir / "adapter_config.json", config)
 
 
-def _sorted_lists(config: dict) -> dict:
-    """Sort a config's lists of words: peft keeps them as sets, whose order changes from run to run."""
+def sorted_lists(config: dict) -> dict:
+    """Return a config with its lists of words sorted: peft keeps them as sets, whose order changes from run to run."""
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             config[key] = sorted(value)

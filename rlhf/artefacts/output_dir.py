@@ -14,11 +14,11 @@ from rlhf.artefacts.files import ADAPTER_FILE, TOKEN, follow_umask, readable_whe
 
 # Files that a run leaves at the top of its directory. --overwrite_output_dir removes these and no other files.
 # bad_rows.jsonl is none of them: reading the data has written it anew, or removed it.
-RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "value_head.safetensors", ADAPTER_FILE)
+RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "report.html", "value_head.safetensors", ADAPTER_FILE)
 
 # Temporary names of our writers. A process that is killed cannot remove its own.
 SCRATCH = re.compile(
-    r"\.(finished|step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png)"
+    r"\.(finished|step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png|report\.html)"
     rf"\.{TOKEN}\w+"
 )
 
@@ -26,7 +26,7 @@ SCRATCH = re.compile(
 RUN_FOLDERS = re.compile(r"(step_|checkpoint-)\d+|best")
 
 # What a run, or a library for it, writes at the top of its directory.
-WRITTEN = re.compile(r".*\.(jsonl|safetensors|json|model|jinja|md|png)|merges\.txt|vocab\.txt")
+WRITTEN = re.compile(r".*\.(jsonl|safetensors|json|model|jinja|md|png|html)|merges\.txt|vocab\.txt")
 
 LOCK_FILE = ".lock"
 

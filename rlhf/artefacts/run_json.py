@@ -1,7 +1,9 @@
 """run.json: what a directory was made of, so that a later stage knows its inputs."""
 
 import dataclasses
+import json
 import re
+import shlex
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +22,9 @@ FORMAT_KINDS = {
     "prompt_template": str, "sha256": str, "text": str, "chat_template_kwargs": (dict, type(None)),
     "system_prompt": (str, type(None)), "bos": bool, "stop_tokens": list, "stop_ids": list,
 }  # fmt: skip
+
+# The script of each stage.
+SCRIPTS = {"sft": "sft_training.py", "reward": "reward_modeling.py", "ppo": "rl_training.py", "merge": "merge_lora.py"}
 
 # Of a format, what a later stage could not do without.
 FORMAT_NEEDED = ("prompt_template", "text", "chat_template_kwargs", "system_prompt", "bos", "stop_ids")
@@ -57,6 +62,7 @@ def write_run(
     run = {
         "stage": stage,
         "arguments": dataclasses.asdict(args),
+        "command": command_of(stage, args),
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "prompt_template": prompt_format and prompt_format["prompt_template"],
@@ -73,6 +79,28 @@ def write_run(
         run["functions"] = functions
     write_json(Path(output_dir) / "run.json", run)
     return run
+
+
+def command_of(stage: str, args) -> str:
+    """The command line of a stage, without the flags that are at their defaults.
+
+    Args:
+        args: the script's dataclass; what a stage has chosen for a flag left out stands there by now.
+    """
+    words = ["python", SCRIPTS.get(stage, stage)]
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if value is None or value == default:
+            continue
+        words += [f"--{field.name}", *map(_word, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _word(value) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value)
 
 
 def library_versions() -> dict[str, str]:

@@ -16,15 +16,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rlhf.compare.arguments import BASE
+from rlhf.artefacts import averaging
+from rlhf.compare.arguments import BASE, terms_of
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.loading import load_base
-from rlhf.models.lora import add_lora, score_head_of
+from rlhf.models.lora import add_lora, put_lora, score_head_of
 from rlhf.models.scoring import score
 
 # With a space, so that no version can have the same name.
 REWARD_MODEL = "reward model"
+JUDGE = "judge model"
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class Answer:
     tokens: int
     ended: bool
     score: float | None = None
+    judge: float | None = None
+    # Token ids of the answer, stop token included where it ended by itself.
+    ids: tuple[int, ...] = ()
 
     def note(self) -> str:
         """Length, and score if any, as one phrase."""
@@ -55,6 +60,8 @@ class Answer:
             parts.append("cut")
         if self.score is not None:
             parts.append(f"score {self.score:.3f}")
+        if self.judge is not None:
+            parts.append(f"judge {self.judge:.3f}")
         return ", ".join(parts)
 
 
@@ -113,7 +120,7 @@ class Versions:
         self.writing = writing
         self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
         # Beside the model, because an adapter on a language model has no place for a score head.
-        self.score_head: nn.Linear | None = None
+        self.score_heads: dict[str, nn.Linear] = {}
         # A base directory's own sampling settings would otherwise fill in whatever is left unset.
         self.model.generation_config = GenerationConfig(
             max_new_tokens=writing.max_new_tokens,
@@ -125,19 +132,30 @@ class Versions:
         self.model.eval().requires_grad_(False)
 
     def add(self, name: str, path: str) -> None:
-        """Put an adapter on the base under `name`. Raises: ValueError where it does not fit or is more than LoRA."""
+        """Put an adapter, or a sum such as 0.4*runs/sft+0.6*runs/ppo, on the base under `name`.
+
+        Raises: ValueError where it does not fit or is more than LoRA.
+        """
         # Other weights, such as a trained head, would be left out of the answers without a word.
         if self._add(name, path):
             raise ValueError(f"--adapters {name}: {path} holds more than LoRA weights: merge it, then compare")
 
-    def add_reward_model(self, path: str) -> None:
-        """Score every answer from now on with this reward adapter. Raises: ValueError where it has no score head."""
-        rest = self._add(REWARD_MODEL, path)
-        self.score_head = score_head_of(rest, path).to(self.model.device)
+    def add_reward_model(self, path: str, name: str = REWARD_MODEL) -> None:
+        """Score every answer from now on with this reward adapter, or with another one as the JUDGE.
+
+        Raises: ValueError where it has no score head.
+        """
+        rest = self._add(name, path)
+        self.score_heads[name] = score_head_of(rest, path).to(self.model.device)
 
     def _add(self, name: str, path: str) -> dict[str, Tensor]:
         """Add an adapter; returns its weights that are no LoRA weights."""
-        self.model, rest = add_lora(self.model, path, self._inner(name), trainable=False)
+        parts = terms_of(path)
+        if parts == [(1.0, path)]:
+            self.model, rest = add_lora(self.model, path, self._inner(name), trainable=False)
+        else:
+            summed = averaging.weighted_sum(averaging.read_terms(parts, "--adapters"))
+            self.model, rest = put_lora(self.model, *summed, self._inner(name), False, f"--adapters {name}")
         # The new layers, dropout among them, begin in training mode.
         self.model.eval()
         return rest
@@ -185,13 +203,14 @@ class Versions:
             ended = end is not None
             # Control tokens inside an answer stay visible: a model that writes them should not look better than it is.
             text = self.prompt_format.tokenizer.decode(answer).strip()
-            cells.append(Answer(text, len(answer) + ended, ended))
+            cells.append(Answer(text, len(answer) + ended, ended, ids=tuple(row[: len(answer) + ended])))
             # The reward model has only seen answers that end: a cut one is scored as if it had ended there.
             finished.append(query + answer + [row[end] if ended else stops[0]])
 
-        if self.score_head is not None:
-            for cell, value in zip(cells, self._scores(finished), strict=True):
-                cell.score = value
+        for scorer, field in ((REWARD_MODEL, "score"), (JUDGE, "judge")):
+            if scorer in self.score_heads:
+                for cell, value in zip(cells, self._scores(finished, scorer), strict=True):
+                    setattr(cell, field, value)
         return cells
 
     def _generate(self, name: str, queries: list[list[int]], seeds: list[int]) -> list[list[int]]:
@@ -206,11 +225,11 @@ class Versions:
         # `generate` gives the prompts back in front of the answers.
         return rows[:, input_ids.shape[1] :].tolist()
 
-    def _scores(self, rows: list[list[int]]) -> list[float]:
-        """Scores of the reward model, which is one more adapter on the same base."""
+    def _scores(self, rows: list[list[int]], name: str) -> list[float]:
+        """Scores of a reward model, which is one more adapter on the same base."""
         input_ids, attention_mask = self._padded(rows, left=False)
-        with self.use(REWARD_MODEL) as model:
-            return score(backbone_of(model), self.score_head, input_ids, attention_mask).tolist()
+        with self.use(name) as model:
+            return score(backbone_of(model), self.score_heads[name], input_ids, attention_mask).tolist()
 
     def _processors(self, queries: list[list[int]], seeds: list[int]) -> LogitsProcessorList:
         """Processors in the order of transformers' own sampling; the noise comes last."""
@@ -257,17 +276,3 @@ def row_seeds(seed: int, count: int, first: int = 0) -> list[int]:
     # Rows of two --seed values share a noise seed only in tables of over a million rows.
     start = seed * 1_000_003 + first
     return [start + row for row in range(count)]
-
-
-def wins_in_words(columns: dict[str, list[Answer]]) -> str | None:
-    """On which share of the prompts the last version scores above the first; None without scores or with one version.
-
-    Two equal scores count as half a win.
-    """
-    first = next(iter(columns))
-    last = next(reversed(columns))
-    pairs = [(a.score, b.score) for a, b in zip(columns[first], columns[last], strict=True)]
-    if first == last or not pairs or any(None in pair for pair in pairs):
-        return None
-    wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)
-    return f"{last} scores above {first} on {wins / len(pairs):.0%} of {len(pairs)} prompts"

@@ -1,13 +1,24 @@
 """Flags of compare.py: the columns of the table."""
 
 import re
+from pathlib import Path
 
 # Name of the column of the bare base, and of the version without an adapter.
 BASE = "base"
 
+# A weight and a directory of a sum of adapters: 0.4*runs/sft.
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+TERM = re.compile(rf"({NUMBER})\*(.+?)(?=[+-](?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?\*|$)")
+
+# Shares of the second adapter at the points of --slide.
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+
 
 def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None]:
-    """Column name -> adapter directory, None for the bare base. Raises: ValueError for a bad or repeated name."""
+    """Column name -> adapter directory or sum of some, None for the bare base.
+
+    Raises: ValueError for a bad or repeated name.
+    """
     versions: dict[str, str | None] = {BASE: None} if include_base else {}
 
     for spec in specs:
@@ -20,4 +31,23 @@ def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None
 
     if not versions:
         raise ValueError("nothing to compare: give --adapters NAME=DIR, or leave --include_base at True")
+    return versions
+
+
+def terms_of(value: str) -> list[tuple[float, str]]:
+    """(weight, directory) of each adapter of a column: of 0.4*runs/sft+0.6*runs/ppo, or of one directory, weight 1."""
+    found = list(TERM.finditer(value))
+    # What only looks like a sum may be the name of a directory.
+    if not found or "".join(term[0] for term in found) != value or Path(value).exists():
+        return [(1.0, value)]
+    return [(float(term[1]), term[2]) for term in found]
+
+
+def slide_versions(first: str, second: str) -> dict[str, str]:
+    """The columns of --slide: from the first adapter to the second, by the second's share."""
+    versions = {}
+    for share in SHARES:
+        # At either end the adapter itself, as it was trained.
+        ends = {0.0: first, 1.0: second}
+        versions[f"slide_{share:.2f}"] = ends.get(share, f"{1 - share:g}*{first}+{share:g}*{second}")
     return versions

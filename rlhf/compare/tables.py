@@ -148,3 +148,17 @@ def _print_labelled(rows: list[tuple[str, str]]) -> None:
     # The size that is given counts where the output is no terminal.
     width = shutil.get_terminal_size((100, 40)).columns
     print("\n".join(labelled(rows, width)))
+
+
+def wins_in_words(columns: Columns) -> str | None:
+    """On which share of the prompts the last version scores above the first; None without scores or with one version.
+
+    Two equal scores count as half a win.
+    """
+    first = next(iter(columns))
+    last = next(reversed(columns))
+    pairs = [(a.score, b.score) for a, b in zip(columns[first], columns[last], strict=True)]
+    if first == last or not pairs or any(None in pair for pair in pairs):
+        return None
+    wins = sum(1.0 if after > before else 0.5 if after == before else 0.0 for before, after in pairs)
+    return f"{last} scores above {first} on {wins / len(pairs):.0%} of {len(pairs)} prompts"

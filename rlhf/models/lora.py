@@ -142,6 +142,13 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     config, weights = read_adapter(adapter_dir)
     refuse_unshareable(config, weights, f"adapter {adapter_dir}")
     refuse_nonfinite(weights, f"adapter {adapter_dir}")
+    return put_lora(model, config, weights, name, trainable, f"adapter {adapter_dir}")
+
+
+def put_lora(
+    model, config: LoraConfig, weights: dict[str, Tensor], name: str, trainable: bool, owner: str
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """Put an adapter that is in memory on `model`; see `add_lora`. `owner`: named in messages."""
     config = copy.deepcopy(config)
     # The stored weights replace whatever it would begin with.
     config.init_lora_weights = True
@@ -151,7 +158,7 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
     config.lora_dropout = 0.0
     lora = lora_weights(weights)
 
-    with refused(f"adapter {adapter_dir} on this base"):
+    with refused(f"{owner} on this base"):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:
@@ -159,10 +166,10 @@ def add_lora(model, adapter_dir: str | Path, name: str, trainable: bool) -> tupl
 
     # Without the embeddings, which peft adds where an adapter is on one of them.
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    refuse_misfit(lora, wanted, f"adapter {adapter_dir}")
+    refuse_misfit(lora, wanted, owner)
     set_peft_model_state_dict(model, lora, adapter_name=name)
     rest = {key: tensor for key, tensor in weights.items() if "lora_" not in key}
-    return model, _own_modules(rest, model, f"adapter {adapter_dir}")
+    return model, _own_modules(rest, model, owner)
 
 
 def _own_modules(rest: dict[str, Tensor], model: PeftModel, owner: str) -> dict[str, Tensor]:

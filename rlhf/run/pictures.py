@@ -24,16 +24,16 @@ def pyplot():
     return plt
 
 
-def attempt(draw, *given) -> None:
-    """Call `draw(*given)`; whatever it raises is a warning.
+def attempt(draw, *given, failed: str = "a picture could not be drawn") -> None:
+    """Call `draw(*given)`; whatever it raises is a warning that begins with `failed`.
 
-    A picture shows numbers that are in files already. What was trained is saved after it, and must not be lost for it.
+    A picture or report shows numbers that are in files already. What was trained must not be lost for it.
     """
     try:
         draw(*given)
     except Exception as error:
         why = f"{type(error).__name__} {error}".partition("\n")[0][:200]
-        warnings.warn(f"a picture could not be drawn ({why}): its numbers are in the files beside it", stacklevel=2)
+        warnings.warn(f"{failed} ({why}): its numbers are in the files beside it", stacklevel=2)
 
 
 def chinese_font() -> str | None:

@@ -14,7 +14,8 @@ import pytest
 
 from rlhf import endings
 from rlhf.arguments import TRACKERS
-from rlhf.compare.answers import Answer, wins_in_words
+from rlhf.compare.answers import Answer
+from rlhf.compare.tables import wins_in_words
 from rlhf.reward import closing
 from rlhf.rl.metrics import step_line
 from rlhf.run import launch, startup

@@ -1,0 +1,242 @@
+"""Tables of a report: what came out, what the run was made of, how the reward model was audited."""
+
+import json
+import shlex
+
+from rlhf.page.report_data import Run, Words, number
+from rlhf.page.report_html import MAX_VALUE, both, folded, short, table, text
+from rlhf.page.report_words import first_and_last
+
+STAGES = {
+    "sft": ("Supervised fine-tuning (SFT)", "监督微调（SFT）"),
+    "reward": ("Reward model", "奖励模型"),
+    "ppo": ("PPO", "PPO"),
+    "merge": ("Merged model", "合并的模型"),
+}
+SCRIPTS = {"sft": "sft_training.py", "reward": "reward_modeling.py", "ppo": "rl_training.py", "merge": "merge_lora.py"}
+
+# Metrics whose first and last values say most, by stage.
+OUTCOMES = {
+    "ppo": (
+        ("score/mean", ("score", "得分")),
+        ("eval/score/mean", ("score on held-out prompts", "留出提示上的得分")),
+        ("eval/judge/mean", ("judge on held-out prompts", "裁判在留出提示上的评分")),
+        ("kl/mean", ("KL, nats an answer", "KL（每个回答的 nat 数）")),
+        ("len/mean", ("length, tokens", "长度（token）")),
+        ("empty_frac", ("empty answers, share", "空回答的比例")),
+        ("entropy", ("entropy, nats a token", "熵（每个 token 的 nat 数）")),
+    ),
+    "reward": (
+        ("eval_accuracy", ("accuracy on held-out pairs", "留出数据对上的准确率")),
+        ("eval_loss", ("loss on held-out pairs", "留出数据对上的损失")),
+        ("eval_margin", ("margin on held-out pairs", "留出数据对上的得分差")),
+        ("loss", ("training loss", "训练损失")),
+    ),
+    "sft": (
+        ("eval_loss", ("loss on held-out answers", "留出回答上的损失")),
+        ("loss", ("training loss", "训练损失")),
+        ("mean_token_accuracy", ("token accuracy", "token 准确率")),
+    ),
+}
+AUDIT_WORDS = {"pass": ("passed", "通过"), "fail": ("failed", "没有通过")}
+
+
+# ---- what came out ----
+def outcome(runs: list[Run]) -> str:
+    """First and last value of the metrics that say most, a column a run; then all numbers of run.json."""
+    stages = dict.fromkeys(run.stage for run in runs)
+    wanted = dict.fromkeys(pair for stage in stages for pair in OUTCOMES.get(stage, ()))
+    rows = []
+    for key, label in wanted:
+        pairs = [first_and_last(run, key) for run in runs]
+        if any(pairs):
+            rows.append([both(label), *map(_change, pairs)])
+
+    head = [both(("first → last", "首 → 末")), *(text(run.name) for run in runs)] if len(runs) > 1 else []
+    return (table(head, rows, "outcome") if rows else "") + _all_numbers(runs)
+
+
+def _change(pair: tuple[float, float] | None) -> str:
+    if pair is None:
+        return "–"
+    first, last = map(short, pair)
+    return f"<b>{last}</b>" if first == last else f"{first} → <b>{last}</b>"
+
+
+def _all_numbers(runs: list[Run]) -> str:
+    names = dict.fromkeys(key for run in runs for key in _flat(run.part("metrics")))
+    rows = []
+    for key in names:
+        values = [_flat(run.part("metrics")).get(key, "–") for run in runs]
+        rows.append([f"<code>{text(key)}</code>", *(text(value, MAX_VALUE) for value in values)])
+    head = ["", *(text(run.name) for run in runs)] if len(runs) > 1 else []
+    return folded(("All numbers of run.json", "run.json 里的全部数字"), table(head, rows)) if rows else ""
+
+
+def _flat(part: dict) -> dict[str, str]:
+    """Name -> value as text; an object within gives a name for each of its values."""
+    found = {}
+    for key, value in part.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        for name, one in inner.items():
+            found[f"{key}/{name}" if name else str(key)] = _value(one)
+    return found
+
+
+def _value(value) -> str:
+    measured = number(value) if not isinstance(value, str) else None
+    return short(measured) if measured is not None else _plain(value)
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# ---- what it was ----
+def origin(run: Run) -> str:
+    """Stage, directory, base, parents, data, versions and command of a run."""
+    rows: list[tuple[Words, str]] = [
+        (("stage", "阶段"), both(STAGES.get(run.stage, (run.stage or "?",) * 2))),
+        (("directory", "目录"), f"<code>{text(str(run.folder))}</code>"),
+    ]
+    if run.origin and not run.finished:
+        rows.append((("described by", "说明来自"), f"<code>{text(run.origin)}</code>"))
+    if base := run.part("base"):
+        rows.append((("base", "基座"), _base(run, base)))
+    for role, entry in run.part("parents").items():
+        path = entry.get("path") if isinstance(entry, dict) else entry
+        rows.append(((f"made from: {role}", f"来自：{role}"), f"<code>{text(str(path), MAX_VALUE)}</code>"))
+    if template := run.about.get("prompt_template"):
+        rows.append((("prompt format", "提示格式"), f"<code>{text(_plain(template), MAX_VALUE)}</code>"))
+    versions = {str(name): _plain(value) for name, value in run.part("versions").items()}
+    if versions:
+        shown = ", ".join(f"{name} {value}" for name, value in versions.items())
+        rows.append((("versions", "版本"), text(shown, MAX_VALUE)))
+    if commit := run.about.get("git_commit"):
+        rows.append((("commit", "提交"), f"<code>{text(_plain(commit), 40)}</code>"))
+
+    made = table([], [[both(label), value] for label, value in rows], "facts")
+    return made + _funnel(run) + _command(run)
+
+
+def _base(run: Run, base: dict) -> str:
+    arguments = run.part("arguments")
+    path = arguments.get("base_model_name") or arguments.get("model_name") or ""
+    sizes = [
+        f"{base[name]} {words}"
+        for name, words in (("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("vocab_size", "tokens"))
+        if name in base
+    ]
+    kind = ", ".join([_plain(base.get("model_type", "?")), *sizes])
+    mark = _plain(base.get("weights", ""))
+    return f"<code>{text(_plain(path), MAX_VALUE)}</code> {text(f'{kind}; weights {mark}', MAX_VALUE)}"
+
+
+def _funnel(run: Run) -> str:
+    """What became of every row of the data."""
+    data = run.part("data")
+    funnel = data["funnel"] if isinstance(data.get("funnel"), dict) else data
+    if number(funnel.get("read")) is None:
+        return ""
+    rows = [(("read", "读入"), funnel["read"])]
+    if number(funnel.get("expanded")):
+        rows.append((("+ further answers or turns", "+ 同一行的其他回答或轮次"), funnel["expanded"]))
+    for sign, name in (("+", "made"), ("−", "dropped")):
+        counts = funnel.get(name)
+        for reason, count in counts.items() if isinstance(counts, dict) else ():
+            rows.append(((f"{sign} {reason}",) * 2, count))
+    rows.append((("= kept", "= 保留"), funnel.get("kept")))
+    if number(data.get("eval_rows")) is not None:
+        rows.append((("of these for evaluation", "其中用于评估"), data["eval_rows"]))
+    cells = [[both(label), _value(count)] for label, count in rows]
+    cells = [[label, text(count)] for label, count in cells]
+    return f"<h3>{both(('Data', '数据'))}</h3>{table([], cells, 'numbers')}"
+
+
+def _command(run: Run) -> str:
+    """The command, flags at their defaults left out where run.json says which they are."""
+    command = run.about.get("command")
+    title = f"<h3>{both(('Command', '命令'))}</h3>"
+    if isinstance(command, str):
+        return f"{title}<pre>{text(command)}</pre>"
+
+    # A run of an earlier version: every flag is written out.
+    words = ["python", SCRIPTS.get(run.stage, "")]
+    for name, value in run.part("arguments").items():
+        if value is not None and value != []:
+            words += [f"--{name}", *map(_plain, value if isinstance(value, list) else [value])]
+    if len(words) == 2:
+        return ""
+    full = f"<pre>{text(shlex.join(words), 20_000)}</pre>"
+    return folded(("Command, with every flag", "命令（写出全部参数）"), full)
+
+
+def flags(runs: list[Run]) -> str:
+    """All flags of one run; of several, those in which they differ, and then all."""
+    arguments = [{str(key): _plain(value) for key, value in run.part("arguments").items()} for run in runs]
+    names = sorted(dict.fromkeys(key for part in arguments for key in part))
+    rows = []
+    differing = []
+    for name in names:
+        values = [part.get(name, "–") for part in arguments]
+        row = [f"<code>{text(name)}</code>", *(text(value, MAX_VALUE) for value in values)]
+        rows.append(row)
+        if len(set(values)) > 1:
+            differing.append(row)
+
+    head = [both(("flag", "参数")), *(text(run.name) for run in runs)]
+    every = folded(("All flags", "全部参数"), table(head, rows, "flags")) if rows else ""
+    if len(runs) == 1:
+        return every
+    title = f"<h3>{both(('Flags that differ', '不同的参数'))}</h3>"
+    same = f"<p>{both(('None.', '没有。'))}</p>"
+    return title + (table(head, differing, "flags") if differing else same) + every
+
+
+# ---- the audit ----
+def audit(run: Run) -> str:
+    """The audit of the reward model: verdict, reasons, attacks, accuracy by length."""
+    attacks, verdict = _object(run.audit, "attacks"), _object(run.audit, "verdict")
+    if not attacks and not verdict:
+        return ""
+    name = str(verdict.get("verdict", "?"))
+    said = both(AUDIT_WORDS.get(name, (name, name)))
+    reasons = [str(line) for part in ("reasons", "notes") for line in _list(verdict.get(part))]
+    shown = f"<p>{both(('Verdict:', '结论：'))} <b>{said}</b></p>"
+    shown += "".join(f"<p>{text(line)}</p>" for line in reasons)
+
+    head = [
+        both(("degenerate answer", "退化回答")), both(("prompts", "提示数")),
+        both(("the real answer wins", "好回答获胜")), both(("95 % interval", "95 % 区间")),
+    ]  # fmt: skip
+    rows = [[text(str(kind)), *_share(result)] for kind, result in attacks.items() if isinstance(result, dict)]
+    shown += table(head, rows, "numbers")
+
+    sides = _object(_object(run.audit, "length"), "longer")
+    parts = [(("all pairs", "全部数据对"), _object(run.audit, "accuracy"))]
+    parts += [
+        (("the better answer is longer", "更好的回答更长"), _object(sides, "chosen")),
+        (("the worse answer is longer", "更差的回答更长"), _object(sides, "rejected")),
+    ]
+    head[0] = both(("accuracy on held-out pairs", "留出数据对上的准确率"))
+    head[1], head[2] = both(("pairs", "数据对")), both(("right", "对的比例"))
+    return shown + table(head, [[both(label), *_share(result)] for label, result in parts if result], "numbers")
+
+
+def _object(part: dict, name: str) -> dict:
+    value = part.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _share(result: dict) -> list[str]:
+    """Number, share with a bar, interval."""
+    value = number(result.get("share"))
+    count = number(result.get("n"))
+    bounds = [number(bound) for bound in _list(result.get("interval"))]
+    known = len(bounds) == 2 and None not in bounds
+    meter = f'<meter min="0" max="1" value="{value:.3f}"></meter> {value:.0%}' if value is not None else "–"
+    return [short(count) if count is not None else "–", meter, f"{bounds[0]:.0%} – {bounds[1]:.0%}" if known else "–"]
