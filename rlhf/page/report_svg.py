@@ -1,6 +1,7 @@
 """A chart as inline SVG: axes, lines, error bars, events; its values ride along for the pointer to read."""
 
 import math
+from dataclasses import replace
 
 from rlhf.page.report_charts import Chart, Line
 from rlhf.page.report_data import Points
@@ -19,7 +20,7 @@ Event = tuple[int, str, str]
 
 def draw(chart: Chart, steps: tuple[int, int], events: list[Event]) -> str:
     """A chart as a figure: title, how to read it, a legend with the last values, the drawing."""
-    lines = [Line(**{**vars(line), "points": thinned(line.points)}) for line in chart.lines]
+    lines = [replace(line, points=thinned(line.points)) for line in chart.lines]
     low, high = _value_range(lines, chart.from_zero)
 
     # 1. The frame: grid, numbers on both axes.
@@ -74,10 +75,10 @@ def _line(line: Line, steps: tuple[int, int], low: float, high: float) -> str:
 def _legend(line: Line) -> str:
     """A line's colour, label and last value, with all values for the pointer."""
     values = ";".join(f"{step} {value:.6g}" for step, value in line.points)
-    step, last = line.points[-1]
+    last = line.points[-1][1]
     return (
         f'<li><svg class="key" viewBox="0 0 22 8" aria-hidden="true"><path class="line c{line.colour} d{line.dash}" '
-        f'd="M0 4H22"/></svg>{both(line.label)} <b data-points="{values}" data-step="{step}">{short(last)}</b></li>'
+        f'd="M0 4H22"/></svg>{both(line.label)} <b data-points="{values}">{short(last)}</b></li>'
     )
 
 

@@ -91,6 +91,10 @@ def small_command(words: list[str], places: dict[str, str], output_dir: str) -> 
     if "--reward_functions" in flags:
         specs = flags["--reward_functions"]
         flags["--reward_functions"] = [spec.replace("rewards.py:", places["functions"]) for spec in specs]
+    # Values without a name of their own.
+    for name in ("--slide", "--average"):
+        if name in flags:
+            flags[name] = [places["adapter"]] * len(flags[name])
     if "--adapters" in flags:
         flags["--adapters"] = [f"{spec.partition('=')[0]}={places['adapter']}" for spec in flags["--adapters"]]
     if script in places:
