@@ -47,7 +47,8 @@ class ScriptArguments(FormatFlags):
         aliases=["--model_name", "--model_path"],
     )
     adapters: list[str] = flag(
-        [], help="the columns, as NAME=DIR ..., e.g. sft=runs/sft rlhf10=runs/ppo/step_10 half=0.5*runs/sft+0.5*runs/ppo",
+        [],
+        help="the columns, as NAME=DIR ..., e.g. sft=runs/sft half=0.5*runs/sft+0.5*runs/ppo",
         group="artefacts",
     )
     include_base: bool = flag(True, help="show the bare base as the first column, named base", group="artefacts")

@@ -62,7 +62,9 @@ class ScriptArguments:
 
     def _check_average(self):
         if self.lora_path or self.adapter_only or self.format:
-            raise ValueError("--average writes an adapter: --lora_path, --adapter_only and --format are for other uses")
+            raise ValueError(
+                "--average writes an adapter: --lora_path, --adapter_only and --format are for other uses"
+            )
         self.weights = self.weights or [1 / len(self.average)] * len(self.average)
         if len(self.weights) != len(self.average) or not all(map(math.isfinite, self.weights)):
             raise ValueError(f"--weights must be {len(self.average)} numbers, one for each adapter of --average")
@@ -192,7 +194,8 @@ def average_into(args: ScriptArguments, target: Path) -> None:
             averaging.write_run(folder, first, asdict(args), args.average, metrics)
     shown = " + ".join(f"{weight:.3g} * {path}" for weight, path in parts)
     print(f"{target} = {shown}: rank {config.r}", flush=True)
-    print(f"largest difference to the weighted sum of the terms {difference:.2g}, largest change of a weight {largest:.2g}")
+    proof = f"largest difference to the weighted sum of the terms {difference:.2g}"
+    print(f"{proof}, largest change of a weight {largest:.2g}", flush=True)
 
 
 def merge_into(args: ScriptArguments, target: Path) -> None:

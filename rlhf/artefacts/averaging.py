@@ -2,9 +2,9 @@
 
     A = [w_1 s_1 A_1; w_2 s_2 A_2; ...],  B = [B_1, B_2, ...],  so that  B A = sum of w_i s_i B_i A_i,  s = alpha / r
 
-A layer that an adapter leaves alone has zeros in its place. peft's own `add_weighted_adapter` with "cat" gives the same
-where all adapters are plain; with rsLoRA, with layers chosen one by one and for a single adapter it gives another sum,
-and it needs the base in memory.
+A layer that an adapter leaves alone has zeros in its place. peft's own `add_weighted_adapter` with "cat" gives the
+same where all adapters are plain; with rsLoRA, with layers chosen one by one and for a single adapter it gives another
+sum, and it needs the base in memory.
 
 Source: Ramé et al. 2024, arXiv:2401.12187 (reward models) and arXiv:2406.16768 (policies).
 """
@@ -171,7 +171,9 @@ def _targets(terms: list[Term], layers: list[str]) -> list[str]:
     """target_modules of the sum: the adapters' own short names, or every layer in full where those would not do."""
     configs = [term.config for term in terms]
     plain = all(
-        not isinstance(config.target_modules, str) and config.layers_to_transform is None and not config.exclude_modules
+        not isinstance(config.target_modules, str)
+        and config.layers_to_transform is None
+        and not config.exclude_modules
         for config in configs
     )
     if plain:

@@ -26,8 +26,8 @@ def answer_kl(versions: Versions, name: str, first: str, query: list[int], answe
 
         sum over its tokens t of  sum over words w of p(w | t) * (log p(w | t) - log q(w | t))
 
-    The sum over all words is exact where the difference at the sampled word alone would be one draw of it. It is of the
-    plain distributions, at temperature 1, however the answer was sampled.
+    The sum over all words is exact where the difference at the sampled word alone would be one draw of it. It is of
+    the plain distributions, at temperature 1, however the answer was sampled.
 
     Args:
         query, answer: token ids; the answer with its stop token.
@@ -100,7 +100,8 @@ def draw(rows: list[dict], file: Path) -> None:
         for kl, value, version in points:
             if not version.startswith(SLIDE):
                 axis.plot(kl, value, "s", color=colour, fillstyle="none")
-            axis.annotate(version.removeprefix(SLIDE), (kl, value), textcoords="offset points", xytext=(4, 5), fontsize=8)
+            beside = {"textcoords": "offset points", "xytext": (4, 5), "fontsize": 8}
+            axis.annotate(version.removeprefix(SLIDE), (kl, value), **beside)
         axis.set(xlabel="KL to the first (nats an answer)", title=name)
         axis.grid(alpha=0.3)
 

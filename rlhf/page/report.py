@@ -21,7 +21,7 @@ from rlhf.page.report_html import both, folded, items, section, text
 from rlhf.page.report_samples import samples
 from rlhf.page.report_svg import Event, draw
 from rlhf.page.report_warnings import warnings_of
-from rlhf.page.report_words import standing
+from rlhf.page.report_words import gain, standing
 from rlhf.run.pictures import attempt
 from rlhf.run.terminal import printable, printable_errors
 
@@ -97,6 +97,9 @@ def _in_short(run: Run, named: bool) -> str:
     shown = f"<h3>{text(run.name)}</h3>\n" if named else ""
     shown += f"<p>{both((f'{stage[0]}. {where}', f'{stage[1]}。{wo}'))}</p>\n"
 
+    if words := gain(run):
+        shown += f"<p>{both(words)}</p>\n"
+
     warnings = warnings_of(run)
     if not warnings:
         return shown + f"<p>{both(('Nothing in the numbers asks for a warning.', '数字里没有需要警告的地方。'))}</p>\n"
@@ -113,20 +116,21 @@ def _charts(runs: list[Run]) -> str:
     steps = step_range(charts + further)
     events = _events(runs, steps)
     hint = (
-        "Point at a chart, or use the arrow keys in it: all charts show their values at that step.",
-        "把指针移到图上，或在图里按方向键：所有的图都显示那一步的数值。",
+        "All charts share one axis, the steps (0: before training). Point at one, or use the arrow keys in it: all "
+        "show their values at that step.",
+        "横轴都是步数（0 是训练之前）。把指针移到图上，或在图里按方向键，所有的图都显示那一步的数值。",
     )
-    marks = [(f"{_mark(kind)} {words}",) * 2 for _, kind, words in events]
     shown = "".join(draw(chart, steps, events) for chart in charts)
     rest = "".join(draw(chart, steps, events) for chart in further)
-    return (
-        f'<p class="hint">{both(hint)}</p>{items(marks, "events")}<div class="charts">{shown}</div>\n'
-        + (folded(("Further curves", "其他曲线"), f'<div class="charts">{rest}</div>') if rest else "")
+    return f'<p class="hint">{both(hint)}</p>{_marks(events)}<div class="charts">{shown}</div>\n' + (
+        folded(("Further curves", "其他曲线"), f'<div class="charts">{rest}</div>') if rest else ""
     )
 
 
-def _mark(kind: str) -> str:
-    return {"guard": "┆", "best": "│"}[kind]
+def _marks(events: list[Event]) -> str:
+    """What the lines across the charts mean."""
+    shown = [f'<li><b class="mark {kind}">│</b> {both(words)}</li>' for _, kind, words in events]
+    return f'<ul class="events">{"".join(shown)}</ul>' if shown else ""
 
 
 def _events(runs: list[Run], steps: tuple[int, int]) -> list[Event]:
@@ -135,10 +139,20 @@ def _events(runs: list[Run], steps: tuple[int, int]) -> list[Event]:
     for run in runs:
         owner = f"{run.name}: " if len(runs) > 1 else ""
         for step, reason in run.events():
-            found.append((step, "guard", f"{owner}step {step}, guard: {reason}"))
+            found.append(
+                (
+                    step,
+                    "guard",
+                    (f"{owner}step {step}, the guard: {reason}", f"{owner}第 {step} 步，保护机制：{reason}"),
+                )
+            )
         best = number(run.best.get("step"))
         if best is not None:
-            found.append((best, "best", f"{owner}step {best:.0f}, best/"))
+            words = (
+                f"{owner}step {best:.0f}, the best evaluation (best/)",
+                f"{owner}第 {best:.0f} 步，最好的一次评估（best/）",
+            )
+            found.append((best, "best", words))
     return [event for event in found if steps[0] <= event[0] <= steps[1]]
 
 
@@ -172,7 +186,7 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def write_at_end(output_dir: str | Path) -> None:
-    """Write report.html of a stage that ends and say where; one that cannot be written is a warning, no failed stage."""
+    """Write report.html of a stage that ends, and say where; if it cannot be written, a warning says so."""
 
     def write() -> None:
         print(f"report: {printable(str(write_report([Path(output_dir)])))}", flush=True)

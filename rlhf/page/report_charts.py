@@ -79,7 +79,10 @@ PPO_CHARTS = (
     ),
     (
         ("Clip fraction", "裁剪比例"),
-        ("Tokens whose update was cut short. Above 0.3 the steps are too large.", "被裁剪的 token 比例。超过 0.3 说明步子太大。"),
+        (
+            "Tokens whose update was cut short. Above 0.3 the steps are too large.",
+            "被裁剪的 token 比例。超过 0.3 说明步子太大。",
+        ),
         (("clipfrac", ("clip fraction", "裁剪比例")),),
         True,
     ),
@@ -157,7 +160,7 @@ def _parts(runs: list[Run]) -> Chart:
     """The parts that a score is the sum of, where functions or several models score."""
     names = {}
     for run in runs:
-        names |= {key: None for key in run.keys() if key.startswith("reward/") and key.endswith("/mean")}
+        names |= {key: None for key in run.metrics() if key.startswith("reward/") and key.endswith("/mean")}
     labels = [(key, (key[len("reward/") : -len("/mean")],) * 2) for key in names]
     hint = ("Before weights and transforms, each in its own unit.", "加权和变换之前，各有各的单位。")
     return Chart(("Parts of the score", "得分的各部分"), hint, _lines(runs, labels))
@@ -169,7 +172,7 @@ def further_charts(runs: list[Run]) -> list[Chart]:
     shown = {key for _, _, keys, _ in kinds for key, _ in keys}
     names = {}
     for run in runs:
-        names |= dict.fromkeys(run.keys())
+        names |= dict.fromkeys(run.metrics())
     rest = [key for key in names if key not in shown and key not in NO_CURVE and not _stands_elsewhere(key)]
     charts = [Chart((key, key), ("", ""), _lines(runs, [(key, (key, key))])) for key in rest[:MOST_FURTHER]]
     return [chart for chart in charts if chart.lines]

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def stage(self) -> str:
-        """"sft", "reward", "ppo", another word of run.json, or "" where nothing tells."""
+        """ "sft", "reward", "ppo", another word of run.json, or "" where nothing tells."""
         named = self.about.get("stage")
         if isinstance(named, str):
             return named
@@ -80,7 +80,7 @@ class Run:
         # Beyond this nothing can be drawn, and nothing of ours is measured.
         return [(step, value) for step, value in points if value is not None and abs(value) < HUGE]
 
-    def keys(self) -> list[str]:
+    def metrics(self) -> list[str]:
         """Names of all metrics that are numbers, in the order in which they appear."""
         seen = {}
         for row in self.rows:
@@ -217,9 +217,7 @@ def load_run(folder: Path, name: str) -> Run:
         hint = f": give {inner[0]}, for one" if inner else ": give the --output_dir of a run"
         raise ValueError(f"{folder} holds no run, neither run.json nor metrics.jsonl{hint}")
     if not rows:
-        notes.append(
-            ("There are no metrics (metrics.jsonl): no curves.", "没有指标（metrics.jsonl），因此没有曲线。")
-        )
+        notes.append(("There are no metrics (metrics.jsonl): no curves.", "没有指标（metrics.jsonl），因此没有曲线。"))
 
     # 3. What stands beside it.
     run = Run(name, folder, about, origin, rows, samples, writer=_writer(folder), notes=notes)

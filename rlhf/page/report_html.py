@@ -12,7 +12,7 @@ MAX_TEXT = 2000
 
 
 def text(foreign: str, most: int = MAX_TEXT) -> str:
-    """Foreign text as HTML: control characters visible, markup without effect, the end of a very long text left out."""
+    """Foreign text as HTML: control characters visible, markup without effect, a very long text cut."""
     shown = foreign if len(foreign) <= most else foreign[:most] + " …"
     return html.escape(printable(shown))
 

@@ -38,6 +38,9 @@ OUTCOMES = {
         ("mean_token_accuracy", ("token accuracy", "token 准确率")),
     ),
 }
+# What the table of first and last values shows as 0.
+TINY = 5e-4
+
 AUDIT_WORDS = {"pass": ("passed", "通过"), "fail": ("failed", "没有通过")}
 
 
@@ -59,7 +62,8 @@ def outcome(runs: list[Run]) -> str:
 def _change(pair: tuple[float, float] | None) -> str:
     if pair is None:
         return "–"
-    first, last = map(short, pair)
+    # A KL of 1e-8 is rounding.
+    first, last = (short(0.0 if abs(value) < TINY else value) for value in pair)
     return f"<b>{last}</b>" if first == last else f"{first} → <b>{last}</b>"
 
 

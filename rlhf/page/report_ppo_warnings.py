@@ -1,7 +1,7 @@
 """What should make the owner of a PPO run look twice; docs/ppo.md says what to do about it."""
 
 from rlhf.page.report_data import Run, Words, number
-from rlhf.page.report_words import argument, ends, first_and_last, rose
+from rlhf.page.report_words import CLEAR, argument, ends, first_and_last, rose
 
 # Changes from start to end that are worth a sentence: of length, of entropy, of different word pairs.
 SHORTER = 0.7
@@ -16,9 +16,6 @@ LARGE_STEPS = 0.3
 
 # Nats from the SFT model beyond which a score means little, where the flags say nothing else.
 FAR = 10.0
-
-# Differences of fewer standard errors may be chance.
-CLEAR = 2.0
 
 
 def _guard(run: Run) -> Words | None:
@@ -42,12 +39,16 @@ def _length(run: Run) -> Words | None:
     english, chinese = ("fell", "缩短") if pair[1] < pair[0] else ("rose", "变长")
     taste = ("short", "短") if pair[1] < pair[0] else ("long", "长")
     if not rose(run, "score/mean"):
-        return (f"Length {english} by {change:.0%} ({figures} tokens).", f"回答{chinese}了 {change:.0%}（{figures} 个 token）。")
+        return (
+            f"Length {english} by {change:.0%} ({figures} tokens).",
+            f"回答{chinese}了 {change:.0%}（{figures} 个 token）。",
+        )
     return (
         f"Length {english} by {change:.0%} while the score rose ({figures} tokens): the reward model may like "
         f"{taste[0]} answers whatever they say. Read the samples.",
-        f"得分上升的同时，回答{chinese}了 {change:.0%}（{figures} 个 token）：奖励模型可能只是喜欢{taste[1]}回答。请读一读样本。",
-    )  # fmt: skip
+        f"得分上升的同时，回答{chinese}了 {change:.0%}（{figures} 个 token）：奖励模型可能只是喜欢{taste[1]}回答。"
+        "请读一读样本。",
+    )
 
 
 def _empty(run: Run) -> Words | None:
@@ -127,8 +128,8 @@ def _no_judge(run: Run) -> Words | None:
     if run.points("eval/judge/mean") or not run.points("score/mean"):
         return None
     return (
-        "No judge watched this run: whether answers got better only the samples tell (--judge_lora_path, --eval_freq).",
-        "没有裁判看着这次训练：回答是否变好，只有样本能说明（--judge_lora_path、--eval_freq）。",
+        "No judge watched this run: only the samples tell whether answers got better (--judge_lora_path).",
+        "没有裁判看着这次训练：回答是否变好，只有样本能说明（--judge_lora_path）。",
     )
 
 

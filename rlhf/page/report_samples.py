@@ -1,5 +1,7 @@
 """Samples of chosen steps under their prompts, two steps beside one another, searched by the page's script."""
 
+import re
+
 from rlhf.page.report_data import Run, Words, number
 from rlhf.page.report_html import both, short, text
 
@@ -35,9 +37,10 @@ def samples(runs: list[Run]) -> str:
     # 2. Prompts that several columns share stand first: the same question, before and after.
     columns = list(answers)
     prompts: dict[str, dict[int, list[dict]]] = {}
-    for number_, column in enumerate(columns):
+    for place, column in enumerate(columns):
         for row in answers[column]:
-            prompts.setdefault(str(row.get("query", "")), {}).setdefault(number_, []).append(row)
+            prompt = _prompt(row, runs[column[0]])
+            prompts.setdefault(prompt, {}).setdefault(place, []).append(row)
     order = sorted(prompts, key=lambda prompt: -len(prompts[prompt]))
     cards = "".join(_card(prompt, prompts[prompt], columns, runs) for prompt in order)
 
@@ -55,6 +58,16 @@ def samples(runs: list[Run]) -> str:
         f'<output id="found"></output></p><p class="hint">{both(note)}</p>\n'
     )
     return f'{controls}<div id="samples">{cards}</div>\n'
+
+
+def _prompt(row: dict, run: Run) -> str:
+    """The prompt of a sample, without the text template around it."""
+    query = str(row.get("query", "")).strip()
+    template = run.about.get("prompt_template")
+    before, _, after = template.partition("{prompt}") if isinstance(template, str) else ("", "", "")
+    inner = query.removeprefix(before.strip()).removesuffix(after.strip()).strip()
+    # Blank lines between turns would fill the page.
+    return re.sub(r"\n\s*\n", "\n", inner or query)
 
 
 def _by_step(run: Run) -> dict[tuple[int, bool], list[dict]]:
@@ -118,7 +131,8 @@ def _card(prompt: str, answers: dict[int, list[dict]], columns: list[Column], ru
         for row in rows:
             name = both(column_name(columns[place], runs))
             said = text(str(row.get("response", ""))) or f"<em>{both(('(empty)', '（空）'))}</em>"
-            cells.append(f'<div class="answer" data-column="{place}"><small>{name}</small><p>{said}</p>{_note(row)}</div>')
+            inner = f"<small>{name}</small><p>{said}</p>{_note(row)}"
+            cells.append(f'<div class="answer" data-column="{place}">{inner}</div>')
     return f'<article><p class="prompt">{text(prompt)}</p><div class="answers">{"".join(cells)}</div></article>\n'
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 from rlhf.page.report_charts import Chart, Line
-from rlhf.page.report_data import Points
+from rlhf.page.report_data import Points, Words
 from rlhf.page.report_html import both, short, text
 
 # Units of a drawing, about the pixels of a phone's width, so that its letters are readable there.
@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 24
 MOST_POINTS = 300
 
 # (step, kind of mark, words) of what happened in a run.
-Event = tuple[int, str, str]
+Event = tuple[float, str, Words]
 
 
 def draw(chart: Chart, steps: tuple[int, int], events: list[Event]) -> str:
@@ -37,7 +37,7 @@ def draw(chart: Chart, steps: tuple[int, int], events: list[Event]) -> str:
     # 2. Events under the lines, which they must not hide.
     for step, kind, words in events:
         x = _x(step, steps)
-        title = f"<title>{text(words)}</title>"
+        title = f"<title>{text(words[0])}</title>"
         drawn.append(f'<path class="event {kind}" d="M{x} {TOP}V{HEIGHT - BOTTOM}">{title}</path>')
     drawn += [_line(line, steps, low, high) for line in lines]
     drawn.append(f'<text class="at" y="{TOP + 9}"></text>')

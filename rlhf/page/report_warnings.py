@@ -126,7 +126,6 @@ def _left_out(run: Run) -> Words | None:
     )
 
 
-
 COMMON = (_not_finite, _left_out, _rows_dropped)
 CHECKS = {
     "ppo": (*PPO_CHECKS, _audit, _score_is_length, *PPO_REMARKS),

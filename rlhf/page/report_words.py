@@ -1,5 +1,6 @@
 """A run in words: where it stands, and how a metric at its end differs from the start."""
 
+import math
 from statistics import mean
 
 from rlhf.page.report_data import Run, Words, number
@@ -7,6 +8,9 @@ from rlhf.page.report_data import Run, Words, number
 # Of the first and the last steps, this share (and at most that many) makes up "the start" and "the end".
 ENDS_SHARE = 0.1
 MOST_ENDS = 10
+
+# Differences of fewer standard errors may be chance.
+CLEAR = 2.0
 
 
 # ---- numbers ----
@@ -37,6 +41,24 @@ def argument(run: Run, name: str, otherwise: float) -> float:
     return otherwise if value is None else value
 
 
+# ---- what it came to ----
+def gain(run: Run) -> Words | None:
+    """The judge's gain over the SFT model where it is more than chance: the best that numbers can say of a PPO run."""
+    judged = run.points("eval/judge/mean")
+    errors = dict(run.points("eval/judge/error"))
+    if len(judged) < 2 or judged[0][0] != 0:
+        return None
+    rise = judged[-1][1] - judged[0][1]
+    error = math.hypot(errors.get(0, 0.0), errors.get(judged[-1][0], 0.0))
+    if rise <= CLEAR * error:
+        return None
+    return (
+        f"The judge, which PPO never sees, prefers the answers to the SFT model's: {rise:+.2f} on held-out prompts "
+        f"(standard error {error:.2f}).",
+        f"PPO 看不到的裁判认为回答比 SFT 模型的好：在留出的提示上 {rise:+.2f}（标准误 {error:.2f}）。",
+    )
+
+
 # ---- where it stands ----
 def standing(run: Run) -> Words:
     """One sentence: finished, still going on, or ended before its result."""
@@ -52,4 +74,3 @@ def standing(run: Run) -> Words:
         f"The run has no final result: it was stopped after {steps} logged steps, or goes on elsewhere.",
         f"没有最终结果：训练记录到第 {steps} 步后停下了，或者还在别处进行。",
     )
-

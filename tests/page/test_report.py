@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -51,9 +52,15 @@ def write_run(folder: Path, rows: list[dict], stage: str = "ppo", samples=(), **
     (folder / "metrics.jsonl").write_text(lines(rows), encoding="utf-8")
     if samples:
         (folder / "samples.jsonl").write_text(lines(samples), encoding="utf-8")
-    run = {"stage": stage, "arguments": {"learning_rate": 1e-5, "seed": 0}, "command": "python rl_training.py --seed 1",
-           "base": {"model_type": "llama", "hidden_size": 8, "weights": "abc"}, "data": {"read": 10, "kept": 9,
-           "dropped": {"duplicate": 1}}, "metrics": {"score/mean": 1.5}, "versions": {"torch": "2.13.0"}}  # fmt: skip
+    run = {
+        "stage": stage,
+        "arguments": {"learning_rate": 1e-5, "seed": 0},
+        "command": "python rl_training.py --seed 1",
+        "base": {"model_type": "llama", "hidden_size": 8, "weights": "abc"},
+        "data": {"read": 10, "kept": 9, "dropped": {"duplicate": 1}},
+        "metrics": {"score/mean": 1.5},
+        "versions": {"torch": "2.13.0"},
+    }
     (folder / "run.json").write_text(json.dumps(run | about, ensure_ascii=False), encoding="utf-8")
     return folder
 
@@ -108,8 +115,8 @@ def test_foreign_text_stays_text_wherever_it_stands(tmp_path):
     rows[3]["guard"] = NASTY
     rows[4][f"reward/{NASTY}/mean"] = 1.0
     rows[4][NASTY] = 1.0
-    samples = [{"step": 1, "evaluation": True, "query": NASTY, "response": NASTY, f"reward/{NASTY}": 1.0, "score": 1}]
-    about = {"arguments": {NASTY: NASTY, "list": [NASTY]}, "command": NASTY, "base": {"model_type": NASTY, NASTY: NASTY},
+    samples = [{"step": 1, "evaluation": True, "query": NASTY, "response": NASTY, f"reward/{NASTY}": 1.0}]
+    about = {"arguments": {NASTY: NASTY, "list": [NASTY]}, "command": NASTY, "base": {"model_type": NASTY},
              "prompt_template": NASTY, "git_commit": NASTY, "versions": {NASTY: NASTY}, "metrics": {NASTY: NASTY},
              "parents": {NASTY: {"path": NASTY}}, "data": {"read": 9, "kept": 1, "dropped": {NASTY: 8}}}  # fmt: skip
     folder = write_run(tmp_path / "<b>run", rows, samples=samples, **about)
@@ -199,19 +206,22 @@ def test_the_guards_steps_stand_in_words_and_in_every_chart(tmp_path):
 
 
 def test_the_other_stages_have_warnings_of_their_own(tmp_path):
-    losses = [{"step": step, "eval_loss": loss, "eval_accuracy": 0.55} for step, loss in ((2, 0.7), (4, 0.6), (6, 0.9))]
+    points = ((2, 0.7), (4, 0.6), (6, 0.9))
+    losses = [{"step": step, "eval_loss": loss, "eval_accuracy": 0.55} for step, loss in points]
     reward = write_run(tmp_path / "reward", losses, "reward")
     audit = {"verdict": {"verdict": "fail", "winning": {"empty": 0.4}}, "length": {"spearman": 0.8}}
     (reward / "audit.json").write_text(json.dumps(audit))
     words = said(reward)
     assert all(part in words for part in ("rose again", "little better than a coin", "(empty)", "largely length"))
-    assert "More than half" in said(write_run(tmp_path / "sft", losses, "sft", data={"read": 9, "dropped": {"bad": 8}}))
+    sft = write_run(tmp_path / "sft", losses, "sft", data={"read": 9, "dropped": {"bad": 8}})
+    assert "More than half" in said(sft)
 
 
 # ---- several runs ----
 def test_two_runs_are_laid_over_one_another_with_the_flags_that_differ(tmp_path):
     one = write_run(tmp_path / "one", ppo_rows(), samples=answers(20, "甲"), arguments={"seed": 0, "steps": 8})
-    two = write_run(tmp_path / "two", ppo_rows(len__mean=5.0), samples=answers(20, "乙"), arguments={"seed": 1, "steps": 8})
+    other = ppo_rows(len__mean=5.0)
+    two = write_run(tmp_path / "two", other, samples=answers(20, "乙"), arguments={"seed": 1, "steps": 8})
     page = made(one, two)
     assert (one / "report.html").is_file() and not (two / "report.html").exists()
     differing = page[page.index("Flags that differ") : page.index("All flags")]
@@ -226,13 +236,15 @@ BROKEN = {
     "metrics.jsonl": ["", "\n\n", "[]\n{}\n", '{"step": 1, "kl/mean": "nan"}\n{"step": 2, "kl/mean": 1e999}\n',
                       '{"step": 1, "score/mean": 1}\n{"st', "\x00\xff" * 50, '{"step": 1e3}\n{"step": true}\n',
                       '{"step": ' + "9" * 400 + "}\n", "[" * 100_000, '{"step": 3, "score/mean": 1e308, "loss": {}}\n',
-                      '{"step": 3, "score/mean": -1e308}\n{"step": 4, "score/mean": 1e308}\n{"step": 5, "guard": [1]}\n',
+                      '{"step": 3, "score/mean": -1e308}\n{"step": 4, "score/mean": 1e308}\n',
+                      '{"step": 5, "guard": [1]}\n',
                       '{"step": 3, "score/mean": 1e-320}\n{"step": 4, "score/mean": 0}\n'],
-    "samples.jsonl": ["x", '{"step": 1}\n', '{"step": 1, "query": 3, "response": null, "score": [], "evaluation": 3}\n',
+    "samples.jsonl": ["x", '{"step": 1}\n', '{"step": 1, "query": 3, "response": null, "score": []}\n',
                       '{"step": 1, "response": "\\ud800"}\n'],
-    "run.json": ["", "[]", "null", '{"stage": 3}', '{"stage": "ppo", "arguments": [], "base": 3, "data": "x", "metrics": 1}',
+    "run.json": ["", "[]", "null", '{"stage": 3}', '{"stage": "ppo", "arguments": [], "base": 3, "data": "x"}',
+                 '{"metrics": 1}',
                  '{"data": {"read": "x", "dropped": [], "funnel": {"read": 3, "made": 3, "dropped": {"a": "b"}}}}',
-                 '{"parents": {"reward": {"path": 3}, "x": null}, "versions": [], "command": 3, "prompt_template": {}}',
+                 '{"parents": {"reward": {"path": 3}, "x": null}, "versions": [], "prompt_template": {}}',
                  '{"stage": "ppo", "parents": {"reward": {"path": "a\\u0000b"}}}'],
     "audit.json": ["x", '{"verdict": 3, "attacks": {"a": 3, "b": {"share": "x", "interval": 3}}, "length": []}'],
     "best/state.json": ["[]", '{"best": {"step": "x"}}', '{"best": {"step": 1e400}}'],
@@ -256,7 +268,8 @@ def test_damaged_lines_are_counted_and_a_line_that_is_being_written_is_not(tmp_p
     file.write_text('{"step": 2, "a": 1}\nrubbish\n{"step": 1}\n{"step": 3, "a', encoding="utf-8")
     notes = []
     assert [row["step"] for row in read_log(file, notes)] == [1, 2]
-    assert [english for english, _ in notes] == ["metrics.jsonl: 1 damaged lines are left out, line 2 the first of them."]
+    words = "metrics.jsonl: 1 damaged lines are left out, line 2 the first of them."
+    assert [english for english, _ in notes] == [words]
 
 
 def test_a_run_without_its_result_says_so_and_is_described_by_its_newest_checkpoint(tmp_path):
@@ -293,7 +306,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path):
 def test_the_command_needs_no_model_library(tmp_path):
     folder = write_run(tmp_path / "run", ppo_rows())
     code = (
-        "import sys; sys.argv = ['report', sys.argv[1]]; from rlhf.page import report; report.main(report.parse_args())\n"
+        "import sys; from rlhf.page import report; report.main(report.parse_args(sys.argv[1:]))\n"
         "print({'torch', 'numpy', 'matplotlib', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
@@ -305,14 +318,14 @@ def test_the_command_needs_no_model_library(tmp_path):
 # ---- in a browser ----
 def test_a_reader_points_chooses_searches_and_switches_the_language(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next((path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/google-chrome")) if path.exists()), None)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no Chromium")
     samples = answers(1, "甲") + answers(10, "乙") + answers(20, "丙") + answers(20, "别的", evaluation=False)
     file = report.write_report([write_run(tmp_path / "ppo", ppo_rows(), samples=samples)])
 
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=str(chromium), args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 900}, locale="en-US")
         complaints, asked = [], []
         page.on("console", lambda message: complaints.append(message.text))

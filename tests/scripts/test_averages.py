@@ -1,4 +1,4 @@
-"""Weighted sums of adapters: equal to the definition, loaded by plain peft, in compare.py and as merge_lora.py --average."""
+"""Weighted sums of adapters: equal to the definition, loaded by plain peft, used in compare.py."""
 
 import csv
 import json
@@ -230,7 +230,8 @@ def test_a_slide_goes_from_the_first_adapter_to_the_second(tiny_base, tmp_path, 
     assert all(row["score"] == row["judge"] != "" for row in points.values())
 
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 12 and rows[0].keys() == {"prompt", "version", "answer", "score", "seed", "sampling", "adapter"}
+    names = {"prompt", "version", "answer", "score", "seed", "sampling", "adapter"}
+    assert len(rows) == 12 and all(row.keys() == names for row in rows)
     marks = {row["version"]: row["adapter"] for row in rows}
     assert marks["slide_0.00"] == adapter_hash(sft)
     assert marks["between"] == f"0.4*{adapter_hash(sft)}+0.6*{adapter_hash(ppo)}"
