@@ -5,7 +5,7 @@
   // ---- language: the browser's own to begin with ----
   const chinese = byId("use-zh");
   const setLanguage = () => { document.documentElement.lang = chinese.checked ? "zh-CN" : "en"; };
-  chinese.checked = /^zh/i.test(navigator.language || "");
+  if (/^zh/i.test(navigator.language || "")) chinese.checked = true;
   for (const button of document.querySelectorAll(".switch")) button.addEventListener("change", setLanguage);
   setLanguage();
 

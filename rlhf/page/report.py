@@ -14,7 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-from rlhf.page import report_parts
+from rlhf.page import report_audit, report_parts
 from rlhf.page.report_charts import further_charts, main_charts, step_range
 from rlhf.page.report_data import Run, Words, load_run, number
 from rlhf.page.report_html import both, folded, items, section, text
@@ -54,7 +54,7 @@ def page(runs: list[Run]) -> str:
         ("outcome", ("What came out", "结果"), report_parts.outcome(runs)),
         ("charts", ("Curves", "曲线"), _charts(runs)),
         ("samples", ("Answers", "回答"), samples(runs)),
-        ("audit", ("Audit of the reward model", "奖励模型的审计"), _each(runs, report_parts.audit)),
+        ("audit", ("Audit of the reward model", "奖励模型的审计"), _each(runs, report_audit.audit)),
         ("origin", ("What it was", "训练设置"), _each(runs, report_parts.origin) + report_parts.flags(runs)),
     ]
     parts = [part for part in parts if part[2]]

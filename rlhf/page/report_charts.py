@@ -1,6 +1,7 @@
 """Which metrics a report draws, under which titles and beside which others."""
 
 from dataclasses import dataclass, field
+from statistics import mean
 
 from rlhf.page.report_data import Points, Run, Words
 
@@ -142,6 +143,9 @@ CHARTS = {"ppo": PPO_CHARTS, "sft": SFT_CHARTS, "reward": REWARD_CHARTS}
 NO_CURVE = ("step", "epoch", "guard", "env/reward_mean")
 MOST_FURTHER = 48
 
+# Batches differ too much for a curve of single steps; the single steps are among the further curves.
+SMOOTHED = ("loss",)
+
 
 # ---- which charts ----
 def main_charts(runs: list[Run]) -> list[Chart]:
@@ -153,7 +157,12 @@ def main_charts(runs: list[Run]) -> list[Chart]:
         charts.append(Chart(title, hint, _lines(runs, keys), from_zero))
         if title == ("Score", "得分"):
             charts.append(_parts(runs))
-    return [chart for chart in charts if chart.lines]
+    return _curves(charts)
+
+
+def _curves(charts: list[Chart]) -> list[Chart]:
+    """Those of the charts that have a curve: of a single point the tables say all."""
+    return [chart for chart in charts if any(len(line.points) > 1 for line in chart.lines)]
 
 
 def _parts(runs: list[Run]) -> Chart:
@@ -169,13 +178,13 @@ def _parts(runs: list[Run]) -> Chart:
 def further_charts(runs: list[Run]) -> list[Chart]:
     """A chart for every other number of the logs, under its own name."""
     kinds = [kind for run in runs for kind in CHARTS.get(run.stage, ())]
-    shown = {key for _, _, keys, _ in kinds for key, _ in keys}
+    shown = {key for _, _, keys, _ in kinds for key, _ in keys if key not in SMOOTHED}
     names = {}
     for run in runs:
         names |= dict.fromkeys(run.metrics())
     rest = [key for key in names if key not in shown and key not in NO_CURVE and not _stands_elsewhere(key)]
     charts = [Chart((key, key), ("", ""), _lines(runs, [(key, (key, key))])) for key in rest[:MOST_FURTHER]]
-    return [chart for chart in charts if chart.lines]
+    return _curves(charts)
 
 
 def _stands_elsewhere(key: str) -> bool:
@@ -193,10 +202,23 @@ def _lines(runs: list[Run], keys) -> list[Line]:
                 continue
             colour, dash = (place, order) if len(runs) > 1 else (order, 0)
             errors = dict(run.points(key.replace("/mean", "/error"))) if key.endswith("/mean") else {}
+            if key in SMOOTHED and len(keys) > 1:
+                points, label = _smoothed(points, label)
             named = label if len(runs) == 1 else (f"{run.name}: {label[0]}", f"{run.name}：{label[1]}")
             dots = key.startswith("eval") or len(points) == 1
             lines.append(Line(named, points, colour % COLOURS, dash % DASHES, dots, errors))
     return lines
+
+
+def _smoothed(points: Points, label: Words) -> tuple[Points, Words]:
+    """Means over the last steps, a twentieth of all; the label says over how many."""
+    width = len(points) // 20
+    if width < 2:
+        return points, label
+    means = []
+    for end in range(width, len(points) + 1):
+        means.append((points[end - 1][0], mean(value for _, value in points[end - width : end])))
+    return means, (f"{label[0]} (mean of {width} steps)", f"{label[1]}（{width} 步的平均）")
 
 
 def step_range(charts: list[Chart]) -> tuple[int, int]:

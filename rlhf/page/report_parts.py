@@ -3,6 +3,7 @@
 import json
 import shlex
 
+from rlhf.page.report_audit import kind_words
 from rlhf.page.report_data import Run, Words, number
 from rlhf.page.report_html import MAX_VALUE, both, folded, short, table, text
 from rlhf.page.report_words import first_and_last
@@ -38,10 +39,22 @@ OUTCOMES = {
         ("mean_token_accuracy", ("token accuracy", "token 准确率")),
     ),
 }
+# Reasons of the data funnel, in Chinese.
+MADE = "chosen against "
+REASONS = {
+    "duplicate": "重复",
+    "malformed": "格式有误",
+    "empty prompt": "提示为空",
+    "empty answer": "回答为空",
+    "chosen == rejected": "两个回答相同",
+    "contradicts an earlier pair": "与前面的数据对矛盾",
+    "prompt is in the evaluation rows": "提示在评估数据里",
+    "beyond the subset": "超出所取的子集",
+    "in the other half": "在另一半里",
+}
+
 # What the table of first and last values shows as 0.
 TINY = 5e-4
-
-AUDIT_WORDS = {"pass": ("passed", "通过"), "fail": ("failed", "没有通过")}
 
 
 # ---- what came out ----
@@ -111,7 +124,8 @@ def origin(run: Run) -> str:
         path = entry.get("path") if isinstance(entry, dict) else entry
         rows.append(((f"made from: {role}", f"来自：{role}"), f"<code>{text(str(path), MAX_VALUE)}</code>"))
     if template := run.about.get("prompt_template"):
-        rows.append((("prompt format", "提示格式"), f"<code>{text(_plain(template), MAX_VALUE)}</code>"))
+        shown = _plain(template).replace("\n", "\\n")
+        rows.append((("prompt format", "提示格式"), f"<code>{text(shown, MAX_VALUE)}</code>"))
     versions = {str(name): _plain(value) for name, value in run.part("versions").items()}
     if versions:
         shown = ", ".join(f"{name} {value}" for name, value in versions.items())
@@ -148,13 +162,23 @@ def _funnel(run: Run) -> str:
     for sign, name in (("+", "made"), ("−", "dropped")):
         counts = funnel.get(name)
         for reason, count in counts.items() if isinstance(counts, dict) else ():
-            rows.append(((f"{sign} {reason}",) * 2, count))
+            english, chinese = _reason(str(reason))
+            rows.append(((f"{sign} {english}", f"{sign} {chinese}"), count))
     rows.append((("= kept", "= 保留"), funnel.get("kept")))
     if number(data.get("eval_rows")) is not None:
         rows.append((("of these for evaluation", "其中用于评估"), data["eval_rows"]))
     cells = [[both(label), _value(count)] for label, count in rows]
     cells = [[label, text(count)] for label, count in cells]
     return f"<h3>{both(('Data', '数据'))}</h3>{table([], cells, 'numbers')}"
+
+
+def _reason(reason: str) -> Words:
+    """Why rows were made or dropped, as the funnel names it, in both languages where it is known."""
+    kind = reason.removeprefix(MADE)
+    if kind != reason:
+        english, chinese = kind_words(kind)
+        return (f"{MADE}{english}", f"好回答对：{chinese}")
+    return (reason, REASONS.get(reason, reason))
 
 
 def _command(run: Run) -> str:
@@ -195,52 +219,3 @@ def flags(runs: list[Run]) -> str:
     title = f"<h3>{both(('Flags that differ', '不同的参数'))}</h3>"
     same = f"<p>{both(('None.', '没有。'))}</p>"
     return title + (table(head, differing, "flags") if differing else same) + every
-
-
-# ---- the audit ----
-def audit(run: Run) -> str:
-    """The audit of the reward model: verdict, reasons, attacks, accuracy by length."""
-    attacks, verdict = _object(run.audit, "attacks"), _object(run.audit, "verdict")
-    if not attacks and not verdict:
-        return ""
-    name = str(verdict.get("verdict", "?"))
-    said = both(AUDIT_WORDS.get(name, (name, name)))
-    reasons = [str(line) for part in ("reasons", "notes") for line in _list(verdict.get(part))]
-    shown = f"<p>{both(('Verdict:', '结论：'))} <b>{said}</b></p>"
-    shown += "".join(f"<p>{text(line)}</p>" for line in reasons)
-
-    head = [
-        both(("degenerate answer", "退化回答")), both(("prompts", "提示数")),
-        both(("the real answer wins", "好回答获胜")), both(("95 % interval", "95 % 区间")),
-    ]  # fmt: skip
-    rows = [[text(str(kind)), *_share(result)] for kind, result in attacks.items() if isinstance(result, dict)]
-    shown += table(head, rows, "numbers")
-
-    sides = _object(_object(run.audit, "length"), "longer")
-    parts = [(("all pairs", "全部数据对"), _object(run.audit, "accuracy"))]
-    parts += [
-        (("the better answer is longer", "更好的回答更长"), _object(sides, "chosen")),
-        (("the worse answer is longer", "更差的回答更长"), _object(sides, "rejected")),
-    ]
-    head[0] = both(("accuracy on held-out pairs", "留出数据对上的准确率"))
-    head[1], head[2] = both(("pairs", "数据对")), both(("right", "对的比例"))
-    return shown + table(head, [[both(label), *_share(result)] for label, result in parts if result], "numbers")
-
-
-def _object(part: dict, name: str) -> dict:
-    value = part.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value) -> list:
-    return value if isinstance(value, list) else []
-
-
-def _share(result: dict) -> list[str]:
-    """Number, share with a bar, interval."""
-    value = number(result.get("share"))
-    count = number(result.get("n"))
-    bounds = [number(bound) for bound in _list(result.get("interval"))]
-    known = len(bounds) == 2 and None not in bounds
-    meter = f'<meter min="0" max="1" value="{value:.3f}"></meter> {value:.0%}' if value is not None else "–"
-    return [short(count) if count is not None else "–", meter, f"{bounds[0]:.0%} – {bounds[1]:.0%}" if known else "–"]

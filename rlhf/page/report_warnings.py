@@ -1,5 +1,6 @@
 """What should make the owner of a run look twice, in both languages."""
 
+from rlhf.page.report_audit import kind_words
 from rlhf.page.report_data import Run, Words, number
 from rlhf.page.report_ppo_warnings import PPO_CHECKS, PPO_REMARKS
 from rlhf.page.report_words import first_and_last
@@ -68,10 +69,10 @@ def _audit(run: Run) -> Words | None:
     named = verdict.get("winning") if isinstance(verdict, dict) else None
     if not isinstance(named, dict) or not named:
         return None
-    kinds = ", ".join(str(kind) for kind in list(named)[:6])
+    english, chinese = zip(*map(kind_words, map(str, list(named)[:6])), strict=True)
     return (
-        f"The audit failed: degenerate answers win ({kinds}). PPO would find them.",
-        f"审计没有通过：退化回答会得逞（{kinds}）。PPO 会找到它们。",
+        f"The audit failed: degenerate answers win ({', '.join(english)}). PPO would find them.",
+        f"审计没有通过：退化回答会得逞（{'、'.join(chinese)}）。PPO 会找到它们。",
     )
 
 
