@@ -133,7 +133,7 @@ def weighted_sum(terms: list[Term]) -> tuple[LoraConfig, dict[str, Tensor]]:
     layers = [layers_of(term.tensors) for term in terms]
     ranks = [max((a.shape[0] for a, _ in found.values()), default=0) for found in layers]
     rank = sum(ranks)
-    names = sorted({name for found in layers for name in found})
+    names = sorted(set().union(*layers))
 
     # 2. Factors stacked, zeros up to the rank where an adapter has none.
     tensors = {}
@@ -185,7 +185,7 @@ def _heads(terms: list[Term]) -> dict[str, Tensor]:
     """The weighted sum of the score heads, the only other weights that an adapter may hold here."""
     rest = [{name: one for name, one in term.tensors.items() if "lora_" not in name} for term in terms]
     heads = {}
-    for name in sorted({name for found in rest for name in found}):
+    for name in sorted(set().union(*rest)):
         for term, found in zip(terms, rest, strict=True):
             if name not in found or found[name].dim() != 2 or found[name].shape[0] != 1:
                 raise ValueError(

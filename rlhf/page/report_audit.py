@@ -35,7 +35,7 @@ def audit(run: Run) -> str:
         return ""
     name = str(verdict.get("verdict", "?"))
     said = both(VERDICTS.get(name, (name, name)))
-    reasons = [str(line) for part in ("reasons", "notes") for line in _list(verdict.get(part))]
+    reasons = map(str, [*_list(verdict.get("reasons")), *_list(verdict.get("notes"))])
     shown = f"<p>{both(('Verdict:', '结论：'))} <b>{said}</b></p>"
     shown += "".join(f"<p>{text(line)}</p>" for line in reasons)
 

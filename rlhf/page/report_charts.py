@@ -1,6 +1,7 @@
 """Which metrics a report draws, under which titles and beside which others."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import mean
 
 from rlhf.page.report_data import Points, Run, Words
@@ -144,7 +145,7 @@ NO_CURVE = ("step", "epoch", "guard", "env/reward_mean")
 MOST_FURTHER = 48
 
 # Batches differ too much for a curve of single steps; the single steps are among the further curves.
-SMOOTHED = ("loss",)
+SMOOTHED = ("loss", "mean_token_accuracy", "entropy")
 
 
 # ---- which charts ----
@@ -152,7 +153,7 @@ def main_charts(runs: list[Run]) -> list[Chart]:
     """The charts of the runs' stages, in order; those without a point are left out."""
     charts = []
     stages = dict.fromkeys(run.stage for run in runs)
-    kinds = [kind for stage in stages for kind in CHARTS.get(stage, ())]
+    kinds = chain(*(CHARTS.get(stage, ()) for stage in stages))
     for title, hint, keys, from_zero in dict.fromkeys(kinds):
         charts.append(Chart(title, hint, _lines(runs, keys), from_zero))
         if title == ("Score", "得分"):
@@ -177,13 +178,17 @@ def _parts(runs: list[Run]) -> Chart:
 
 def further_charts(runs: list[Run]) -> list[Chart]:
     """A chart for every other number of the logs, under its own name."""
-    kinds = [kind for run in runs for kind in CHARTS.get(run.stage, ())]
-    shown = {key for _, _, keys, _ in kinds for key, _ in keys if key not in SMOOTHED}
+    shown = set()
+    for run in runs:
+        for _, _, keys, _ in CHARTS.get(run.stage, ()):
+            shown |= {key for key, _ in keys if not _is_smoothed(run, key)}
     names = {}
     for run in runs:
         names |= dict.fromkeys(run.metrics())
     rest = [key for key in names if key not in shown and key not in NO_CURVE and not _stands_elsewhere(key)]
-    charts = [Chart((key, key), ("", ""), _lines(runs, [(key, (key, key))])) for key in rest[:MOST_FURTHER]]
+    charts = [
+        Chart((key, key), ("", ""), _lines(runs, [(key, (key, key))], smooth=False)) for key in rest[:MOST_FURTHER]
+    ]
     return _curves(charts)
 
 
@@ -192,7 +197,7 @@ def _stands_elsewhere(key: str) -> bool:
     return key.startswith(("eval_start/", "reward/")) or key.endswith("/error")
 
 
-def _lines(runs: list[Run], keys) -> list[Line]:
+def _lines(runs: list[Run], keys, smooth: bool = True) -> list[Line]:
     """A line for each key and run that has numbers: a colour a run where there are several, else a colour a key."""
     lines = []
     for place, run in enumerate(runs):
@@ -202,12 +207,17 @@ def _lines(runs: list[Run], keys) -> list[Line]:
                 continue
             colour, dash = (place, order) if len(runs) > 1 else (order, 0)
             errors = dict(run.points(key.replace("/mean", "/error"))) if key.endswith("/mean") else {}
-            if key in SMOOTHED and len(keys) > 1:
+            if smooth and _is_smoothed(run, key):
                 points, label = _smoothed(points, label)
             named = label if len(runs) == 1 else (f"{run.name}: {label[0]}", f"{run.name}：{label[1]}")
             dots = key.startswith("eval") or len(points) == 1
             lines.append(Line(named, points, colour % COLOURS, dash % DASHES, dots, errors))
     return lines
+
+
+def _is_smoothed(run: Run, key: str) -> bool:
+    # A step of PPO is a mean over many answers already.
+    return key in SMOOTHED and run.stage != "ppo"
 
 
 def _smoothed(points: Points, label: Words) -> tuple[Points, Words]:
@@ -223,7 +233,7 @@ def _smoothed(points: Points, label: Words) -> tuple[Points, Words]:
 
 def step_range(charts: list[Chart]) -> tuple[int, int]:
     """First and last step of all charts: one axis, so that events stand below one another."""
-    steps = [step for chart in charts for line in chart.lines for step, _ in (line.points[0], line.points[-1])]
-    low = min(steps, default=0)
-    high = max(steps, default=1)
+    lines = list(chain(*(chart.lines for chart in charts)))
+    low = min((line.points[0][0] for line in lines), default=0)
+    high = max((line.points[-1][0] for line in lines), default=1)
     return low, max(high, low + 1)

@@ -2,11 +2,12 @@
 
 import json
 import shlex
+from itertools import chain
 
 from rlhf.page.report_audit import kind_words
 from rlhf.page.report_data import Run, Words, number
 from rlhf.page.report_html import MAX_VALUE, both, folded, short, table, text
-from rlhf.page.report_words import first_and_last
+from rlhf.page.report_words import ends, first_and_last
 
 STAGES = {
     "sft": ("Supervised fine-tuning (SFT)", "监督微调（SFT）"),
@@ -61,15 +62,22 @@ TINY = 5e-4
 def outcome(runs: list[Run]) -> str:
     """First and last value of the metrics that say most, a column a run; then all numbers of run.json."""
     stages = dict.fromkeys(run.stage for run in runs)
-    wanted = dict.fromkeys(pair for stage in stages for pair in OUTCOMES.get(stage, ()))
+    wanted = dict.fromkeys(chain(*(OUTCOMES.get(stage, ()) for stage in stages)))
     rows = []
     for key, label in wanted:
-        pairs = [first_and_last(run, key) for run in runs]
+        pairs = [_ends_of(run, key) for run in runs]
         if any(pairs):
             rows.append([both(label), *map(_change, pairs)])
 
     head = [both(("first → last", "首 → 末")), *(text(run.name) for run in runs)] if len(runs) > 1 else []
     return (table(head, rows, "outcome") if rows else "") + _all_numbers(runs)
+
+
+def _ends_of(run: Run, key: str) -> tuple[float, float] | None:
+    """First and last value of a metric; of single batches, which differ by chance, means over the first and the last."""
+    if run.stage == "ppo" or key.startswith("eval"):
+        return first_and_last(run, key)
+    return ends(run, key) or first_and_last(run, key)
 
 
 def _change(pair: tuple[float, float] | None) -> str:
@@ -81,7 +89,7 @@ def _change(pair: tuple[float, float] | None) -> str:
 
 
 def _all_numbers(runs: list[Run]) -> str:
-    names = dict.fromkeys(key for run in runs for key in _flat(run.part("metrics")))
+    names = dict.fromkeys(chain(*(_flat(run.part("metrics")) for run in runs)))
     rows = []
     for key in names:
         values = [_flat(run.part("metrics")).get(key, "–") for run in runs]
@@ -202,7 +210,7 @@ def _command(run: Run) -> str:
 def flags(runs: list[Run]) -> str:
     """All flags of one run; of several, those in which they differ, and then all."""
     arguments = [{str(key): _plain(value) for key, value in run.part("arguments").items()} for run in runs]
-    names = sorted(dict.fromkeys(key for part in arguments for key in part))
+    names = sorted(set().union(*arguments))
     rows = []
     differing = []
     for name in names:

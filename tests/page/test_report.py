@@ -212,7 +212,9 @@ def test_the_other_stages_have_warnings_of_their_own(tmp_path):
     audit = {"verdict": {"verdict": "fail", "winning": {"empty": 0.4}}, "length": {"spearman": 0.8}}
     (reward / "audit.json").write_text(json.dumps(audit))
     words = said(reward)
-    assert all(part in words for part in ("rose again", "little better than a coin", "(nothing at all)", "largely length"))
+    assert all(
+        part in words for part in ("rose again", "little better than a coin", "(nothing at all)", "largely length")
+    )
     sft = write_run(tmp_path / "sft", losses, "sft", data={"read": 9, "dropped": {"bad": 8}})
     assert "More than half" in said(sft)
 
