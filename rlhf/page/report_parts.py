@@ -74,7 +74,7 @@ def outcome(runs: list[Run]) -> str:
 
 
 def _ends_of(run: Run, key: str) -> tuple[float, float] | None:
-    """First and last value of a metric; of single batches, which differ by chance, means over the first and the last."""
+    """First and last value of a metric; of single batches, which differ by chance, means over several."""
     if run.stage == "ppo" or key.startswith("eval"):
         return first_and_last(run, key)
     return ends(run, key) or first_and_last(run, key)

@@ -337,8 +337,8 @@ def test_a_reader_points_chooses_searches_and_switches_the_language(tmp_path):
 
         # Pointing at the left end of one chart shows the first step in all of them.
         drawing = page.locator(".chart > svg").first
-        box = drawing.bounding_box()
-        page.mouse.move(box["x"] + box["width"] * 0.13, box["y"] + 40)
+        width = drawing.bounding_box()["width"]
+        drawing.hover(position={"x": width * 0.13, "y": 40})
         shown = page.locator(".chart .legend b").all_inner_texts()
         assert shown[0].startswith("0") and page.locator(".chart .at").first.text_content() in ("0", "1")
         drawing.focus()
