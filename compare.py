@@ -56,8 +56,6 @@ class ScriptArguments(FormatFlags):
         [],
         help="two adapters: five columns of their weighted sums, from the first to the second, with KL to the first",
         group="artefacts",
-        nargs=2,
-        metavar="DIR",
     )
     tokenizer_name: str | None = flag(
         None, help="tokenizer directory or hub id, if not the adapters' own", group="artefacts"
@@ -95,6 +93,8 @@ class ScriptArguments(FormatFlags):
     batch_size: int = flag(8, help="prompts answered at once; changes speed, not answers", group="machine")
 
     def __post_init__(self):
+        if len(self.slide) not in (0, 2):
+            raise ValueError(f"--slide goes from one adapter to another: give two, not {len(self.slide)}")
         # A slide is about the way between two adapters, which the bare base is far from.
         between = slide_versions(*self.slide) if self.slide else {}
         self.versions = between

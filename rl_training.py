@@ -226,7 +226,7 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
             log.close()
             pictures.attempt(charts.draw_run, args.output_dir)
             # A finished run has its report once its result is saved.
-            if last["step"] < total:
+            if last["step"] < total or "guard" in last:
                 report.write_at_end(args.output_dir)
     return last
 

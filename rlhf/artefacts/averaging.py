@@ -67,6 +67,8 @@ def read_terms(parts: list[tuple[float, str]], flag: str) -> list[Term]:
         # Its magnitudes divide by a norm of the summed weights: no sum of two adapters is one.
         if config.use_dora:
             raise ValueError(f"{owner} is a DoRA adapter: a sum of them is none; merge it with merge_lora.py instead")
+        if not layers_of(tensors):
+            raise ValueError(f"{owner} holds no LoRA weights: there is nothing to sum")
         terms.append(Term(weight, path, config, tensors))
     _refuse_other_shapes(terms, flag)
     return terms
@@ -105,12 +107,17 @@ def refuse_unlike(paths: list[str], flag: str) -> dict | None:
 
 
 def layers_of(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> its factors A [r, in] and B [out, r], in the order of the names."""
+    """Layer -> its factors A [r, in] and B [out, r], in the order of the names.
+
+    Raises: ValueError naming a layer of which one factor is missing.
+    """
     layers = {}
     for name in sorted(tensors):
         for first, second in FACTORS:
             if name.endswith(first):
                 layer = name.removesuffix(first)
+                if layer + second not in tensors:
+                    raise ValueError(f"{layer + second} is missing: the adapter is damaged, copy or train it again")
                 layers[layer] = (tensors[name], tensors[layer + second])
     return layers
 
@@ -171,7 +178,7 @@ def _targets(terms: list[Term], layers: list[str]) -> list[str]:
     """target_modules of the sum: the adapters' own short names, or every layer in full where those would not do."""
     configs = [term.config for term in terms]
     plain = all(
-        not isinstance(config.target_modules, str)
+        isinstance(config.target_modules, list | set)
         and config.layers_to_transform is None
         and not config.exclude_modules
         for config in configs

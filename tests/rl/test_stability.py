@@ -270,6 +270,7 @@ def test_the_sft_model_is_evaluated_before_the_first_step_and_the_chart_shows_bo
     assert curves["judge"][1][2] == pytest.approx(rows[2]["eval/judge/mean"] - rows[0]["eval_start/judge/mean"])
     assert (out / "chart.png").stat().st_size > 10_000
     assert (out / "score_against_kl.png").stat().st_size > 10_000
+    assert "The run is finished, 5 steps are logged" in (out / "report.html").read_text(encoding="utf-8")
 
     # Six panels; what was evaluated begins with the SFT model, and the step in best/ is marked.
     panels = {panel.title.split()[0]: panel for panel in panels_of(rows)}
@@ -300,6 +301,8 @@ def test_the_tracker_is_closed_when_the_guard_stops_a_run(world, tmp_path, monke
         run(world, tmp_path / "out")
     assert closed == [True]
     assert (tmp_path / "out" / "chart.png").is_file()
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "The guard stepped in at step 1: 100% of the answers are empty" in page
 
 
 COLLAPSED = ("score/mean", "kl/mean", "empty_frac", "len/mean", "len/min", "entropy")

@@ -54,10 +54,14 @@ def test_a_limit_for_memory_is_one_sentence_in_sft_too(zygote, stages, tmp_path,
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_a_chart_that_cannot_be_drawn_costs_no_policy(zygote, stages, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [("rlhf.rl.charts:pyplot", "a picture could not be drawn"), ("rlhf.page.report:page", "the report could not be")],
+)
+def test_a_chart_or_report_that_cannot_be_drawn_costs_no_policy(zygote, stages, whole, tmp_path, target, words):
     out = tmp_path / "out"
-    assert zygote.run(stages["ppo"], out, target="rlhf.rl.charts:pyplot", when="full") == 0, zygote.said()[-3000:]
-    assert "a picture could not be drawn (OSError" in zygote.said()
+    assert zygote.run(stages["ppo"], out, target=target, when="full") == 0, zygote.said()[-3000:]
+    assert f"{words}" in zygote.said() and "(OSError" in zygote.said()
     assert result(out) == whole["ppo"]
 
 

@@ -15,6 +15,7 @@ import compare
 import merge_lora
 from rlhf.artefacts import averaging
 from rlhf.artefacts.adapters import check_adapter, read_adapter, save_adapter
+from rlhf.artefacts.files import ADAPTER_FILE
 from rlhf.artefacts.fingerprints import adapter_hash, base_fingerprint
 from rlhf.artefacts.run_json import load_run, write_run
 from rlhf.compare.answers import AnswerSettings, Versions
@@ -132,7 +133,7 @@ def test_a_sum_is_an_artefact_like_any_other(tiny_base, unlike, tmp_path):
     assert [entry["adapter"] for entry in run["parents"].values()] == [adapter_hash(place) for place in unlike]
     assert run["metrics"]["difference"] <= 1e-6
     twice = average(tmp_path / "again", *unlike)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    for name in (ADAPTER_FILE, "adapter_config.json"):
         assert (Path(path) / name).read_bytes() == (Path(twice) / name).read_bytes()
 
 
@@ -140,10 +141,10 @@ def test_a_sum_is_an_artefact_like_any_other(tiny_base, unlike, tmp_path):
 def test_reward_adapters_that_differ_in_the_head_alone_score_as_the_mean(tiny_base, tmp_path):
     one = random_adapter(tiny_base, tmp_path / "one", "reward", seed=1)
     other = shutil.copytree(one, tmp_path / "other")
-    tensors = load_file(other / "adapter_model.safetensors")
+    tensors = load_file(other / ADAPTER_FILE)
     head = next(name for name in tensors if name.endswith("score.weight"))
     tensors[head] = tensors[head].flip(1).contiguous()
-    save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, other / ADAPTER_FILE, metadata={"format": "pt"})
     path = average(tmp_path / "mean", one, str(other))
     expected = (logits(tiny_base, one, "score") + logits(tiny_base, str(other), "score")) / 2
     torch.testing.assert_close(logits(tiny_base, path, "score"), expected, rtol=0, atol=1e-4)
@@ -152,12 +153,12 @@ def test_reward_adapters_that_differ_in_the_head_alone_score_as_the_mean(tiny_ba
 
 def test_reward_adapters_with_one_head_score_as_that_head_on_the_summed_layers(tiny_base, tmp_path):
     paths = [random_adapter(tiny_base, tmp_path / str(seed), "reward", seed=seed) for seed in (1, 2)]
-    tensors = [load_file(Path(path) / "adapter_model.safetensors") for path in paths]
+    tensors = [load_file(Path(path) / ADAPTER_FILE) for path in paths]
     head = next(name for name in tensors[0] if name.endswith("score.weight"))
     tensors[1][head] = tensors[0][head]
-    save_file(tensors[1], Path(paths[1]) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors[1], Path(paths[1]) / ADAPTER_FILE, metadata={"format": "pt"})
     average(tmp_path / "mean", *paths)
-    summed = load_file(tmp_path / "mean" / "adapter_model.safetensors")
+    summed = load_file(tmp_path / "mean" / ADAPTER_FILE)
     torch.testing.assert_close(summed[head], tensors[0][head], rtol=0, atol=1e-6)
 
 
@@ -180,9 +181,19 @@ def test_foreign_adapters_of_other_sizes_are_refused(tiny_base, unlike, tmp_path
     wide = {name: torch.cat([tensor, tensor]) if "lora_B" in name else tensor for name, tensor in tensors.items()}
     (tmp_path / "wide").mkdir()
     config.save_pretrained(str(tmp_path / "wide"))
-    save_file(wide, tmp_path / "wide" / "adapter_model.safetensors")
+    save_file(wide, tmp_path / "wide" / ADAPTER_FILE)
     with pytest.raises(ValueError, match="was trained on another base"):
         averaging.read_terms([(0.5, unlike[0]), (0.5, str(tmp_path / "wide"))], "--average")
+
+
+def test_half_an_adapter_is_refused(unlike, tmp_path):
+    config, tensors = read_adapter(unlike[0])
+    (tmp_path / "half").mkdir()
+    config.save_pretrained(str(tmp_path / "half"))
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, tmp_path / "half" / ADAPTER_FILE)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        averaging.read_terms([(1.0, str(tmp_path / "half"))], "--average")
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,7 @@ def test_the_template_is_the_adapters_own(tiny_base, folders, tmp_path):
         (["--adapters", "base=x"], "names base twice"),
         (["--adapters", "runs/sft"], "write NAME=DIR"),
         (["--include_base", "False"], "nothing to compare"),
+        (["--slide", "runs/sft"], "give two, not 1"),
         (["--temperature", "0"], "--do_sample False"),
         (["--top_p", "1.5"], "--top_p 1.5"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0"),

@@ -134,6 +134,7 @@ def whole(zygote, stages, tmp_path_factory):
     results = {}
     for name, stage in stages.items():
         assert zygote.run(stage, folder / name) == 0, zygote.said()[-3000:]
+        assert (folder / name / "report.html").is_file()
         results[name] = result(folder / name)
     return results
 
