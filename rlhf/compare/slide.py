@@ -104,6 +104,10 @@ def draw(rows: list[dict], file: Path) -> None:
             axis.annotate(version.removeprefix(SLIDE), (kl, value), **beside)
         axis.set(xlabel="KL to the first (nats an answer)", title=name)
         axis.grid(alpha=0.3)
+        axis.margins(0.1)
+        # From 0, so that a small change of length looks small.
+        if name == "tokens":
+            axis.set_ylim(bottom=0)
 
     figure.savefig(file, dpi=100)
     plt.close(figure)

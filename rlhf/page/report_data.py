@@ -15,8 +15,9 @@ Words = tuple[str, str]
 # One metric over the steps: (step, value), in order, finite values only.
 Points = list[tuple[int, float]]
 
-# Bytes of a log that are read: of a longer one the beginning and the end.
-MAX_LOG = 1 << 24
+# Bytes of a log that are read, of a longer one the beginning and the end: a report must not take seconds.
+MAX_METRICS = 1 << 24
+MAX_SAMPLES = 1 << 22
 
 # Bytes of a JSON file, at most.
 MAX_JSON = 1 << 24
@@ -96,6 +97,8 @@ class Run:
 
 def number(value) -> float | None:
     """A measured number, NaN and infinity written as text included; None for anything else."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -124,9 +127,9 @@ def read_object(file: Path, notes: list[Words]) -> dict:
     return content
 
 
-def read_log(file: Path, notes: list[Words]) -> list[dict]:
+def read_log(file: Path, notes: list[Words], most: int = MAX_METRICS) -> list[dict]:
     """Records of a .jsonl file that name a step, in the order of their steps; other lines are counted in `notes`."""
-    lines = _log_text(file, notes).split("\n")
+    lines = _log_text(file, notes, most).split("\n")
     rows = []
     damaged = []
     for place, line in enumerate(lines, 1):
@@ -151,7 +154,7 @@ def read_log(file: Path, notes: list[Words]) -> list[dict]:
     return sorted(rows, key=lambda row: row["step"])
 
 
-def _log_text(file: Path, notes: list[Words]) -> str:
+def _log_text(file: Path, notes: list[Words], most: int) -> str:
     """The text of a log, of a very long one without its middle; "" where there is none."""
     try:
         # A pipe would be read for ever.
@@ -159,18 +162,18 @@ def _log_text(file: Path, notes: list[Words]) -> str:
             return ""
         with file.open("rb") as log:
             size = os.fstat(log.fileno()).st_size
-            if size <= MAX_LOG:
+            if size <= most:
                 return log.read().decode("utf-8", errors="replace")
-            head = log.read(MAX_LOG // 2)
-            log.seek(size - MAX_LOG // 2)
-            tail = log.read(MAX_LOG // 2)
+            head = log.read(most // 2)
+            log.seek(size - most // 2)
+            tail = log.read(most // 2)
     except OSError as error:
         why = error.strerror
         notes.append((f"{file.name} cannot be read ({why}).", f"{file.name} 无法读取（{why}）。"))
         return ""
 
     # Lines that the cut goes through are left out.
-    half = MAX_LOG >> 21
+    half = most >> 21
     notes.append(
         (
             f"{file.name} is long: its first and last {half} MB are shown.",
@@ -211,7 +214,7 @@ def load_run(folder: Path, name: str) -> Run:
 
     # 2. What it logged.
     rows = read_log(folder / "metrics.jsonl", notes)
-    samples = read_log(folder / "samples.jsonl", notes)
+    samples = read_log(folder / "samples.jsonl", notes, MAX_SAMPLES)
     if not about and not rows:
         inner = sorted(file.parent for file in folder.glob("*/metrics.jsonl"))
         hint = f": give {inner[0]}, for one" if inner else ": give the --output_dir of a run"

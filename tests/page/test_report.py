@@ -274,6 +274,15 @@ def test_damaged_lines_are_counted_and_a_line_that_is_being_written_is_not(tmp_p
     assert [english for english, _ in notes] == [words]
 
 
+def test_of_a_long_log_the_beginning_and_the_end_are_read(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(lines([{"step": step, "a": "x" * 90} for step in range(1000)]), encoding="utf-8")
+    notes = []
+    steps = [row["step"] for row in read_log(file, notes, 20_000)]
+    assert steps[0] == 0 and steps[-1] == 999 and 100 < len(steps) < 300
+    assert len(notes) == 1 and "is long" in notes[0][0]
+
+
 def test_a_run_without_its_result_says_so_and_is_described_by_its_newest_checkpoint(tmp_path):
     folder = write_run(tmp_path / "run", ppo_rows())
     for step in (4, 16):
