@@ -99,7 +99,10 @@ class ScriptArguments(FormatFlags):
         between = slide_versions(*self.slide) if self.slide else {}
         self.versions = between
         if self.adapters or not between:
-            self.versions = between | named_adapters(self.adapters, self.include_base and not between)
+            named = named_adapters(self.adapters, self.include_base and not between)
+            if between.keys() & named.keys():
+                raise ValueError("--adapters names a point of --slide: give that column another name")
+            self.versions = between | named
         for name in ("temperature", "repetition_penalty"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} must be over 0 (greedy decoding is --do_sample False)")
