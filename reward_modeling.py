@@ -49,7 +49,7 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
         1, help="pairs per forward pass in evaluation", group="evaluation", resume="free", expert=True
     )
     eval_first_step: bool = flag(
-        False, help="evaluate after the first step too", group="evaluation", resume="free", expert=True
+        False, help="evaluate after the first step too", group="evaluation", expert=True
     )
 
 
@@ -80,7 +80,7 @@ from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
 from rlhf.reward import audit_report, closing, degenerate, pairs
 from rlhf.run import launch
-from rlhf.trainer import stage_trainer, training
+from rlhf.trainer import best, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
@@ -247,6 +247,7 @@ def build_trainer(
         stage_trainer.training_arguments(args, TrainingArguments, bool(eval_rows), remove_unused_columns=False),
         sampler=order,
         about=about,
+        best=best.BestEvaluation(args),
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
         train_dataset=rows + blank,
         eval_dataset=eval_rows or None,
@@ -260,9 +261,12 @@ def build_trainer(
     return trainer
 
 
-def finish(args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: Rows) -> None:
+def finish(
+    args: ScriptArguments, trainer: RewardTrainer, prompt_format: PromptFormat, about: dict, eval_rows: Rows
+) -> None:
     """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
-    metrics = closing.last_metrics(args)
+    model = trainer.model
+    metrics = trainer.best.record(args.output_dir)
     with output_dir.finished_together(args.output_dir) as folder:
         prompt_format.tokenizer.save_pretrained(folder)
         adapters.save_adapter(model, folder)
@@ -329,10 +333,11 @@ def main(args: ScriptArguments) -> None:
     if eval_rows:
         training.final_evaluation(trainer)
 
-    # 6. Adapter, audit, and last of all run.json.
+    # 6. The best evaluation's adapter, audit, and last of all run.json.
     with stage_trainer.gathered(model):
         if file is not None:
-            finish(args, model, prompt_format, about, eval_rows)
+            trainer.best.restore(model, trainer.state.global_step)
+            finish(args, trainer, prompt_format, about, eval_rows)
             file.close()
     training.end(trainer)
 
