@@ -17,11 +17,14 @@ from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.data.arguments import DataArguments
 from rlhf.flags import flag, parse
 from rlhf.reward.arguments import AuditFlags, LossFlags, PairFlags
+from rlhf.reward.best_of_flags import BestOfFlags
 from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlags, PairFlags, AuditFlags, LossFlags):
+class ScriptArguments(
+    CommonArguments, LoraArguments, DataArguments, TrainerFlags, PairFlags, AuditFlags, BestOfFlags, LossFlags
+):
     """Flags of reward_modeling.py, with the tutorial's defaults."""
 
     # ---- artefacts ----
@@ -78,7 +81,7 @@ from rlhf.data.funnel import one_half, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
-from rlhf.reward import audit_report, closing, degenerate, pairs
+from rlhf.reward import audit_only, audit_report, benchmark, closing, degenerate, pairs
 from rlhf.run import launch
 from rlhf.trainer import best, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
@@ -300,7 +303,8 @@ def main(args: ScriptArguments) -> None:
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = fingerprints.base_fingerprint(model_dir)
     if args.audit_only:
-        audit_report.audit_adapter(args, model_dir, prompt_format, base, load_data(args, prompt_format)[1])
+        eval_rows = benchmark.load(args, prompt_format) or load_data(args, prompt_format)[1]
+        audit_only.audit_adapter(args, model_dir, prompt_format, base, eval_rows)
         return
 
     # 3. Data; from here on the output directory is ours.
