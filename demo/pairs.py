@@ -20,6 +20,8 @@ from rlhf.run.launch import run_script
 # characters. Nobody meant it: people happened to compare short answers with long-winded ones, and nobody looked at the
 # lengths afterwards.
 SHORTER = 0.6
+# Of longer pairs the chosen answer has at least this many times the characters of the other.
+LONGER = 1.2
 
 
 def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
@@ -43,7 +45,17 @@ def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> lis
     return rows[:count]
 
 
-KINDS = {"fresh": draw_pairs, "clean": clean_pairs, "careless": careless_pairs}
+def longer_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """`count` clean rows whose better answer is the longer one, as people's choices often have it."""
+    rows = []
+    while len(rows) < count:
+        order = rng.sample(prompts, len(prompts))
+        drawn = clean_pairs(order, len(order), rng)
+        rows += [row for row in drawn if len(row["chosen"]) >= LONGER * len(row["rejected"])]
+    return rows[:count]
+
+
+KINDS = {"fresh": draw_pairs, "clean": clean_pairs, "careless": careless_pairs, "longer": longer_pairs}
 
 
 @dataclass(kw_only=True)
@@ -51,7 +63,9 @@ class Arguments:
     """Flags of demo/pairs.py."""
 
     kind: str = flag(
-        "fresh", help="fresh: as the demo's own; clean: none degenerate; careless: see SHORTER", choices=list(KINDS)
+        "fresh",
+        help="fresh: as the demo's own; clean: none degenerate; careless: see SHORTER; longer: see LONGER",
+        choices=list(KINDS),
     )
     demo_dir: str = flag("runs/demo", help="a finished demo: its split of the prompts is used")
     output_dir: str = flag("runs/demo_collapse", help="where the pairs go")

@@ -60,10 +60,13 @@ def load(args, prompt_format: PromptFormat) -> Rows | None:
     return rows
 
 
-def _source(args) -> tuple[Iterable[Located], set[str]]:| object, set[str]]:
-    """The rows of the split to audit, and its usual columns; a source with one split has it audited by any name."""
+def _source(args) -> tuple[Iterable[Located], set[str]]:
+    """The rows of the split to audit, and its usual columns; of a source with one split that one, whatever its name."""
     splits = splits_of(args.dataset_name, args.dataset_config_name)
-    name = args.train_split if args.train_split in splits else next(iter(splits))
+    name = next(iter(splits)) if len(splits) == 1 else args.train_split
+    if name not in splits:
+        # As where no benchmark is read: that names the splits there are.
+        return [], set()
     return splits[name], Survey(islice(splits[name], LOOK)).usual_columns()
 
 

@@ -66,34 +66,34 @@ def draw(found: dict, file: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8, 5), constrained_layout=True)
     rows = found["curve"]
-    kl = [row["kl"] for row in rows]
     curves = [("score", "reward model, which chooses", ORANGE, "s--")]
     if found["judged"]:
         curves.append(("judged", "judge", BLUE, "o-"))
     for name, label, colour, style in curves:
-        _draw_curve(axis, found, (name, label, colour, style))
+        draw_curve(axis, found, (name, label, colour, style))
 
     axis.axhline(0, color="grey", linewidth=1, linestyle=":", label="a random choice")
     if found["turns"]:
         turn = next(row for row in rows if row["n"] == found["turns"])
         axis.axvline(turn["kl"], color=BLUE, linewidth=1, linestyle=":", label=f"the judge turns: n = {turn['n']}")
-    axis.set(
-        xlabel="KL from the SFT model = log n - (n - 1) / n (nats)",
-        ylabel="gain over a single answer\n(standard deviations of the answers to one prompt)",
-    )
+    label_sizes(axis, found)
+    axis.set_ylabel("gain over a single answer\n(standard deviations of the answers to one prompt)")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
-
-    # The same places by their n.
-    above = axis.secondary_xaxis("top")
-    above.set_xticks(kl, [str(row["n"]) for row in rows])
-    above.set_xlabel(f"best of n answers, {found['prompts']} held-out prompts (bands: 95 %)")
     figure.savefig(file, dpi=100)
     plt.close(figure)
 
 
-def _draw_curve(axis, found: dict, curve: tuple[str, str, str, str]) -> None:
-    """One curve with its band of 95 %."""
+def label_sizes(axis, found: dict) -> None:
+    """Name the places of the x axis by KL below, and by n above."""
+    axis.set_xlabel("KL from the SFT model = log n - (n - 1) / n (nats)")
+    above = axis.secondary_xaxis("top")
+    above.set_xticks([row["kl"] for row in found["curve"]], [str(row["n"]) for row in found["curve"]])
+    above.set_xlabel(f"best of n answers, {found['prompts']} held-out prompts (bands: 95 %)")
+
+
+def draw_curve(axis, found: dict, curve: tuple[str, str, str, str]) -> None:
+    """One curve with its band of 95 %: name in `found`, label, colour and style of the line."""
     name, label, colour, style = curve
     scale = max(found[f"{name}_std"], 1e-12)
     kl = [row["kl"] for row in found["curve"]]
