@@ -50,6 +50,8 @@ def check_inputs(args, model_dir: str, identity: dict) -> None:
         check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **identity)
         if adapter_hash(args.judge_lora_path) == adapter_hash(args.reward_model_lora_path):
             raise ValueError("--judge_lora_path is the reward model itself, which agrees with all its choices")
+    if args.write_best and not Path(args.write_best).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--write_best {args.write_best}: that directory does not exist")
     longest = args.max_length + args.output_max_length
     refuse_small_base(model_dir, identity["tokenizer"], longest, "--max_length, --output_max_length")
 

@@ -109,8 +109,9 @@ class BestEvaluation(TrainerCallback):
             return
         say(f"best evaluation: step {self.step} of {last}, loss {self.loss:.4f}; its adapter is the final one")
         parameters = dict(model.named_parameters())
-        for name, tensor in self.weights.items():
-            parameters[name].data.copy_(tensor)
+        with torch.no_grad():
+            for name, tensor in self.weights.items():
+                parameters[name].copy_(tensor)
 
     def record(self, output_dir: str) -> dict[str, float]:
         """The evaluation of the final adapter, as metrics.jsonl has it, with its step as "best_step".
