@@ -51,9 +51,7 @@ class ScriptArguments(
     per_device_eval_batch_size: int = flag(
         1, help="pairs per forward pass in evaluation", group="evaluation", resume="free", expert=True
     )
-    eval_first_step: bool = flag(
-        False, help="evaluate after the first step too", group="evaluation", expert=True
-    )
+    eval_first_step: bool = flag(False, help="evaluate after the first step too", group="evaluation", expert=True)
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:

@@ -1,4 +1,4 @@
-"""Best of n before PPO: how far the judge and the gold judge agree with a careless reward model, and with the demo's own.
+"""Best of n before PPO: how far two judges agree with a careless reward model, and with the demo's own.
 
 In:  a finished demo. Out: <output_dir>/{careless,own} (reward models with their audits), best_of_n.png, and the table.
 
@@ -35,7 +35,9 @@ class Arguments:
     """Flags of demo/best_of_n.py."""
 
     demo_dir: str = flag("runs/demo", help="a finished demo, whose base, SFT model, reward model and judge are used")
-    output_dir: str = flag("runs/best_of_n", help="where the reward models and their audits go; finished ones are kept")
+    output_dir: str = flag(
+        "runs/best_of_n", help="where the reward models and their audits go; finished ones are kept"
+    )
     best_of: int = flag(64, help="answers to each prompt")
     prompts: int = flag(100, help="held-out prompts")
 
@@ -47,7 +49,12 @@ def make_reward_models(args: Arguments, demo_dir: Path, output_dir: Path) -> Non
         where = ["--demo_dir", str(demo_dir), "--output_dir", str(output_dir), "--seed", seed]
         run("-m", "demo.pairs", "--kind", "careless", *where, "--pairs", "400", "--eval_pairs", "200")
     files = ["--dataset_name", str(output_dir / "pairs.jsonl")]
-    files += ["--eval_dataset_name", str(output_dir / "pairs_eval.jsonl"), "--output_dir", str(output_dir / "careless")]
+    files += [
+        "--eval_dataset_name",
+        str(output_dir / "pairs_eval.jsonl"),
+        "--output_dir",
+        str(output_dir / "careless"),
+    ]
     # A finished model is left as it is, because its stage is told to resume.
     run(
         "reward_modeling.py", "--model_name", str(demo_dir / "base"), *shlex.split(REWARD), *files, "--seed", seed,
@@ -62,8 +69,8 @@ def audit(args: Arguments, demo_dir: Path, reward: Path) -> dict:
     data = demo_dir / "data"
     if not (reward / "best_of_n.json").is_file():
         run(
-            "reward_modeling.py", "--model_name", str(demo_dir / "base"), "--max_length", "128", "--audit_only", "True",
-            "--dataset_name", str(data / "preferences.jsonl"), "--eval_dataset_name",
+            "reward_modeling.py", "--model_name", str(demo_dir / "base"), "--max_length", "128",
+            "--audit_only", "True", "--dataset_name", str(data / "preferences.jsonl"), "--eval_dataset_name",
             str(data / "preferences_eval.jsonl"), "--reward_model_lora_path", str(reward), "--sft_model_lora_path",
             str(demo_dir / "sft"), "--judge_lora_path", str(demo_dir / "judge"), "--best_of", str(args.best_of),
             "--best_of_prompts", str(args.prompts), "--output_max_length", "48", "--per_device_eval_batch_size", "64",

@@ -149,7 +149,10 @@ def main(args: Arguments) -> int:
     commit = (load_run(folder / "reward")["git_commit"] or "unknown")[:7]
     print(f"trained by commit {commit}, {platform.machine()}, {os.cpu_count()} cores, seed {seed}")
     print(f"{'':<52}{'as it is':>12}{'calibrated':>12}")
-    for name, words in (("spearman", "rank correlation of score and length, 500 pairs"), ("accuracy", "accuracy on them")):
+    for name, words in (
+        ("spearman", "rank correlation of score and length, 500 pairs"),
+        ("accuracy", "accuracy on them"),
+    ):
         print(f"{words:<52}" + "".join(f"{row[name]:>12.3f}" for row in measured.values()))
     ends = [run_["end"] for run_ in story["runs"].values()]
     lengths = {"sft": story["sft"]["tokens"], "plain": ends[0]["tokens"], "calibrated": ends[1]["tokens"]}

@@ -1,4 +1,4 @@
-"""A column of best of n: of several answers of one version to each prompt, the one that the reward model likes most."""
+"""A column of best of n: of several answers of one version to a prompt, the one that the reward model likes most."""
 
 from rlhf.compare.answers import Answer, Versions, row_seeds
 from rlhf.run.progress import shown

@@ -61,7 +61,7 @@ def load(args, prompt_format: PromptFormat) -> Rows | None:
 
 
 def _source(args) -> tuple[Iterable[Located], set[str]]:
-    """The rows of the split to audit, and its usual columns; of a source with one split that one, whatever its name."""
+    """The rows of the split to audit, and its usual columns; a source of one split has it audited by any name."""
     splits = splits_of(args.dataset_name, args.dataset_config_name)
     name = next(iter(splits)) if len(splits) == 1 else args.train_split
     if name not in splits:

@@ -113,6 +113,3 @@ def hashes(adapters: str | list[str]) -> list[str]:
 
 def _listed(adapters: str | list[str]) -> list[str]:
     return [adapters] if isinstance(adapters, str) else adapters
-| Path) -> str:
-    """The first 16 digits of the sha256 of a reward adapter's calibration, as run.json keeps it."""
-    return hashlib.sha256((Path(folder) / LENGTH_FILE).read_bytes()).hexdigest()[:16]

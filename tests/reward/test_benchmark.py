@@ -52,13 +52,17 @@ def test_the_audit_gives_accuracy_by_subset_over_every_row_of_the_file(tiny_base
     right = sum(part["share"] * part["n"] for part in audit["subsets"].values())
     assert right == pytest.approx(audit["accuracy"]["share"] * 12)
     part = audit["subsets"]["math"]
-    assert part["interval"] == pytest.approx([max(0, wilson(part["share"], 9)[0]), min(1, wilson(part["share"], 9)[1])])
+    assert part["interval"] == pytest.approx(
+        [max(0, wilson(part["share"], 9)[0]), min(1, wilson(part["share"], 9)[1])]
+    )
     report = (Path(reward) / "audit.md").read_text(encoding="utf-8")
     assert "## Accuracy by subset" in report and "| mean of the subsets | 12 |" in report
     assert "math: right on" in capsys.readouterr().out
 
 
-def test_a_question_of_several_answers_is_right_where_all_chosen_beat_all_rejected(tiny_base, reward, tmp_path, capsys):
+def test_a_question_of_several_answers_is_right_where_all_chosen_beat_all_rejected(
+    tiny_base, reward, tmp_path, capsys
+):
     rows = load(tiny_base, reward, VERSION_2, tmp_path)
     # One rejected answer of the last question is the chosen one: no part of that question counts.
     assert [row["columns"][benchmark.SUBSET] for row in rows] == ["Focus"] * 3 + ["Ties"] * 4

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import random_adapter
+from adapters import random_adapter, that_ends
 from forked import KILL, TERM, Stage
 from stages import words, write_lines, write_pairs
 
@@ -24,15 +24,20 @@ from rlhf.reward.best_of_report import sentence
 FILES = ("best_of_n.jsonl", "best_of_n.json", "audit.json", "audit.md")
 
 
+@pytest.fixture(scope="module")
+def base(tiny_base, tmp_path_factory) -> str:
+    return that_ends(tiny_base, tmp_path_factory.mktemp("ends") / "base")
+
+
 @pytest.fixture
-def command(tiny_base, tmp_path) -> dict:
+def command(base, tmp_path) -> dict:
     """Flags of an audit with best of 5, whose reward adapter is in a directory of its own."""
     return {
-        "model_name": tiny_base, "dataset_name": write_pairs(tmp_path / "pairs.jsonl", 24), "eval_size": 8,
+        "model_name": base, "dataset_name": write_pairs(tmp_path / "pairs.jsonl", 24), "eval_size": 8,
         "audit_only": True, "audit_prompts": 4, "per_device_eval_batch_size": 8, "best_of": 5, "best_of_prompts": 4,
-        "output_max_length": 6, "reward_model_lora_path": random_adapter(tiny_base, tmp_path / "reward", "reward", 1),
-        "sft_model_lora_path": random_adapter(tiny_base, tmp_path / "sft", scale=0.3),
-        "judge_lora_path": random_adapter(tiny_base, tmp_path / "judge", "reward", 2),
+        "output_max_length": 6, "reward_model_lora_path": random_adapter(base, tmp_path / "reward", "reward", 1),
+        "sft_model_lora_path": random_adapter(base, tmp_path / "sft", scale=0.3),
+        "judge_lora_path": random_adapter(base, tmp_path / "judge", "reward", 2),
     }  # fmt: skip
 
 
@@ -64,14 +69,14 @@ def plain_scores(base: str, adapter: str, row: dict) -> list[float]:
     return scores
 
 
-def test_the_audit_follows_the_best_of_n_and_says_what_it_means(command, tiny_base, capsys):
+def test_the_audit_follows_the_best_of_n_and_says_what_it_means(command, base, capsys):
     folder = run(command, output_max_length=40)
     rows = lines_of(folder)
     assert len({row["prompt"] for row in rows}) == 4
     assert {len(row["answers"]) for row in rows} == {len(row["scores"]) for row in rows} == {5}
     # An answer that ended by itself has the ids that its text is encoded to, where those are unique: most are.
     for flag, name in (("reward_model_lora_path", "scores"), ("judge_lora_path", "judged")):
-        plain = plain_scores(tiny_base, command[flag], rows[0])
+        plain = plain_scores(base, command[flag], rows[0])
         close = [abs(one - two) < 1e-4 for one, two in zip(plain, rows[0][name], strict=True)]
         assert any(close), (plain, rows[0][name])
 
@@ -106,7 +111,11 @@ def test_answers_are_the_sft_models_and_depend_on_no_other_prompt(command):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "target"),
-    [(KILL, "rlhf.reward.best_of:_sample"), (TERM, "rlhf.models.generation:_choose"), (KILL, "rlhf.reward.best_of:_write")],
+    [
+        (KILL, "rlhf.reward.best_of:_sample"),
+        (TERM, "rlhf.models.generation:_choose"),
+        (KILL, "rlhf.reward.best_of:_write"),
+    ],
 )
 def test_a_killed_audit_given_again_writes_the_same_bytes(zygote, command, signum, target):
     flags = {name: value for name, value in command.items() if name != "audit_only"}
@@ -124,7 +133,7 @@ def test_a_killed_audit_given_again_writes_the_same_bytes(zygote, command, signu
     assert bytes_of(out) == again
 
 
-def test_the_best_answers_become_sft_rows_that_the_sft_stage_reads(command, tiny_base, tmp_path):
+def test_the_best_answers_become_sft_rows_that_the_sft_stage_reads(command, base, tmp_path):
     file = tmp_path / "best.jsonl"
     folder = run(command, write_best=file, output_max_length=40, best_of=8)
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -132,13 +141,17 @@ def test_the_best_answers_become_sft_rows_that_the_sft_stage_reads(command, tiny
     assert rows
     for row in rows:
         assert row["answer"] in by_prompt[row["prompt"]]["answers"]
-    args = sft_training.parse_args(words({"model_name": tiny_base, "dataset_name": file, "eval_size": 0}))
-    read = sft_training.load_data(args, text_format(load_tokenizer(tiny_base)))[0]
+    args = sft_training.parse_args(words({"model_name": base, "dataset_name": file, "eval_size": 0}))
+    read = sft_training.load_data(args, text_format(load_tokenizer(base)))[0]
     assert len(read) == len(rows)
 
 
 def test_of_the_answers_that_ended_the_best_is_taken_and_dialogues_stay_dialogues():
-    prompts = [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "c", "turns": [("user", "x"), ("assistant", "y"), ("user", "z")]}]
+    prompts = [
+        {"prompt": "a"},
+        {"prompt": "b"},
+        {"prompt": "c", "turns": [("user", "x"), ("assistant", "y"), ("user", "z")]},
+    ]
     texts = [["one", "two", "cut"], ["", "cut", "cut"], ["three", "four", "five"]]
     scores = torch.tensor([[1.0, 2.0, 9.0], [5.0, 1.0, 1.0], [3.0, 1.0, 1.0]])
     ended = [[True, True, False], [True, False, False], [True, True, True]]

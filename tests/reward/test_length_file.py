@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapters import random_adapter
+from adapters import random_adapter, that_ends
 from stages import words, write_pairs
 
 import reward_modeling
@@ -52,6 +52,7 @@ def test_too_few_answers_give_a_reason_in_place_of_a_fit():
 def world(tiny_base, tmp_path_factory) -> dict:
     """Flags of a short PPO run whose reward adapter has been audited."""
     folder = tmp_path_factory.mktemp("length")
+    tiny_base = that_ends(tiny_base, folder / "base")
     reward = random_adapter(tiny_base, folder / "reward", "reward", seed=1)
     pairs = write_pairs(folder / "pairs.jsonl", 40)
     audit = {
@@ -97,9 +98,9 @@ def test_the_audit_stores_the_fit_and_ppo_subtracts_it_from_the_reward_models_sc
     assert len(load_run(tmp_path / "calibrated")["length_calibration"]) == 1
 
 
-def test_a_run_is_not_resumed_with_another_calibration(world, tiny_base, tmp_path):
+def test_a_run_is_not_resumed_with_another_calibration(world, tmp_path):
     folder = tmp_path / "reward"
-    reward = random_adapter(tiny_base, folder, "reward", seed=1)
+    reward = random_adapter(world["base_model_name"], folder, "reward", seed=1)
     fit = {"lengths": [1.0, 10.0], "predicted": [0.0, 1.0], "mean": 0.5} | parent_entry(folder)
     write_json(folder / LENGTH_FILE, fit)
     changed = {"reward_model_lora_path": reward, "length_calibration": True, "save_freq": 1, "reward_gate": "warn"}
@@ -123,9 +124,9 @@ def test_a_run_is_not_resumed_with_another_calibration(world, tiny_base, tmp_pat
         ({"lengths": [2.0, 3.0], "predicted": [0.0, 0.0]}, "has no field 'mean'"),
     ],
 )
-def test_what_cannot_be_subtracted_is_refused_before_a_model_loads(world, tiny_base, tmp_path, content, words_of_it):
+def test_what_cannot_be_subtracted_is_refused_before_a_model_loads(world, tmp_path, content, words_of_it):
     folder = tmp_path / "reward"
-    reward = random_adapter(tiny_base, folder, "reward", seed=1)
+    reward = random_adapter(world["base_model_name"], folder, "reward", seed=1)
     if content is not None:
         write_json(folder / LENGTH_FILE, parent_entry(folder) | content)
     with pytest.raises((ValueError, FileNotFoundError), match=words_of_it):
