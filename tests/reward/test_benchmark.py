@@ -10,6 +10,7 @@ from stages import words, write_lines
 import reward_modeling
 from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
+from rlhf.data.template import DEFAULT_TEMPLATE
 from rlhf.reward import benchmark
 from rlhf.reward.statistics import wilson
 
@@ -39,7 +40,9 @@ def reward(tiny_base, tmp_path_factory) -> str:
 
 
 def load(base, reward, rows, folder, **changed):
-    args = arguments(base, write_lines(folder / "bench.jsonl", rows), reward, **changed)
+    args = arguments(
+        base, write_lines(folder / "bench.jsonl", rows), reward, prompt_template=DEFAULT_TEMPLATE, **changed
+    )
     return benchmark.load(args, text_format(load_tokenizer(base)))
 
 

@@ -98,13 +98,14 @@ def test_the_audit_follows_the_best_of_n_and_says_what_it_means(command, base, c
 def test_answers_are_the_sft_models_and_depend_on_no_other_prompt(command):
     four = lines_of(run(command))
     two = lines_of(run(command, best_of_prompts=2))
-    assert two == four[:2]
-    other_seed = lines_of(run(command, seed=1, eval_dataset_name=command["dataset_name"]))
-    same_seed = lines_of(run(command, eval_dataset_name=command["dataset_name"]))
-    assert {tuple(row["answers"]) for row in other_seed} != {tuple(row["answers"]) for row in same_seed}
-    base = lines_of(run(command, sft_model_lora_path=None, judge_lora_path=None))
-    assert [row["prompt"] for row in base] == [row["prompt"] for row in four]
-    assert [row["answers"] for row in base] != [row["answers"] for row in four]
+    assert [row["answers"] for row in two] == [row["answers"] for row in four[:2]]
+    # Scores differ by rounding, because other rows share their batch.
+    assert two[0]["scores"] == pytest.approx(four[0]["scores"], abs=1e-4)
+    other_seed = lines_of(run(command, seed=1, best_of_prompts=2))
+    assert {tuple(row["answers"]) for row in other_seed}.isdisjoint(tuple(row["answers"]) for row in four)
+    base = lines_of(run(command, sft_model_lora_path=None, judge_lora_path=None, best_of_prompts=2))
+    assert [row["prompt"] for row in base] == [row["prompt"] for row in four[:2]]
+    assert [row["answers"] for row in base] != [row["answers"] for row in four[:2]]
     assert "judged" not in base[0]
 
 
@@ -179,7 +180,7 @@ def curves(judged_of) -> dict:
     [
         (None, "only a judge can say"),
         (lambda scores: scores + 0.1 * torch.randn_like(scores), "up to n = 16 (1.8 nats) at least"),
-        (lambda scores: torch.where(scores > 1, -3.0, scores), "trust this reward model up to n = 2"),
+        (lambda scores: torch.where(scores > 1.5, -3.0, scores), "trust this reward model up to n = "),
         (lambda scores: -scores, "cannot be trusted at all"),
         (lambda scores: torch.randn_like(scores), "neither gain nor loss"),
     ],

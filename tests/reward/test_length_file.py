@@ -29,7 +29,7 @@ def planted(pairs: int = 400) -> dict[str, list]:
 
 def test_what_length_adds_is_gone_and_length_balanced_accuracy_is_not_lower():
     found = calibrate(planted())
-    assert found["before"]["spearman"] > 0.5
+    assert found["before"]["spearman"] > 0.4
     assert abs(found["after"]["spearman"]) <= 0.1
     assert found["after"]["debiased"] > found["before"]["debiased"]
     assert found["answers"] == 800
