@@ -2,7 +2,7 @@
 
 In:  a finished demo. Out: <output_dir>/{reward,test,plain,calibrated}, story.png, and the table on the screen.
 
-In every pair that it learns from the better answer is the longer one. Its audit, on held-out pairs of any length, fits
+In nearly every pair that it learns from the better answer is the longer one. Its audit, on held-out pairs of any length, fits
 what its score owes to length; fresh held-out pairs measure what is left, and PPO shows where the lengths go.
 
     python -m demo.length --demo_dir runs/demo --output_dir runs/length | tee demo/results/length.log
@@ -42,7 +42,7 @@ class Arguments:
 
     demo_dir: str = flag("runs/demo", help="a finished demo, whose base and SFT model are used")
     output_dir: str = flag("runs/length", help="where everything goes; finished parts are kept")
-    pairs: int = flag(3000, help="pairs for training, the better answer the longer one")
+    pairs: int = flag(3000, help="pairs for training, the better answer nearly always the longer one")
     ppo_steps: int = flag(24, help="PPO steps of either run")
     kl_coef: float = flag(0.05, help="KL penalty of either run")
 

@@ -20,8 +20,10 @@ from rlhf.run.launch import run_script
 # characters. Nobody meant it: people happened to compare short answers with long-winded ones, and nobody looked at the
 # lengths afterwards.
 SHORTER = 0.6
-# Of longer pairs the chosen answer has at least this many times the characters of the other.
+# In longer pairs the chosen answer has at least this many times the characters of the other, but for a share of pairs of
+# any lengths: without those nothing but length would be learnt.
 LONGER = 1.2
+ANY_LENGTH = 0.05
 
 
 def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
@@ -46,12 +48,14 @@ def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> lis
 
 
 def longer_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
-    """`count` clean rows whose better answer is the longer one, as people's choices often have it."""
+    """`count` clean rows whose better answer is nearly always the longer one, as people's choices often have it."""
     rows = []
     while len(rows) < count:
         order = rng.sample(prompts, len(prompts))
-        drawn = clean_pairs(order, len(order), rng)
-        rows += [row for row in drawn if len(row["chosen"]) >= LONGER * len(row["rejected"])]
+        for row in clean_pairs(order, len(order), rng):
+            is_longer = len(row["chosen"]) >= LONGER * len(row["rejected"])
+            if rng.random() < ANY_LENGTH or is_longer:
+                rows.append(row)
     return rows[:count]
 
 

@@ -16,12 +16,13 @@ TRAIN, HELD = split_prompts(0)
 def test_in_pairs_that_teach_length_the_chosen_answer_is_longer_and_test_pairs_are_balanced():
     rows = longer_pairs(TRAIN, 100, random.Random(0))
     assert len(rows) == 100
-    assert all(len(row["chosen"]) >= 1.2 * len(row["rejected"]) for row in rows)
+    longer = sum(len(row["chosen"]) >= 1.2 * len(row["rejected"]) for row in rows)
+    assert 60 < longer < 100
     test = length.balanced(sure_pairs(HELD, 400, random.Random(0)), 50)
     assert sum(len(row["chosen"]) > len(row["rejected"]) for row in test) == 50
     assert sum(len(row["chosen"]) < len(row["rejected"]) for row in test) == 50
     with pytest.raises(ValueError, match="too few pairs to balance"):
-        length.balanced(rows, 10)
+        length.balanced(rows, 50)
 
 
 def test_broken_promises_about_length_are_named():
