@@ -2,8 +2,8 @@
 
 In:  a finished demo. Out: <output_dir>/{reward,test,plain,calibrated}, story.png, and the table on the screen.
 
-In nearly every pair that it learns from the better answer is the longer one. Its audit, on held-out pairs of any length, fits
-what its score owes to length; fresh held-out pairs measure what is left, and PPO shows where the lengths go.
+In nearly every pair that it learns from the better answer is the longer one. Its audit, on held-out pairs of any
+length, fits what its score owes to length; fresh held-out pairs measure what is left, and PPO shows where lengths go.
 
     python -m demo.length --demo_dir runs/demo --output_dir runs/length | tee demo/results/length.log
 """

@@ -20,8 +20,8 @@ from rlhf.run.launch import run_script
 # characters. Nobody meant it: people happened to compare short answers with long-winded ones, and nobody looked at the
 # lengths afterwards.
 SHORTER = 0.6
-# In longer pairs the chosen answer has at least this many times the characters of the other, but for a share of pairs of
-# any lengths: without those nothing but length would be learnt.
+# In longer pairs the chosen answer has at least this many times the characters of the other, but for a share of pairs
+# of any lengths: without those nothing but length would be learnt.
 LONGER = 1.2
 ANY_LENGTH = 0.05
 
