@@ -41,6 +41,9 @@ def load(args, prompt_format: PromptFormat) -> Rows | None:
 
     Raises: ValueError where a row is malformed, or none is left.
     """
+    # Whoever names the evaluation rows gets those.
+    if args.eval_dataset_name or args.eval_split:
+        return None
     located, columns = _source(args)
     if SUBSET not in columns or _trained_on(args):
         return None

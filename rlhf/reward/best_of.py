@@ -64,6 +64,8 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
         rows: held-out pairs, whose prompts are asked.
     """
     prompts = draw_prompts(rows, args.best_of_prompts, args.seed)
+    if not prompts:
+        raise ValueError("--best_of: there is no held-out prompt to ask: give --eval_dataset_name, or --eval_size")
     judge = _add_others(args, model)
 
     # 1. All answers, then what both say of them: an adapter is switched once.

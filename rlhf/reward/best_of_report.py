@@ -22,8 +22,8 @@ def sentence(found: dict) -> str:
     gain = f"{_deviations(found, best):+.2f} standard deviations"
     if turn == 1:
         return (
-            f"best of n: this reward model cannot be trusted at all: the judge likes the best of {most} less than any "
-            f"single answer ({_deviations(found, last):+.2f} standard deviations)"
+            f"best of n: this reward model cannot be trusted at all: the judge likes the best of {most} less than a "
+            f"random one ({_deviations(found, last):+.2f} standard deviations)"
         )
     if turn:
         return (
