@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.compare.arguments import named_adapters, slide_versions, terms_of
+from rlhf.compare.arguments import check_best_of, named_adapters, slide_versions, terms_of
 from rlhf.data.arguments import FormatFlags
 from rlhf.flags import REQUIRED, flag, parse
 from rlhf.run import startup
@@ -88,6 +88,11 @@ class ScriptArguments(FormatFlags):
     )
     max_new_tokens: int = flag(256, help="longer answers are cut, and marked so", group="sampling")
     seed: int = flag(0, help="seed of the sampling noise", group="sampling")
+    best_of: int = flag(
+        0,
+        help="a further column: of so many answers of the first adapter the best by --reward_model_lora_path; 0: none",
+        group="sampling",
+    )
     # ---- machine ----
     bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
     batch_size: int = flag(8, help="prompts answered at once; changes speed, not answers", group="machine")
@@ -111,6 +116,7 @@ class ScriptArguments(FormatFlags):
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        check_best_of(self)
         super().__post_init__()
 
 
@@ -127,7 +133,7 @@ import torch
 
 from rlhf.artefacts import adapters, fingerprints, run_json
 from rlhf.artefacts import files as files_on_disk
-from rlhf.compare import answers, answers_file, html_page, slide, tables
+from rlhf.compare import answers, answers_file, best, html_page, slide, tables
 from rlhf.data import columns, dialogues, encoding, files, formats
 from rlhf.data.choose_format import choose_format, stored_format
 from rlhf.data.prompt_format import PromptFormat
@@ -377,6 +383,10 @@ def main(args: ScriptArguments) -> None:
         print(f"{name}: answering {len(prompts)} prompts", flush=True)
         columns[name] = versions.answers(name, queries, seeds)
 
+    wins = tables.wins_in_words(columns)
+    if args.best_of:
+        columns = best.with_best(versions, columns, queries, args)
+
     # 4. The table in all its forms.
     made = origin(args, prompt_format)
     tables.write_markdown(output_dir / "comparison.md", prompts, columns, made)
@@ -389,7 +399,7 @@ def main(args: ScriptArguments) -> None:
         points = slide.measure(versions, columns, queries, next(iter(args.versions)))
         slide.write_slide(output_dir, points)
         print(*slide.table(points), f"written: {output_dir}/slide.md, .csv, .png", sep="\n")
-    if wins := tables.wins_in_words(columns):
+    if wins:
         print(wins)
     # The same versions, as they were named.
     words = ["python", "compare.py", "--base_model_name", args.base_model_name]

@@ -17,11 +17,14 @@ from rlhf.arguments import CommonArguments, LoraArguments, TrainerFlags
 from rlhf.data.arguments import DataArguments
 from rlhf.flags import flag, parse
 from rlhf.reward.arguments import AuditFlags, LossFlags, PairFlags
+from rlhf.reward.best_of_flags import BestOfFlags
 from rlhf.run import startup
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlags, PairFlags, AuditFlags, LossFlags):
+class ScriptArguments(
+    CommonArguments, LoraArguments, DataArguments, TrainerFlags, PairFlags, AuditFlags, BestOfFlags, LossFlags
+):
     """Flags of reward_modeling.py, with the tutorial's defaults."""
 
     # ---- artefacts ----
@@ -48,9 +51,7 @@ class ScriptArguments(CommonArguments, LoraArguments, DataArguments, TrainerFlag
     per_device_eval_batch_size: int = flag(
         1, help="pairs per forward pass in evaluation", group="evaluation", resume="free", expert=True
     )
-    eval_first_step: bool = flag(
-        False, help="evaluate after the first step too", group="evaluation", resume="free", expert=True
-    )
+    eval_first_step: bool = flag(False, help="evaluate after the first step too", group="evaluation", expert=True)
 
 
 def parse_args(argv: list[str] | None = None) -> ScriptArguments:
@@ -79,9 +80,9 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
 from rlhf.page import report
-from rlhf.reward import audit_report, closing, degenerate, pairs
+from rlhf.reward import audit_only, audit_report, benchmark, closing, degenerate, pairs
 from rlhf.run import launch
-from rlhf.trainer import stage_trainer, training
+from rlhf.trainer import best, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
@@ -248,6 +249,7 @@ def build_trainer(
         stage_trainer.training_arguments(args, TrainingArguments, bool(eval_rows), remove_unused_columns=False),
         sampler=order,
         about=about,
+        best=best.BestEvaluation(args),
         loss_options={name: getattr(args, name) for name in ("label_smoothing", "center_rewards_coefficient")},
         train_dataset=rows + blank,
         eval_dataset=eval_rows or None,
@@ -261,9 +263,12 @@ def build_trainer(
     return trainer
 
 
-def finish(args: ScriptArguments, model: PeftModel, prompt_format: PromptFormat, about: dict, eval_rows: Rows) -> None:
+def finish(
+    args: ScriptArguments, trainer: RewardTrainer, prompt_format: PromptFormat, about: dict, eval_rows: Rows
+) -> None:
     """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
-    metrics = closing.last_metrics(args)
+    model = trainer.model
+    metrics = trainer.best.record(args.output_dir)
     with output_dir.finished_together(args.output_dir) as folder:
         prompt_format.tokenizer.save_pretrained(folder)
         adapters.save_adapter(model, folder)
@@ -298,7 +303,8 @@ def main(args: ScriptArguments) -> None:
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = fingerprints.base_fingerprint(model_dir)
     if args.audit_only:
-        audit_report.audit_adapter(args, model_dir, prompt_format, base, load_data(args, prompt_format)[1])
+        eval_rows = benchmark.load(args, prompt_format) or load_data(args, prompt_format)[1]
+        audit_only.audit_adapter(args, model_dir, prompt_format, base, eval_rows)
         return
 
     # 3. Data; from here on the output directory is ours.
@@ -331,10 +337,11 @@ def main(args: ScriptArguments) -> None:
     if eval_rows:
         training.final_evaluation(trainer)
 
-    # 6. Adapter, audit, and last of all run.json.
+    # 6. The best evaluation's adapter, audit, and last of all run.json.
     with stage_trainer.gathered(model):
         if file is not None:
-            finish(args, model, prompt_format, about, eval_rows)
+            trainer.best.restore(model, trainer.state.global_step)
+            finish(args, trainer, prompt_format, about, eval_rows)
             file.close()
     training.end(trainer)
 

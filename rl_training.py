@@ -54,6 +54,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import generation, loading
 from rlhf.page import report
+from rlhf.reward import length_file
 from rlhf.rl import charts, evaluation, experience, groups, guard, metrics, rewards, roles, starting, state, update
 from rlhf.rl.loop import PPOLoop, next_prompts
 from rlhf.rl.reward_functions import load_functions
@@ -184,6 +185,7 @@ def make_loop(
         kl_controller=kl_controller,
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target),
         functions=load_functions(args.reward_functions),
+        calibrations=length_file.calibrations(args.reward_model_lora_path) if args.length_calibration else [],
     )
 
 

@@ -79,8 +79,8 @@ from rlhf.endings import say_end
 from rlhf.models import loading, lora, untrained
 from rlhf.page import report
 from rlhf.run import launch
-from rlhf.run.log import MetricsLog, read_metrics
-from rlhf.trainer import samples, stage_trainer, training
+from rlhf.run.log import MetricsLog
+from rlhf.trainer import best, samples, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
 
 
@@ -177,6 +177,7 @@ def build_trainer(
         config,
         sampler=order,
         about=about,
+        best=best.BestEvaluation(args),
         train_dataset=(rows + blank).dataset(*columns),
         eval_dataset=eval_rows.dataset(*columns) if eval_rows else None,
         # TRL's own, made here: for a tokenizer without a pad token TRL would name one, and change the tokenizer by it.
@@ -188,22 +189,19 @@ def build_trainer(
     return trainer
 
 
-def before_and_after(args: ScriptArguments) -> dict[str, float]:
-    """First and last eval_loss of metrics.jsonl, which a resumed run has kept; empty without evaluation rows."""
-    losses = [record["eval_loss"] for record in read_metrics(args.output_dir) if "eval_loss" in record]
-    return {"eval_loss_before": losses[0], "eval_loss_after": losses[-1]} if losses else {}
-
-
-def finish(args: ScriptArguments, model, about: dict, log: MetricsLog) -> None:
+def finish(args: ScriptArguments, trainer: SupervisedTrainer, about: dict, log: MetricsLog) -> None:
     """Write the adapter and all that belongs to it, and say what the evaluation loss was before and after."""
-    metrics = before_and_after(args)
+    metrics = trainer.best.before_and_after(args.output_dir)
     with output_dir.finished_together(args.output_dir) as folder:
         about["tokenizer"].save_pretrained(folder)
-        adapters.save_adapter(model, folder)
+        adapters.save_adapter(trainer.model, folder)
         run_json.write_run(folder, **about, metrics=metrics)
     log.close()
     report.write_at_end(args.output_dir)
-    quality = "loss on held-out answers {:.3f} before, {:.3f} after".format(*metrics.values()) if metrics else None
+    quality = None
+    if metrics:
+        before, after = (metrics[f"eval_loss_{when}"] for when in ("before", "after"))
+        quality = f"loss on held-out answers {before:.3f} before, {after:.3f} after"
     more = {"model_name": args.model_name, "dataset_name": "pairs.jsonl"}
     say_end(f"SFT adapter in {args.output_dir}", quality, args, "reward_modeling.py", **more)
 
@@ -256,12 +254,13 @@ def main(args: ScriptArguments) -> None:
     training.train(trainer, resume_from, log)
     if eval_rows:
         training.final_evaluation(trainer)
-    samples.show(args, trainer, prompt_format, shown, file)
 
-    # 6. The adapter, and last of all run.json.
+    # 6. The best evaluation's adapter, answers of it, and last of all run.json.
     with stage_trainer.gathered(model):
         if file is not None:
-            finish(args, model, about, file)
+            trainer.best.restore(model, trainer.state.global_step)
+            samples.show(args, trainer, prompt_format, shown, file)
+            finish(args, trainer, about, file)
     training.end(trainer)
 
 

@@ -20,6 +20,10 @@ from rlhf.run.launch import run_script
 # characters. Nobody meant it: people happened to compare short answers with long-winded ones, and nobody looked at the
 # lengths afterwards.
 SHORTER = 0.6
+# In longer pairs the chosen answer has at least this many times the characters of the other, but for a share of pairs
+# of any lengths: without those nothing but length would be learnt.
+LONGER = 1.2
+ANY_LENGTH = 0.05
 
 
 def clean_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
@@ -43,7 +47,19 @@ def careless_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> lis
     return rows[:count]
 
 
-KINDS = {"fresh": draw_pairs, "clean": clean_pairs, "careless": careless_pairs}
+def longer_pairs(prompts: list[Prompt], count: int, rng: random.Random) -> list[dict]:
+    """`count` clean rows whose better answer is nearly always the longer one, as people's choices often have it."""
+    rows = []
+    while len(rows) < count:
+        order = rng.sample(prompts, len(prompts))
+        for row in clean_pairs(order, len(order), rng):
+            is_longer = len(row["chosen"]) >= LONGER * len(row["rejected"])
+            if rng.random() < ANY_LENGTH or is_longer:
+                rows.append(row)
+    return rows[:count]
+
+
+KINDS = {"fresh": draw_pairs, "clean": clean_pairs, "careless": careless_pairs, "longer": longer_pairs}
 
 
 @dataclass(kw_only=True)
@@ -51,7 +67,9 @@ class Arguments:
     """Flags of demo/pairs.py."""
 
     kind: str = flag(
-        "fresh", help="fresh: as the demo's own; clean: none degenerate; careless: see SHORTER", choices=list(KINDS)
+        "fresh",
+        help="fresh: as the demo's own; clean: none degenerate; careless: see SHORTER; longer: see LONGER",
+        choices=list(KINDS),
     )
     demo_dir: str = flag("runs/demo", help="a finished demo: its split of the prompts is used")
     output_dir: str = flag("runs/demo_collapse", help="where the pairs go")

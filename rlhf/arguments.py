@@ -196,8 +196,16 @@ class TrainerFlags(Flags):
     per_device_eval_batch_size: int = flag(
         8, help="rows per forward pass in evaluation", group="evaluation", resume="free", expert=True
     )
-    eval_steps: int = flag(
-        500, help="steps between evaluations; 0: at the end only", group="evaluation", resume="free"
+    # Which evaluations there are decides which of them is the best: a resumed run has to make the same ones.
+    eval_steps: int = flag(500, help="steps between evaluations; 0: at the end only", group="evaluation")
+    load_best: bool = flag(
+        True, help="end with the adapter of the evaluation with the lowest loss, not the last one", group="evaluation"
+    )
+    early_stopping_patience: int = flag(
+        0,
+        help="end training after so many evaluations in a row without a lower loss; 0: never",
+        group="evaluation",
+        expert=True,
     )
     save_steps: int = flag(500, help="steps between checkpoints; 0: none", group="artefacts", resume="free")
     logging_steps: int = flag(
@@ -225,9 +233,12 @@ class TrainerFlags(Flags):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
 
-        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm"):
+        for name in ("eval_steps", "save_steps", "weight_decay", "max_grad_norm", "early_stopping_patience"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+
+        if self.early_stopping_patience and not self.load_best:
+            raise ValueError("--early_stopping_patience waits for a better evaluation: it needs --load_best True")
 
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")

@@ -46,6 +46,8 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
 
     if before.get("functions", []) != run.get("functions", []):
         changed.append("the reward functions")
+    if before.get("length_calibration") != run.get("length_calibration"):
+        changed.append("the length calibration")
 
     # A role that is left out counts too: without its judge a run would compare scores of two kinds.
     parents = run.get("parents", {})

@@ -16,7 +16,7 @@ from rlhf.artefacts.fingerprints import parent_entry, tokenizer_fingerprint
 KINDS = {
     "stage": str, "arguments": dict, "base": dict, "tokenizer": (str, type(None)), "data": dict, "parents": dict,
     "metrics": dict, "versions": dict, "prompt_template": (str, type(None)), "prompt_format": (dict, type(None)),
-    "functions": list,
+    "functions": list, "length_calibration": list,
 }  # fmt: skip
 FORMAT_KINDS = {
     "prompt_template": str, "sha256": str, "text": str, "chat_template_kwargs": (dict, type(None)),
@@ -42,6 +42,7 @@ def write_run(
     data=None,
     parents=None,
     functions=None,
+    length_calibration=None,
     metrics=None,
 ) -> dict:
     """Write run.json, which later stages read to refuse what does not fit; returns what was written.
@@ -50,6 +51,7 @@ def write_run(
         stage: "sft", "reward" or "ppo". args: the script's dataclass (no secrets are among the flags).
         base: of `base_fingerprint`. prompt_format: of `PromptFormat.record`, or None. data: fingerprint, funnel.
         parents: role -> directory. functions: of `record_of`, where functions score.
+        length_calibration: of `length_file.hashes`, where length is taken out of a score.
     """
     # The fingerprint hides these ids, and a reader may want to know them.
     special_ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")}
@@ -77,6 +79,8 @@ def write_run(
 
     if functions:
         run["functions"] = functions
+    if length_calibration:
+        run["length_calibration"] = length_calibration
     write_json(Path(output_dir) / "run.json", run)
     return run
 

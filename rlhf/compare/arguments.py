@@ -51,3 +51,13 @@ def slide_versions(first: str, second: str) -> dict[str, str]:
         ends = {0.0: first, 1.0: second}
         versions[f"slide_{share:.2f}"] = ends.get(share, f"{1 - share:g}*{first}+{share:g}*{second}")
     return versions
+
+
+def check_best_of(args) -> None:
+    """Refuse --best_of where nothing could choose, or all answers would be one. Raises: ValueError."""
+    if args.best_of < 0 or args.best_of == 1:
+        raise ValueError(f"--best_of {args.best_of} must be at least 2, or 0 for none")
+    if args.best_of and not args.reward_model_lora_path:
+        raise ValueError("--best_of needs a reward model that chooses: give --reward_model_lora_path")
+    if args.best_of and not args.do_sample:
+        raise ValueError("--best_of compares several answers to one prompt: greedy decoding has only one")

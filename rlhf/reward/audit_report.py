@@ -5,16 +5,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from rlhf.artefacts.adapters import check_adapter
 from rlhf.artefacts.files import read_object
 from rlhf.artefacts.fingerprints import adapter_config_hash, adapter_hash
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
-from rlhf.models.forward import backbone_of
-from rlhf.models.loading import load_base, pick_dtype
-from rlhf.models.lora import add_lora, score_head_of
+from rlhf.reward import benchmark, best_of_report, length_file
 from rlhf.reward.audit import GATE, audit, row_scorer
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.statistics import BINS
@@ -30,10 +25,12 @@ TERMINAL_LINES = 12
 
 # ---- running ----
 def audit_model(
-    args, backbone, head, prompt_format: PromptFormat, eval_rows: Sequence[dict], folder: str
+    args, backbone, head, prompt_format: PromptFormat, eval_rows: Sequence[dict], folder: str, more: dict | None = None
 ) -> dict[str, float]:
     """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
 
+    Args:
+        more: further results for the report, "subsets" and "best_of_n".
     Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
     """
     # A scorer of this model, and the pairs to try it on.
@@ -50,6 +47,9 @@ def audit_model(
         attack_prompts=args.audit_prompts,
         padding=True,
     )
+    results |= {"length_calibration": length_file.calibrate(results["points"])} | (more or {})
+    if "best_of_n" in results:
+        results["verdict"]["notes"].append(best_of_report.sentence(results["best_of_n"]))
 
     # The adapter's hash lets a later stage see that the audit is of another state of the adapter.
     write_audit(results | {"adapter": adapter_hash(folder), "config": adapter_config_hash(folder)}, folder)
@@ -58,22 +58,6 @@ def audit_model(
     # Numbers alone go into run.json; the tables are in the audit's own files.
     shares = {f"audit/{kind}": result["share"] for kind, result in _tried(results).items()}
     return {"audit_pass": float(results["verdict"]["verdict"] == "pass"), **shares}
-
-
-def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: Sequence[dict]) -> None:
-    """--audit_only: the audit of a reward adapter that is there already, as PPO will load it."""
-    folder = args.reward_model_lora_path
-    # Before the base is loaded, so that a wrong adapter is refused within seconds.
-    identity = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
-    check_adapter(folder, stage="reward", flag="--reward_model_lora_path", **identity)
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # A language model with the score head beside it, as in PPO.
-    model = load_base(model_dir, pick_dtype(args.bf16), device=device)
-    model, rest = add_lora(model, folder, "reward", trainable=False)
-    head = score_head_of(rest, folder).to(model.device)
-    audit_model(args, backbone_of(model.get_base_model()), head, prompt_format, eval_rows, folder)
-    say(f"audit written to {folder}/audit.md")
 
 
 def _tried(results: dict) -> dict[str, dict]:
@@ -89,6 +73,9 @@ def sections(results: dict) -> list[tuple[str, list[list[str]]]]:
         ("Accuracy", _accuracy_rows(results)),
         ("Calibration", _calibration_rows(results)),
         ("Scores", _score_rows(results)),
+        *length_file.section(results),
+        *benchmark.section(results),
+        *best_of_report.section(results),
     ]
 
 
@@ -202,8 +189,11 @@ def markdown(results: dict) -> str:
         rule = ["---"] * len(header)
         lines += [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
-    # By its name alone, so that the files of an audit can be moved together.
-    lines += ["", "![audit.png](audit.png)", ""]
+    # By their names alone, so that the files of an audit can be moved together.
+    pictures = ["audit.png", "best_of_n.png"] if "best_of_n" in results else ["audit.png"]
+    for name in pictures:
+        lines += ["", f"![{name}]({name})"]
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -259,13 +249,14 @@ def _draw_calibration(axis, calibration: dict) -> None:
 
 # ---- files ----
 def write_audit(results: dict, folder: str | Path) -> None:
-    """Write audit.json, audit.md and audit.png into `folder`."""
+    """Write audit.json, audit.md, audit.png and length_calibration.json into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # NaN is no JSON: other programs could not read the file.
     content = json.dumps(results, ensure_ascii=False, allow_nan=False)
     (folder / "audit.json").write_text(content + "\n", encoding="utf-8")
     (folder / "audit.md").write_text(markdown(results), encoding="utf-8")
+    length_file.write_length_file(results, folder)
     attempt(draw, results, folder / "audit.png")
 
 

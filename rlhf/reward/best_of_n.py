@@ -51,18 +51,28 @@ def best_of_n(scores: Tensor, judged: Tensor, n: int) -> Tensor:
 def curve(scores: Tensor, judged: Tensor, sizes: tuple[int, ...]) -> list[dict[str, float]]:
     """For each n: KL, mean score and mean judged value of the best, and the 95 % half-widths over prompts.
 
+    The gain over a single answer has an interval of its own: prompts differ more than what is chosen for them.
+
     Args:
         scores, judged: [P, N] of P prompts. sizes: the n.
+    Returns: rows of n, kl, and of score and judged each: itself, _half, _gain, _gain_half.
     """
     rows = []
+    single = {"score": scores.double().mean(1), "judged": judged.double().mean(1)}
     for n in sizes:
         row = {"n": n, "kl": kl_of_best(n)}
         for name, values in (("score", scores), ("judged", judged)):
             each = best_of_n(scores, values, n)
-            error = each.std().item() / math.sqrt(len(each)) if len(each) > 1 else 0.0
-            row |= {name: each.mean().item(), f"{name}_half": 1.96 * error}
+            row |= {name: each.mean().item(), f"{name}_half": _half_width(each)}
+            gains = each - single[name]
+            row |= {f"{name}_gain": gains.mean().item(), f"{name}_gain_half": _half_width(gains)}
         rows.append(row)
     return rows
+
+
+def _half_width(values: Tensor) -> float:
+    """Half of the 95 % interval of the mean of [P] values."""
+    return 1.96 * values.std().item() / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def turning_point(scores: Tensor, judged: Tensor, sizes: tuple[int, ...]) -> int | None:

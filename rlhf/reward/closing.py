@@ -1,15 +1,7 @@
-"""The end of a reward training: its last evaluation, in metrics and in words."""
+"""The end of a reward training in words."""
 
 from rlhf.data.template import CHAT
 from rlhf.endings import say_end
-from rlhf.run.log import read_metrics
-
-
-def last_metrics(args) -> dict[str, float]:
-    """The last evaluation in metrics.jsonl; empty without evaluation pairs."""
-    evaluations = [record for record in read_metrics(args.output_dir) if "eval_loss" in record]
-    last = evaluations[-1] if evaluations else {}
-    return {name: value for name, value in last.items() if name != "step"}
 
 
 def say_finished(args, metrics: dict[str, float], pairs: int) -> None:

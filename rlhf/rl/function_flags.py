@@ -28,6 +28,12 @@ class FunctionFlags(Flags):
         choices=list(TRANSFORMS),
         expert=True,
     )
+    length_calibration: bool = flag(
+        False,
+        help="subtract what a reward model's score owes to length alone, by the length_calibration.json of its audit",
+        group="reward",
+        expert=True,
+    )
     reward_timeout: float = flag(
         0.0, help="seconds that a function may take for one batch; 0: any", group="reward", resume="free", expert=True
     )
@@ -65,6 +71,8 @@ class FunctionFlags(Flags):
             )
         if self.drop_dead_groups and self.advantage == "gae":
             raise ValueError("--drop_dead_groups True needs groups: give --advantage rloo or grpo")
+        if self.length_calibration and not self.reward_model_lora_path:
+            raise ValueError("--length_calibration True mends the score of a reward model: there is none")
         if self.value_lora and not self.reward_model_lora_path:
             raise ValueError("--value_lora True starts the critic as the reward adapter: there is none")
         super().__post_init__()

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.generation import Sampling
 from rlhf.ppo import AdaptiveKLController, FixedKLController, masked_moments, moments_of
+from rlhf.reward.length_calibration import LengthCalibration
 from rlhf.rl.guard import CollapseGuard
 from rlhf.rl.reward_functions import RewardFunction
 from rlhf.rl.roles import Roles
@@ -32,6 +33,8 @@ class PPOLoop:
     kl_controller: FixedKLController | AdaptiveKLController
     guard: CollapseGuard
     functions: list[RewardFunction] = field(default_factory=list)
+    # What length alone adds to the score of each reward adapter; empty without --length_calibration.
+    calibrations: list[LengthCalibration] = field(default_factory=list)
     # Parts of the score in the run's first step, emptied when it was said that one of them decides alone.
     first_parts: dict[str, float] | None = None
     # Mean and deviation of the SFT model's raw scores, for --reward_transform standardize.

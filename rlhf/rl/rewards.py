@@ -41,7 +41,7 @@ def raw_parts(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> dict[str,
     """
     parts = {}
     if loop.args.reward_model_lora_path:
-        parts[REWARD_MODEL] = experience.score_responses(loop, rollout)
+        parts[REWARD_MODEL] = without_length(loop, rollout, experience.score_responses(loop, rollout))
     if loop.functions:
         texts = [row["prompt"] for row in prompts]
         real = zip(rollout.response_ids, rollout.mask, strict=True)
@@ -55,6 +55,16 @@ def raw_parts(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> dict[str,
             scores = call_function(function, *given, loop.args.reward_timeout)
             parts[function.name] = scores.to(rollout.mask.device)
     return parts
+
+
+def without_length(loop: PPOLoop, rollout: Rollout, scores: Tensor, member: int = 0) -> Tensor:
+    """[B] float32: a reward model's own scores without what length alone adds to them (--length_calibration).
+
+    `member`: its number among the reward adapters, each of which has a calibration of its own.
+    """
+    if not loop.calibrations:
+        return scores
+    return scores - loop.calibrations[member].correction(rollout.lengths())
 
 
 def weighted(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:

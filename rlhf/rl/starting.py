@@ -19,6 +19,7 @@ from rlhf.data.rows import Rows
 from rlhf.data.template import CHAT
 from rlhf.models.loading import read_config
 from rlhf.models.untrained import warn_of_untrained
+from rlhf.reward import length_file
 from rlhf.rl import evaluation, rewards
 from rlhf.rl.artefact_flags import OUTPUT_DIR
 from rlhf.rl.check import check_start
@@ -149,6 +150,8 @@ def check_inputs(args, prompt_format: PromptFormat) -> dict:
         check_adapter(args.judge_lora_path, stage="reward", flag="--judge_lora_path", **wanted)
         parents["judge"] = args.judge_lora_path
     run = {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
+    if args.length_calibration:
+        run["length_calibration"] = length_file.hashes(reward)
     return run | ({"functions": record_of(load_functions(args.reward_functions))} if args.reward_functions else {})
 
 

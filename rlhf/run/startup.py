@@ -56,8 +56,8 @@ def prepare(parse_args):
 
 
 def looks_only(args) -> bool:
-    """Return True if the command only prints: several processes would each print it."""
-    return getattr(args, "inspect_data", False) or getattr(args, "plan", False)
+    """Return True if the command only prints or audits: several processes would each do the whole of it."""
+    return any(getattr(args, name, False) for name in ("inspect_data", "plan", "audit_only"))
 
 
 def wanted_processes(nproc: int) -> int:

@@ -76,12 +76,14 @@ class StageTrainer:
 
     Args:
         sampler: order of the training rows. about: what run.json says of the run (see `write_run`).
+        best: a `BestEvaluation`, which decides what the final adapter is; the last step's without one.
     """
 
-    def __init__(self, *args, sampler: LengthGroupedSampler, about: dict, **kwargs):
+    def __init__(self, *args, sampler: LengthGroupedSampler, about: dict, best=None, **kwargs):
         self.sampler = sampler
         self.about = about
-        super().__init__(*args, **kwargs)
+        self.best = best
+        super().__init__(*args, callbacks=[best] if best else None, **kwargs)
 
     def training_step(self, model, inputs, *args, **kwargs):
         shape = inputs["input_ids"].shape
@@ -125,6 +127,8 @@ class StageTrainer:
         min_bytes = 3 * sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
         with complete_or_gone(folder, min_bytes):
             super()._save_checkpoint(model, trial)
+            if self.best is not None and self.args.should_save:
+                self.best.save(folder)
 
     def _save(self, output_dir=None, state_dict=None):
         """Write adapter, tokenizer and run.json, but no pickled arguments beside them."""

@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from rlhf.data.inspection import inspect_rows
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
+from rlhf.trainer.best import OutOfPatience
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
 
 # What trainer_state.json holds, of the fields that training goes on by.
@@ -130,7 +131,8 @@ def read_trainer_state(checkpoint: Path) -> TrainerState:
 def train(trainer, resume_from: str | None, log: StageLog) -> None:
     """Train from the start or from a checkpoint; one made after the last step only has its adapter loaded.
 
-    There the Trainer would make one step too many, because it looks at the number of steps only after each of them.
+    The last step is the planned one, or the one that early stopping ended the run at. The Trainer would make one step
+    more, because it looks for the end only after a step.
 
     Raises: Interrupted after a signal, once the run is saved as a checkpoint.
     """
@@ -138,8 +140,9 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
     if resume_from is not None:
         # 1. A checkpoint made after the last step has nothing left to train.
         state = read_trainer_state(Path(resume_from))
+        trainer.best.load(resume_from, trainer.model)
         planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-        if state.global_step >= planned:
+        if state.global_step >= planned or trainer.best.exhausted:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
             trainer.state = state
             return
@@ -148,7 +151,11 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
             trainer.add_callback(CatchUp(trainer))
 
     # 2. Train; a signal ends it with a checkpoint.
-    with saved_when_stopped(trainer), listed_files(resume_from and Path(resume_from)) as folder:
+    with (
+        suppress(OutOfPatience),
+        saved_when_stopped(trainer),
+        listed_files(resume_from and Path(resume_from)) as folder,
+    ):
         trainer.train(resume_from_checkpoint=folder and str(folder))
         # After a signal the Trainer ends as if all were done, so the exception has to come from here.
         if log.signum:
@@ -186,13 +193,18 @@ def evaluation_pending(trainer, state: TrainerState) -> bool:
 
 
 class CatchUp(TrainerCallback):
-    """Evaluate before the first step: the evaluation that a signal kept the run from."""
+    """Evaluate before the first step: the evaluation that a signal kept the run from.
+
+    Raises: OutOfPatience where an uninterrupted run would have ended with it; the Trainer looks only after a step.
+    """
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.evaluate()
+        if self.trainer.best.exhausted:
+            raise OutOfPatience
 
 
 def end(trainer) -> None:

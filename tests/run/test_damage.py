@@ -40,8 +40,8 @@ TWO_CHECKPOINTS = {
 }
 # Files of a checkpoint beside those of every adapter.
 PARTS = {
-    "sft": {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"},
-    "reward": {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"},
+    "sft": {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "best.safetensors"},
+    "reward": {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "best.safetensors"},
     "ppo": {"optimizer.safetensors", "state.json", "good.safetensors", "value_head.safetensors"},
 }
 

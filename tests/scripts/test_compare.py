@@ -183,6 +183,25 @@ def test_the_same_command_writes_the_same_bytes(tiny_base, folders, tmp_path):
     assert first == second
 
 
+def test_best_of_adds_a_column_with_the_highest_score_of_several_draws(tiny_base, folders, tmp_path, capsys):
+    more = ["--reward_model_lora_path", folders["reward"], "--best_of", "3", "--prompts", *PROMPTS]
+    compare.main(compare.parse_args(command(tiny_base, folders, tmp_path / "out", *more)))
+    with (tmp_path / "out" / "comparison.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert header[1:5] == ["base", "sft", "sft best of 3", "rlhf10"]
+    # The sentence at the end is about the versions: best of n is none.
+    assert "rlhf10 scores above base" in capsys.readouterr().out
+
+    versions = versions_of(tiny_base, folders, reward=True, do_sample=True)
+    draws = [versions.answers("sft", queries_of(tiny_base), row_seeds(0, 3, first=3 * number)) for number in range(3)]
+    for place, row in enumerate(rows):
+        best = max((cells[place] for cells in draws), key=lambda cell: cell.score)
+        named = dict(zip(header, row, strict=True))
+        assert named["sft best of 3"] == best.text
+        assert float(named["sft best of 3/score"]) == best.score >= float(named["sft/score"])
+    assert len({cells[0].text for cells in draws}) > 1
+
+
 def test_interactive_talks_to_the_chosen_versions_until_input_ends(tiny_base, folders, tmp_path, capsys, monkeypatch):
     lines = iter(["小猫喜欢什么？", "", "/use sft", "你呢？", "/use nobody", "很" * 600, "/all", "好吗？"])
 
@@ -276,6 +295,9 @@ def test_the_template_is_the_adapters_own(tiny_base, folders, tmp_path):
         (["--temperature", "0"], "--do_sample False"),
         (["--top_p", "1.5"], "--top_p 1.5"),
         (["--max_new_tokens", "0"], "--max_new_tokens 0"),
+        (["--best_of", "1"], "--best_of 1 must be at least 2"),
+        (["--best_of", "4"], "give --reward_model_lora_path"),
+        (["--best_of", "4", "--reward_model_lora_path", "x", "--do_sample", "False"], "greedy decoding has only one"),
         (["--prompt_template", "no place"], "--prompt_template"),
     ],
 )

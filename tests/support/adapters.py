@@ -1,10 +1,12 @@
 """Adapters with random weights, in directories as the stages write them: later stages need no training before."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from rlhf.artefacts.adapters import save_adapter
 from rlhf.artefacts.fingerprints import base_fingerprint
@@ -58,4 +60,14 @@ def random_adapter(
         tokenizer=load_tokenizer(base),
         prompt_format=(prompt_format or text_format(load_tokenizer(base))).record(),
     )
+    return str(folder)
+
+
+def that_ends(base: str, folder: Path) -> str:
+    """A copy of a base in `folder` whose answers end after a few tokens, some sooner, some later."""
+    shutil.copytree(base, folder)
+    weights = load_file(folder / "model.safetensors")
+    # Of an untrained model the stop token is as unlikely as any other; now it is very likely, or very unlikely.
+    weights["lm_head.weight"][load_tokenizer(base).eos_token_id] *= 12
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return str(folder)

@@ -187,6 +187,7 @@ def test_the_run_says_what_it_did(trained):
     assert run_file["metrics"] == {
         "eval_loss_before": evaluations[0]["eval_loss"],
         "eval_loss_after": evaluations[-1]["eval_loss"],
+        "best_step": 8,
     }
     assert run_file["metrics"]["eval_loss_after"] < run_file["metrics"]["eval_loss_before"]
     steps = [record for record in metrics if "loss" in record]

@@ -1,0 +1,115 @@
+"""length_calibration.json beside a reward adapter: what its score owes to length alone, for PPO to take out.
+
+The audit fits it on its own held-out answers, those of both sides; `--length_calibration True` subtracts it in PPO.
+"""
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rlhf.artefacts.damage import refuse_types
+from rlhf.artefacts.files import read_object, write_json
+from rlhf.artefacts.fingerprints import same_parent
+from rlhf.reward.length_calibration import LengthCalibration, fit_length_calibration
+from rlhf.reward.statistics import length_results, share
+
+LENGTH_FILE = "length_calibration.json"
+KINDS = {"lengths": list, "predicted": list, "mean": float, "impossible": str}
+
+
+# ---- the audit ----
+def calibrate(points: dict[str, list]) -> dict:
+    """Fit score on length to the answers of an audit, and measure what is left of length once it is subtracted.
+
+    Args:
+        points: of `statistics.points`, [tokens, score] of some pairs' answers by side.
+    Returns: lengths, predicted, mean (the fit), answers, and before and after with accuracy, debiased and spearman;
+        or "impossible" alone, with the reason.
+    """
+    lengths = np.array([[tokens for tokens, _ in points[side]] for side in ("chosen", "rejected")])
+    scores = np.array([[score for _, score in points[side]] for side in ("chosen", "rejected")])
+    try:
+        fit = fit_length_calibration(torch.tensor(lengths.ravel()), torch.tensor(scores.ravel()))
+    except ValueError as error:
+        return {"impossible": str(error)}
+
+    subtracted = fit.correction(torch.tensor(lengths.ravel())).numpy().reshape(lengths.shape)
+    sides = {"before": _measured(scores, lengths), "after": _measured(scores - subtracted, lengths)}
+    found = {"lengths": fit.lengths, "predicted": fit.predicted, "mean": fit.mean}
+    return {**found, "answers": scores.size, **sides}
+
+
+def _measured(scores: np.ndarray, lengths: np.ndarray) -> dict:
+    """Accuracy, length-debiased accuracy and rank correlation with length of scores [2, P] of P pairs."""
+    found = length_results(*scores, lengths.T)
+    accuracy = share(scores[0] > scores[1])["share"]
+    return {"accuracy": accuracy, "debiased": found["debiased"], "spearman": found["spearman"]}
+
+
+def section(results: dict) -> list[tuple[str, list[list[str]]]]:
+    """The table of an audit's report, in a list; an empty one where an older audit has none."""
+    found = results.get("length_calibration")
+    if found is None:
+        return []
+    if "impossible" in found:
+        return [("Length calibration", [["none", found["impossible"]]])]
+    rows = [[f"over {found['answers']:,} answers", "score", "score - what length predicts"]]
+    names = {"spearman": "rank correlation with length", "accuracy": "accuracy", "debiased": "length-debiased"}
+    for name, words in names.items():
+        values = [found[when][name] for when in ("before", "after")]
+        rows.append([words, *("-" if value is None else f"{value:.3f}" for value in values)])
+    return [("Length calibration (PPO: --length_calibration True)", rows)]
+
+
+def write_length_file(results: dict, folder: Path) -> None:
+    """Write the fit of an audit, or why there is none, with the hashes of the adapter that it belongs to."""
+    found = results.get("length_calibration")
+    if found is not None:
+        owner = {name: results[name] for name in ("adapter", "config") if name in results}
+        write_json(folder / LENGTH_FILE, owner | found)
+
+
+# ---- PPO ----
+def read_length_file(folder: str | Path) -> LengthCalibration:
+    """The calibration of a reward adapter.
+
+    Raises: FileNotFoundError or ValueError, in one sentence, where there is none, it is of another state of the
+        adapter, the fit was impossible, or the file is damaged.
+    """
+    file = Path(folder) / LENGTH_FILE
+    again = f"make it with reward_modeling.py --audit_only True --reward_model_lora_path {folder}"
+    if not file.is_file():
+        raise FileNotFoundError(f"--length_calibration True: {folder} has no {LENGTH_FILE}: {again}")
+    content = refuse_types(read_object(file), file, KINDS)
+    if "adapter" not in content or not same_parent(content, folder):
+        raise ValueError(f"--length_calibration True: {file} is of another state of the adapter: {again}")
+    if "impossible" in content:
+        raise ValueError(f"--length_calibration True is not possible with {folder}: {content['impossible']}")
+
+    refuse_types(content, file, KINDS, required=("lengths", "predicted", "mean"))
+    for name in ("lengths", "predicted"):
+        numbers = {f"{name} {number}": value for number, value in enumerate(content[name])}
+        refuse_types(numbers, file, dict.fromkeys(numbers, float))
+    rises = all(one < other for one, other in pairwise(content["lengths"]))
+    if not rises or len(content["lengths"]) != len(content["predicted"]) or len(content["lengths"]) < 2:
+        raise ValueError(f"{file} holds no rising lengths with a score each: {again}")
+    return LengthCalibration(content["lengths"], content["predicted"], content["mean"])
+
+
+def calibrations(adapters: str | list[str]) -> list[LengthCalibration]:
+    """The calibration of each reward adapter of a PPO run, in their order. Raises: as `read_length_file`."""
+    return [read_length_file(folder) for folder in _listed(adapters)]
+
+
+def hashes(adapters: str | list[str]) -> list[str]:
+    """The first 16 digits of the sha256 of each calibration, as run.json keeps them. Raises: as `read_length_file`."""
+    calibrations(adapters)
+    files = [Path(folder) / LENGTH_FILE for folder in _listed(adapters)]
+    return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+
+
+def _listed(adapters: str | list[str]) -> list[str]:
+    return [adapters] if isinstance(adapters, str) else adapters
