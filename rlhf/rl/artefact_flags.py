@@ -18,7 +18,7 @@ class ArtefactFlags(Flags):
         None, help="SFT adapter to start from; none: a fresh one on a chat model", group="artefacts", resume="path"
     )
     # One path is a text, as in every run.json; several are a list.
-    reward_model_lora_path: str | list[str] | None = flag(
+    reward_model_lora_path: list[str] | str | None = flag(
         None,
         help="reward adapter with its score head, or several that score together; none: functions alone",
         group="artefacts",

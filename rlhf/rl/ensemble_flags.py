@@ -14,6 +14,7 @@ class EnsembleFlags(Flags):
         help="combination of several reward adapters, each standardized on the SFT model's own answers",
         group="reward",
         choices=["mean", "min", "mean_minus_std"],
+        expert=True,
     )
     ensemble_penalty: float = flag(
         1.0, help="standard deviations over the members that mean_minus_std subtracts", group="reward", expert=True
