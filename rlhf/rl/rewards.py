@@ -84,9 +84,10 @@ def model_score(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
 def comparable(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
     """[K, B] float32: scores of the K reward models, each in standard deviations of the SFT model's own answers."""
     names = list(members(loop))
-    moments_of_each = [[loop.reward_stats[f"{prefix(name)}{what}"] for name in names] for what in ("mean", "std")]
-    means, stds = torch.tensor(moments_of_each, device=parts[REWARD_MODEL].device)
-    return ensemble.standardised(torch.stack([parts[name] for name in names]), means, stds)
+    scores = torch.stack([parts[name] for name in names])
+    means = scores.new_tensor([loop.reward_stats[f"{prefix(name)}mean"] for name in names])
+    stds = scores.new_tensor([loop.reward_stats[f"{prefix(name)}std"] for name in names])
+    return ensemble.standardised(scores, means, stds)
 
 
 def transform_of(loop: PPOLoop, part: str) -> str:
