@@ -38,13 +38,14 @@ class Arguments:
     workload: str = flag("even", help="answers of one length, or of very different length", choices=list(WORKLOADS))
     steps: int = flag(0, help="PPO steps of each, the first left out; 0: as ppo_step.py")
     threads: int = flag(0, help="of torch; 0: as many as there are cores")
+    cpu_seconds: bool = flag(False, help="count processor time, in which other work on the machine hardly shows")
 
     def __post_init__(self):
         if self.members < 2 or self.steps == 1:
             raise ValueError("--members and --steps must be at least 2: one is the baseline, the first step left out")
 
 
-def with_members(folder: Path, members: int) -> Path:
+def with_members(folder: Path, members: int, cpu_seconds: bool) -> Path:
     """A copy of the workload with that many reward adapters: of a size, and it does not matter of what."""
     several = folder.with_name(f"{folder.name}_{members}")
     shutil.copytree(folder, several)
@@ -52,7 +53,8 @@ def with_members(folder: Path, members: int) -> Path:
         shutil.copytree(folder / "reward", several / f"reward_{number}")
     file = several / "workload.json"
     workload = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(workload | {"members": members}), encoding="utf-8")
+    workload |= {"members": members, "cpu_seconds": cpu_seconds}
+    file.write_text(json.dumps(workload), encoding="utf-8")
     return several
 
 
@@ -81,15 +83,17 @@ def main(args: Arguments) -> None:
         folder = Path(scratch) / "one"
         folder.mkdir()
         write_workload(folder, args.workload, steps, 0, torch.get_num_threads())
-        running = {1: Contender("ours", folder), args.members: Contender("ours", with_members(folder, args.members))}
-        for contender in running.values():
-            stack.callback(contender.close)
+        running = {}
+        for members in (1, args.members):
+            running[members] = Contender("ours", with_members(folder, members, args.cpu_seconds))
+            stack.callback(running[members].close)
         for _, contender in product(range(steps), running.values()):
             contender.take_turn()
         runs = {members: each.last_words | {"steps": each.steps} for members, each in running.items()}
 
     print(machine())
-    print(f"{args.workload}: seconds a step, medians of {steps - 1} steps taken in turn\n{table(runs)}", flush=True)
+    kind = "processor seconds" if args.cpu_seconds else "seconds"
+    print(f"{args.workload}: {kind} a step, medians of {steps - 1} steps taken in turn\n{table(runs)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ ALL = tuple(f"reward_{number}" for number in range(1, MEMBERS + 1))
 # Run -> reward models, further flags, colour. The last one is healthy: the guard should find nothing in it.
 RUNS = {
     "one": (ALL[:1], "--init_kl_coef 0", BLACK),
-    "average": (("reward_average",), "--init_kl_coef 0", PURPLE),
+    "mean_minus_std": (ALL, "--init_kl_coef 0 --reward_ensemble mean_minus_std", ORANGE),
     "mean": (ALL, "--init_kl_coef 0 --reward_ensemble mean", BLUE),
     "min": (ALL, "--init_kl_coef 0 --reward_ensemble min", GREEN),
-    "mean_minus_std": (ALL, "--init_kl_coef 0 --reward_ensemble mean_minus_std", ORANGE),
+    "average": (("reward_average",), "--init_kl_coef 0", PURPLE),
     "mean, KL 0.1": (ALL, "--init_kl_coef 0.1 --reward_ensemble mean", "#999999"),
 }
 # A fall of the gold score by as much as this from its height is no chance.

@@ -55,14 +55,15 @@ def main() -> None:
         loop.reward_stats = evaluation.measure_sft_scores(loop)
     movement = Movement(loop.roles.adapter("policy").values())
 
+    clock = time.process_time if workload.get("cpu_seconds") else time.perf_counter
     for step in steps_in_turn(workload["steps"]):
         # A run takes a snapshot before each step, so its time counts here.
-        start = time.perf_counter()
+        start = clock()
         kept = snapshot(loop)
-        metrics, _ = rl_training.train_step(loop, step)
+        metrics, _ = rl_training.train_step(loop, step, clock)
         seconds = {name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")}
         tokens = metrics["len/mean"] * args.batch_size
-        say(**seconds, total=time.perf_counter() - start, tokens=tokens)
+        say(**seconds, total=clock() - start, tokens=tokens)
         del kept
 
     report({"torch": torch.__version__, "transformers": transformers.__version__}, movement.largest())
