@@ -29,9 +29,11 @@ JUDGE_ERRORS = 3.0
 # Metrics in which NaN or Inf is a collapse.
 NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
 
-
 # What tells that answers have left what the reward models were trained on: their spread, and the score that hides it.
 DISAGREEMENT = ("score/spread", "score/mean")
+
+# Members that agree at the start do so by so little that a factor says nothing: the rise has to be this large as well.
+SPREAD_MARGIN = 0.1
 
 
 def disagreement(metrics: dict[str, float], start: dict[str, float], limit: float) -> str | None:
@@ -44,7 +46,7 @@ def disagreement(metrics: dict[str, float], start: dict[str, float], limit: floa
         return None
     spread, score = (metrics[name] for name in DISAGREEMENT)
     spread_before, score_before = (start[name] for name in DISAGREEMENT)
-    if spread <= limit * spread_before or score <= score_before:
+    if spread <= max(limit * spread_before, spread_before + SPREAD_MARGIN) or score <= score_before:
         return None
     return (
         f"the reward models disagree: their spread rose from {spread_before:.2f} to {spread:.2f} while their combined "

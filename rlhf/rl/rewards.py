@@ -209,6 +209,7 @@ def dominating_part(loop: PPOLoop, record: dict[str, float], first: dict[str, fl
     Args:
         record, first: `describe_parts` of this step and of the first one.
     """
+    # Of several reward models the first stands for all.
     names = [name for name in part_names(loop) if f"reward/{name}/std" in record and f"reward/{name}/std" in first]
     weights = dict(zip(part_names(loop), loop.args.reward_weights or [1.0] * len(part_names(loop)), strict=True))
     variances = {name: (weights[name] * record[f"reward/{name}/std"]) ** 2 for name in names}

@@ -219,6 +219,8 @@ def test_disagreement_that_passes_its_limit_while_the_score_rises_is_named():
     for quiet in ({"score/spread": 0.8}, {"score/mean": -0.1}):
         assert disagreement(now | quiet, start, 2.0) is None
     assert disagreement(now, start, 0.0) is None
+    # Of nothing a multiple is nothing.
+    assert disagreement(now | {"score/spread": 0.01}, start | {"score/spread": 0.0}, 2.0) is None
     assert disagreement({"score/mean": 1.0}, {}, 2.0) is None
 
 
