@@ -75,7 +75,7 @@ from rlhf.data import encoding, reading
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.data.cache import Prepared
 from rlhf.data.choose_format import choose_format
-from rlhf.data.funnel import one_half, subset
+from rlhf.data.funnel import one_fold, one_half, subset
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
@@ -94,6 +94,8 @@ def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: P
     # 1. Draw rows, before any is encoded.
     if args.split_half is not None:
         texts = one_half(texts, args.split_half, funnel)
+    if args.fold is not None:
+        texts = one_fold(texts, *args.fold_numbers, funnel)
     texts = subset(texts, args.train_subset, args.seed, funnel)
     eval_texts = subset(eval_texts, args.eval_subset, args.seed, funnel)
 

@@ -18,6 +18,7 @@ from rlhf.data.arguments import DataArguments
 from rlhf.flags import parse
 from rlhf.rl.arguments import RewardFlags, SamplingFlags, WatchFlags
 from rlhf.rl.artefact_flags import ArtefactFlags
+from rlhf.rl.ensemble_flags import EnsembleFlags
 from rlhf.rl.function_flags import FunctionFlags
 from rlhf.rl.update_flags import UpdateFlags
 from rlhf.run import startup
@@ -25,8 +26,8 @@ from rlhf.run import startup
 
 @dataclass(kw_only=True)
 class ScriptArguments(
-    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, FunctionFlags,
-    UpdateFlags, WatchFlags,
+    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, EnsembleFlags,
+    FunctionFlags, UpdateFlags, WatchFlags,
 ):  # fmt: skip
     """Flags of rl_training.py; every flag the tutorial had still parses."""
 
@@ -115,8 +116,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
     # 5. What the log says
     columns = {"score": scores, "raw_score": raw_scores, "kl": kl.sum(1), "reward": token_rewards.sum(1)}
-    if loop.functions:
-        columns |= {f"reward/{name}": part for name, part in parts.items()}
+    columns |= rewards.part_columns(loop, parts)
     samples = metrics.sample_records(loop.tokenizer, rollout, columns, loop.sampling.stop_ids)
     record = {"step": step + 1, **metrics.describe(accelerator, rollout, samples), **moved}
     record |= rewards.describe_parts(loop, parts) | groups.describe_groups(loop, scores)
@@ -124,8 +124,9 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     record |= {"kl_coef": loop.kl_controller.value, "left_out": loop.left_out, "lr": lr}
     record |= metrics.timings(accelerator, rollout, times)
     work = flops.flop_counts(loop.roles.model, loop.roles.model.config)
-    passes = {"passes": 2 + experience.recomputes(loop) + loop.roles.value_adapter, "epochs": moved["epochs"]}
-    passes |= {"checkpointing": args.gradient_checkpointing}
+    scorers = max(1, len(args.reward_roles))
+    passes = {"passes": 1 + scorers + experience.recomputes(loop) + loop.roles.value_adapter}
+    passes |= {"epochs": moved["epochs"], "checkpointing": args.gradient_checkpointing}
     record |= metrics.utilisation(accelerator, rollout, work, record["time/step"], **passes)
     # The next step's KL penalty follows from this step's KL.
     loop.kl_controller.update(record["kl/mean"], args.batch_size * loop.processes)
@@ -135,6 +136,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 # ---- start ----
 def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) -> roles.Roles:
     """Base and adapters; policy and critic come from a checkpoint if there is one."""
+    members = args.reward_roles
     critic = None
     if args.advantage == "gae":
         critic = "adapter" if args.value_lora else "head"
@@ -142,7 +144,8 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
     loaded = roles.load_roles(
         args.base_model_name,
         args.sft_model_lora_path,
-        args.reward_model_lora_path,
+        members.pop("reward", None),
+        more_rewards=members,
         dtype=loading.pick_dtype(args.bf16),
         device=device,
         new_adapter=args,
@@ -183,7 +186,7 @@ def make_loop(
         sampling=sampling,
         optimizer=update.make_optimizer(args, loaded),
         kl_controller=kl_controller,
-        guard=guard.CollapseGuard(kl_budget=args.adap_kl_target),
+        guard=guard.CollapseGuard(kl_budget=args.adap_kl_target, spread_limit=args.ensemble_spread_limit),
         functions=load_functions(args.reward_functions),
         calibrations=length_file.calibrations(args.reward_model_lora_path) if args.length_calibration else [],
     )

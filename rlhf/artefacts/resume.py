@@ -68,8 +68,10 @@ def _other_paths(then: dict, args) -> bool:
     return any(_place(then[name]) != _place(getattr(args, name)) for name in names)
 
 
-def _place(path: str | None) -> str | None:
-    """A path without what may be spelled in several ways; a hub id or None as it is."""
+def _place(path: str | list[str] | None) -> str | list | None:
+    """A path, or each of several, without what may be spelled in several ways; a hub id or None as it is."""
+    if isinstance(path, list):
+        return [_place(one) for one in path]
     return os.path.realpath(path) if isinstance(path, str) and os.path.exists(path) else path
 
 

@@ -25,8 +25,9 @@ def write_answers(path: Path, prompts: list[str], columns: Columns, seeds: list[
     marks = {name: fingerprint(value) for name, value in args.versions.items()}
     with path.open("w", encoding="utf-8") as out:
         for number, prompt in enumerate(prompts):
-            for name, cells in columns.items():
-                cell = cells[number]
+            # A column of best of n is no version of its own.
+            for name in args.versions:
+                cell = columns[name][number]
                 row = {"prompt": prompt, "version": name, "answer": cell.text, "score": cell.score}
                 row |= {"seed": seeds[number], "sampling": sampling, "adapter": marks[name]}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")

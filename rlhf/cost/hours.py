@@ -95,6 +95,7 @@ def ppo_seconds(args, work: FlopCounts, card: Card, lengths: Lengths) -> float:
     recomputed = args.old_logprobs != "sampled" and (args.bf16 or args.old_logprobs == "recomputed")
     at_once = args.batch_size if args.batched_gen else 1
     settings = {"recomputed": recomputed, "epochs": args.ppo_epochs, "checkpointing": args.gradient_checkpointing}
+    settings["scorers"] = max(1, len(args.reward_roles))
     rows = Rows(at_once, lengths.query, lengths.answer)
     rollout = ppo_costs(work, precision_of(args), rows, **settings)["rollout"]
     costs = ppo_costs(work, precision_of(args), replace(rows, count=args.batch_size), **settings)

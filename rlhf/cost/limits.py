@@ -102,12 +102,19 @@ def decoding_bytes(work: FlopCounts, precision: Precision, rows: Rows) -> float:
 
 
 def ppo_costs(
-    work: FlopCounts, precision: Precision, rows: Rows, recomputed: bool, epochs: int, checkpointing: bool
+    work: FlopCounts,
+    precision: Precision,
+    rows: Rows,
+    recomputed: bool,
+    epochs: int,
+    checkpointing: bool,
+    scorers: int = 1,
 ) -> dict:
     """Phase -> Cost of one PPO step of answers all equally long.
 
     Args:
         recomputed: whether the policy's log-probabilities are computed again before the update.
+        scorers: reward models that score each answer.
     """
     lengths = [rows.query + rows.answer] * rows.count
     answers = rows.count * rows.answer
@@ -117,7 +124,7 @@ def ppo_costs(
     sampled = forward_flops(work, lengths, answers)
     rollout = Cost(sampled, prefill, decoding_bytes(work, precision, rows))
 
-    # The reference always, the policy where it is computed again, and a reward model, which has no output layer.
-    scored = (1 + recomputed) * sampled + forward_flops(work, lengths, 0)
+    # The reference always, the policy where it is computed again, and reward models, which have no output layer.
+    scored = (1 + recomputed) * sampled + scorers * forward_flops(work, lengths, 0)
     trained = epochs * training_flops(work, lengths, answers, checkpointing)
     return {"rollout": rollout, "score": Cost.of(scored), "update": Cost.of(trained)}

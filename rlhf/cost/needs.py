@@ -44,8 +44,8 @@ def adapters_of(args, base: Base, kind: str) -> dict[str, int]:
 
     # The reward stage's own default rank is half of the SFT stage's. Score heads are a few thousand numbers.
     rank = LoraArguments().lora_rank // 2
-    if args.reward_model_lora_path:
-        adapters["reward"] = stored_adapter(base.model, args.reward_model_lora_path, rank)
+    for role, folder in args.reward_roles.items():
+        adapters[role] = stored_adapter(base.model, folder, rank)
     if args.judge_lora_path:
         adapters["judge"] = stored_adapter(base.model, args.judge_lora_path, rank)
     # A critic's own adapter starts as a copy of the reward adapter, so it has the same size.

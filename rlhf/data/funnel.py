@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from rlhf.data.rows import column, pick
@@ -11,7 +11,8 @@ from rlhf.data.rows import column, pick
 # Reasons that a flag asked for: no matter how many rows they take.
 BEYOND_SUBSET = "beyond the subset"
 OTHER_HALF = "in the other half"
-ASKED_FOR = (BEYOND_SUBSET, OTHER_HALF)
+OTHER_FOLD = "in the other folds"
+ASKED_FOR = (BEYOND_SUBSET, OTHER_HALF, OTHER_FOLD)
 
 
 @dataclass
@@ -164,17 +165,40 @@ def one_half(rows: Sequence[dict], half: int, funnel: Funnel) -> Sequence[dict]:
 
     Raises: ValueError for an empty half.
     """
-    kept = []
-    for number, (opening, where) in enumerate(zip(_openings(rows), column(rows, "where"), strict=True)):
-        # The parity of the first byte; the word before the opening keeps it independent of `split_eval`.
-        if _hash(f"half {opening}")[0] % 2 == half:
-            kept.append(number)
-        else:
-            funnel.drop(OTHER_HALF, where)
-
+    # The parity of the first byte; the word before the opening keeps it independent of `split_eval`.
+    kept = _share(rows, lambda opening: _hash(f"half {opening}")[0] % 2 == half, OTHER_HALF, funnel)
     if not kept:
         raise ValueError(f"no prompt falls into half {half} of the data: there are too few to split")
     return pick(rows, kept)
+
+
+def one_fold(rows: Sequence[dict], number: int, count: int, funnel: Funnel) -> Sequence[dict]:
+    """The rows of one fold (1 to `count`) of the prompts: models of different folds share no prompt.
+
+    As in `one_half` the hash of the dialogue's opening alone decides, and independently of the half.
+
+    Raises: ValueError for an empty fold.
+    """
+
+    def inside(opening: str) -> bool:
+        # Eight bytes: the remainder of a single one would favour the first folds.
+        return int.from_bytes(_hash(f"fold {opening}")[:8], "big") % count == number - 1
+
+    kept = _share(rows, inside, OTHER_FOLD, funnel)
+    if not kept:
+        raise ValueError(f"no prompt falls into fold {number}/{count} of the data: there are too few to split")
+    return pick(rows, kept)
+
+
+def _share(rows: Sequence[dict], inside: Callable[[str], bool], reason: str, funnel: Funnel) -> list[int]:
+    """Numbers of the rows whose opening is `inside`; the others are counted under `reason`."""
+    kept = []
+    for number, (opening, where) in enumerate(zip(_openings(rows), column(rows, "where"), strict=True)):
+        if inside(opening):
+            kept.append(number)
+        else:
+            funnel.drop(reason, where)
+    return kept
 
 
 def without_overlap(rows: Sequence[dict], evaluation: Sequence[dict], funnel: Funnel) -> Sequence[dict]:

@@ -1,5 +1,6 @@
 """Flags of reward_modeling.py: the pairs to train on, the loss, and the audit."""
 
+import re
 from dataclasses import dataclass
 
 from rlhf.flags import Flags, flag
@@ -12,6 +13,12 @@ class PairFlags(Flags):
 
     split_half: int | None = flag(
         None, help="0 or 1: train on one half of the prompts only, so that another model can judge", group="data"
+    )
+    fold: str | None = flag(
+        None,
+        help="I/K: train on the I-th of K folds of the prompts only, as one of K reward models for PPO",
+        group="data",
+        metavar="I/K",
     )
     margin_field: str | None = flag(
         None,
@@ -37,10 +44,18 @@ class PairFlags(Flags):
         expert=True,
     )
 
+    @property
+    def fold_numbers(self) -> tuple[int, int]:
+        """I and K of --fold I/K; zeros for anything else."""
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold or "", re.ASCII)
+        return (int(found[1]), int(found[2])) if found else (0, 0)
+
     def __post_init__(self):
         # The two halves share no prompt, so each can judge a model of the other.
         if self.split_half not in (None, 0, 1):
             raise ValueError(f"--split_half {self.split_half} must be 0 or 1, or be left out")
+        if self.fold is not None and not 1 <= self.fold_numbers[0] <= self.fold_numbers[1] > 1:
+            raise ValueError(f"--fold {self.fold} must be I/K with two folds or more and I from 1 to K, as in 2/4")
 
         # Only to refuse an unknown kind before any data is read.
         kinds_of(self.degenerate_kinds)

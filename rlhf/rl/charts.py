@@ -21,6 +21,7 @@ PANELS = (
     ("eval/judge/mean", "Judge: a reward model that PPO never sees", BLACK),
     ("len/mean", "Length of an answer (tokens)", GREEN),
     ("entropy", "Entropy: variety of the words (nats a token)", PURPLE),
+    ("score/spread", "Spread of the reward models (standard deviations)", BLUE),
 )
 
 # Evaluations below which no curve is fitted: the law has two unknowns.

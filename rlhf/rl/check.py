@@ -48,8 +48,8 @@ def check_run(roles: Roles, tokenizer, rollout: Rollout, sampling: Sampling, fre
     _check_finite(rollout)
     _check_recorded(roles, rollout, sampling)
     # Functions see text, which has no padding.
-    if "reward" in roles.score_heads:
-        _check_scores(roles, rollout, sampling)
+    for role in [role for role in roles.score_heads if role != "judge"]:
+        _check_scores(roles, role, rollout, sampling)
     return _check_reference(roles, rollout, sampling) if fresh else []
 
 
@@ -93,7 +93,7 @@ def _check_recorded(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
         )
 
 
-def _check_scores(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
+def _check_scores(roles: Roles, role: str, rollout: Rollout, sampling: Sampling) -> None:
     """Refuse a reward model whose score of an answer changes with padding on either side, or with its batch."""
     # 1. A few rows together, with three pad tokens more on each side.
     rows = torch.arange(min(4, len(rollout.mask)), device=rollout.mask.device)
@@ -102,11 +102,11 @@ def _check_scores(roles: Roles, rollout: Rollout, sampling: Sampling) -> None:
     unreal = torch.zeros_like(pads, dtype=torch.bool)
     padded_ids = torch.cat([pads, together.input_ids, pads], 1)
     padded_mask = torch.cat([unreal, together.attention_mask, unreal], 1)
-    padded = roles.scores(padded_ids, padded_mask)
+    padded = roles.scores(padded_ids, padded_mask, role)
 
     # 2. The same rows one by one.
     singles = [rollout.rows(row[None]) for row in rows]
-    alone = torch.cat([roles.scores(single.input_ids, single.attention_mask) for single in singles])
+    alone = torch.cat([roles.scores(single.input_ids, single.attention_mask, role) for single in singles])
 
     # 3. Rounding grows with the scores, so the bound does.
     difference = (padded - alone).abs().max().item()

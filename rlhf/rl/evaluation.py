@@ -111,7 +111,8 @@ def say_finished(loop: PPOLoop) -> None:
     versions = [f"ppo={args.output_dir}"]
     if args.sft_model_lora_path:
         versions.insert(0, f"sft={args.sft_model_lora_path}")
-    more = {"base_model_name": args.base_model_name, "reward_model_lora_path": args.reward_model_lora_path}
+    # A comparison shows the score of one reward model.
+    more = {"base_model_name": args.base_model_name, "reward_model_lora_path": args.reward_roles.get("reward")}
     made = f"policy adapter in {args.output_dir} (curves: {args.output_dir}/chart.png)"
     say_end(made, rise, args, "compare.py", adapters=versions, **more, prompts="prompts.txt")
 

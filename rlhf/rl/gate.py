@@ -53,8 +53,11 @@ def read_gate(reward_dir: str | Path, mode: str) -> None:
         _warn_or_refuse(reward_dir, audit["verdict"]["winning"], mode, "its audit")
 
 
-def quick_gate(loop: PPOLoop) -> None:
-    """Gate for an adapter without an audit: compare its scores of degenerate answers against the SFT model's own.
+def quick_gate(loop: PPOLoop, members: dict[str, str]) -> None:
+    """Gate for adapters without an audit: compare their scores of degenerate answers against the SFT model's own.
+
+    Args:
+        members: role -> directory of the adapters to be tried.
 
     Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
@@ -73,13 +76,14 @@ def quick_gate(loop: PPOLoop) -> None:
     # Doubled and repeated answers are about twice as long as real ones; longer rows are left out.
     longest = rollout.input_ids.shape[1] * 2
     attacks = make_attacks(pairs, loop.prompt_format, args.seed, longest, len(pairs))
-    real, degenerate = _scores(loop, pairs, attacks)
 
     # 3. The decision, the same on every rank.
-    results = attack_results(attacks, real, degenerate)
-    shares = [f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"]]
-    say(f"quick audit of the reward model: the SFT model's own answer wins against {', '.join(shares)}")
-    _warn_or_refuse(args.reward_model_lora_path, winning_attacks(results), args.reward_gate, "a quick audit")
+    for role, folder in members.items():
+        results = attack_results(attacks, *_scores(loop, role, pairs, attacks))
+        shares = [f"{kind} {result['share']:.0%}" for kind, result in results.items() if result["n"]]
+        name = "the reward model" + (f" {folder}" if len(args.reward_roles) > 1 else "")
+        say(f"quick audit of {name}: the SFT model's own answer wins against {', '.join(shares)}")
+        _warn_or_refuse(folder, winning_attacks(results), args.reward_gate, "a quick audit")
 
 
 def _whole_answers(prompt_format: PromptFormat, prompts: list[dict], rollout: Rollout) -> list[dict]:
@@ -97,13 +101,13 @@ def _whole_answers(prompt_format: PromptFormat, prompts: list[dict], rollout: Ro
     return pairs
 
 
-def _scores(loop: PPOLoop, pairs: list[dict], attacks: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
-    """The reward model's scores of the answers in `pairs` and of `attacks`, [N] and [M]."""
+def _scores(loop: PPOLoop, role: str, pairs: list[dict], attacks: list[tuple]) -> tuple[np.ndarray, np.ndarray]:
+    """A reward model's scores of the answers in `pairs` and of `attacks`, [N] and [M]."""
     # The reward adapter has to be active as long as rows are scored.
-    with loop.roles.use("reward") as model:
+    with loop.roles.use(role) as model:
         score_rows = row_scorer(
             backbone_of(model),
-            loop.roles.score_heads["reward"],
+            loop.roles.score_heads[role],
             loop.prompt_format.pad_id,
             loop.args.forward_batch_size,
             loop.accelerator.device,

@@ -29,18 +29,49 @@ JUDGE_ERRORS = 3.0
 # Metrics in which NaN or Inf is a collapse.
 NUMBERS = ("score/mean", "kl/mean", "entropy", "loss/policy", "loss/value", "grad_norm")
 
+# What tells that answers have left what the reward models were trained on: their spread, and the score that hides it.
+DISAGREEMENT = ("score/spread", "score/mean")
+
+# Members that agree at the start do so by so little that a factor says nothing: the rise has to be this large as well.
+SPREAD_MARGIN = 0.1
+
+
+def disagreement(metrics: dict[str, float], start: dict[str, float], limit: float) -> str | None:
+    """Say in one sentence that several reward models have come to disagree while their combined score rises, or None.
+
+    Args:
+        metrics, start: of a step and of the run's first. limit: how many times its start the spread may be; 0: any.
+    """
+    if not limit or "score/spread" not in metrics or "score/spread" not in start:
+        return None
+    spread, score = (metrics[name] for name in DISAGREEMENT)
+    spread_before, score_before = (start[name] for name in DISAGREEMENT)
+    if spread <= max(limit * spread_before, spread_before + SPREAD_MARGIN) or score <= score_before:
+        return None
+    return (
+        f"the reward models disagree: their spread rose from {spread_before:.2f} to {spread:.2f} while their combined "
+        f"score rose from {score_before:.2f} to {score:.2f}: the answers have left what they were trained on"
+    )
+
 
 class CollapseGuard:
     """Compares each step's metrics with the run's start and with its last steps.
 
     Stops on a mean length under 30 % of the first step's, more than half of the answers empty, a KL over 3 times the
-    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, a non-finite number, or
-    a held-out judge that likes the answers less than the SFT model's while the score rises.
+    median of the last 10 steps and over 1 nat above it, an entropy under 20 % of the first's, a non-finite number,
+    several reward models that disagree far more than at the start, or a held-out judge that likes the answers less
+    than the SFT model's, the last two while the score rises.
     """
 
-    def __init__(self, kl_budget: float = 0.0):
-        """`kl_budget`: nats a response under which no rise of the KL counts: at the start it grows from nothing."""
+    def __init__(self, kl_budget: float = 0.0, spread_limit: float = 0.0):
+        """Limits of the run's own.
+
+        Args:
+            kl_budget: nats a response under which no rise of the KL counts: at the start it grows from nothing.
+            spread_limit: of --ensemble_spread_limit; 0 for none.
+        """
         self.kl_budget = kl_budget
+        self.spread_limit = spread_limit
         self.start: dict[str, float] = {}
         self.recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
 
@@ -49,7 +80,8 @@ class CollapseGuard:
         reason = self._reason(metrics)
         # A collapsed step must not become the measure of the next.
         if reason is None:
-            self.start = self.start or {name: metrics[name] for name in ("len/mean", "entropy")}
+            names = ("len/mean", "entropy", *(DISAGREEMENT if "score/spread" in metrics else ()))
+            self.start = self.start or {name: metrics[name] for name in names}
             self.recent_kl.append(metrics["kl/mean"])
         return reason
 
@@ -99,7 +131,7 @@ class CollapseGuard:
             limit = max(KL_FACTOR * usual, usual + KL_MARGIN, self.kl_budget)
             if metrics["kl/mean"] > limit:
                 return f"KL jumped to {metrics['kl/mean']:.2f} nats from a median of {usual:.2f}"
-        return None
+        return disagreement(metrics, self.start, self.spread_limit)
 
     def state_dict(self) -> dict:
         """JSON-safe state for a checkpoint."""

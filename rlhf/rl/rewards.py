@@ -2,7 +2,8 @@
 
     total = sum over parts of  weight * transform(part)  - baseline - penalty where the answer was cut
 
-A function that does not apply to an answer (None) adds nothing to its total, and counts in no mean.
+A function that does not apply to an answer (None) adds nothing to its total, and counts in no mean. Several reward
+models are one part of the total: their scores, each in standard deviations of the SFT model's own answers, combined.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.models.generation import Rollout
+from rlhf.reward import ensemble
 from rlhf.rl import experience
 from rlhf.rl.loop import PPOLoop
 from rlhf.rl.reward_functions import call_function
@@ -27,21 +29,26 @@ FALLEN = 0.5
 
 
 def part_names(loop: PPOLoop) -> list[str]:
-    """The parts of the score, in the order of --reward_weights."""
+    """The parts of the total, in the order of --reward_weights."""
     model = [REWARD_MODEL] if loop.args.reward_model_lora_path else []
     return model + [function.name for function in loop.functions]
 
 
+def members(loop: PPOLoop) -> dict[str, str]:
+    """Name -> role of each reward model: {"reward_model": "reward", "reward_model_2": "reward_2"} of two."""
+    return {role.replace("reward", REWARD_MODEL): role for role in loop.args.reward_roles}
+
+
 def raw_parts(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> dict[str, Tensor]:
-    """Part -> [B] float32, what each says by itself; NaN where a function does not apply.
+    """Name -> [B] float32, what each reward model and function says by itself; NaN where one does not apply.
 
     Args:
         prompts: the row of each answer, in the rollout's order.
     Raises: ValueError where a function breaks its promise.
     """
     parts = {}
-    if loop.args.reward_model_lora_path:
-        parts[REWARD_MODEL] = without_length(loop, rollout, experience.score_responses(loop, rollout))
+    for number, (name, role) in enumerate(members(loop).items()):
+        parts[name] = without_length(loop, rollout, experience.score_responses(loop, rollout, role), number)
     if loop.functions:
         texts = [row["prompt"] for row in prompts]
         real = zip(rollout.response_ids, rollout.mask, strict=True)
@@ -76,7 +83,23 @@ def weighted(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
 
 def raw_score(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
     """[B] float32: the reward model's own score; without one, the weighted sum of what the functions say."""
-    return parts[REWARD_MODEL] if REWARD_MODEL in parts else weighted(loop, parts)
+    return model_score(loop, parts) if REWARD_MODEL in parts else weighted(loop, parts)
+
+
+def model_score(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
+    """[B] float32: the reward model's own score, or several combined as --reward_ensemble says."""
+    if len(members(loop)) == 1:
+        return parts[REWARD_MODEL]
+    return ensemble.combined(comparable(loop, parts), loop.args.reward_ensemble, loop.args.ensemble_penalty)
+
+
+def comparable(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
+    """[K, B] float32: scores of the K reward models, each in standard deviations of the SFT model's own answers."""
+    names = list(members(loop))
+    scores = torch.stack([parts[name] for name in names])
+    means = scores.new_tensor([loop.reward_stats[f"{prefix(name)}mean"] for name in names])
+    stds = scores.new_tensor([loop.reward_stats[f"{prefix(name)}std"] for name in names])
+    return ensemble.standardised(scores, means, stds)
 
 
 def transform_of(loop: PPOLoop, part: str) -> str:
@@ -93,9 +116,9 @@ def total(loop: PPOLoop, parts: dict[str, Tensor], rollout: Rollout) -> Tensor:
     """[B] float32: the scores that PPO maximises."""
     args = loop.args
     changed = {}
-    for name, part in parts.items():
-        prefix = "" if name == REWARD_MODEL else f"{name}/"
-        changed[name] = _transformed(part, transform_of(loop, name), loop.reward_stats, prefix)
+    for name in part_names(loop):
+        part = model_score(loop, parts) if name == REWARD_MODEL else parts[name]
+        changed[name] = _transformed(loop, name, part)
     scores = weighted(loop, changed)
 
     # An answer cut at the maximum length never reached its end.
@@ -104,33 +127,49 @@ def total(loop: PPOLoop, parts: dict[str, Tensor], rollout: Rollout) -> Tensor:
     return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
 
 
-def _transformed(part: Tensor, how: str, stats: dict[str, float], prefix: str) -> Tensor:
+def prefix(name: str) -> str:
+    """Beginning of a part's keys in the statistics; the first reward model's have none."""
+    return "" if name == REWARD_MODEL else f"{name}/"
+
+
+def _transformed(loop: PPOLoop, name: str, part: Tensor) -> Tensor:
+    how = transform_of(loop, name)
     if how == "sigmoid":
         return part.sigmoid()
     if how == "standardize":
+        # Several reward models were standardized before they were combined, so that what disagreement costs stays.
+        if name != REWARD_MODEL or len(members(loop)) == 1:
+            part = (part - loop.reward_stats[f"{prefix(name)}mean"]) / loop.reward_stats[f"{prefix(name)}std"]
         # The clamp keeps one outlier from dominating a batch.
-        return ((part - stats[f"{prefix}mean"]) / stats[f"{prefix}std"]).clamp(-5, 5)
+        return part.clamp(-5, 5)
     if how != "raw":
         raise ValueError(f"--reward_transform {how} was not settled before the first score")
     return part
 
 
+def to_measure(loop: PPOLoop) -> list[str]:
+    """Parts whose mean and deviation on the SFT model's answers are needed; of several reward models each one's."""
+    standardized = [name for name in part_names(loop) if transform_of(loop, name) == "standardize"]
+    several = list(members(loop)) if len(members(loop)) > 1 else []
+    return list(dict.fromkeys(several + standardized))
+
+
 def statistics(loop: PPOLoop, parts: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Mean and deviation of the parts to be standardised, over all ranks: "mean", "std", "<function>/mean" and so on.
+    """Mean and deviation of the parts to be standardised, over all ranks: "mean", "std", "<part>/mean" and so on.
 
     Raises: ValueError where a part gives all of these answers one score.
     """
     stats = {}
-    for name in part_names(loop):
-        if transform_of(loop, name) != "standardize":
-            continue
+    roles = members(loop)
+    for name in to_measure(loop):
         scores = torch.cat([batch[name] for batch in parts])
         mean, std = moments(loop, scores)
         if not std > 0:
-            who = "the reward model" if name == REWARD_MODEL else f"the reward function {name}"
+            who = f"the reward function {name}"
+            if name in roles:
+                who = "the reward model" + (f" {loop.args.reward_roles[roles[name]]}" if len(roles) > 1 else "")
             raise ValueError(f"{who} gives all answers of the SFT model one score: it cannot teach anything")
-        prefix = "" if name == REWARD_MODEL else f"{name}/"
-        stats |= {f"{prefix}mean": mean, f"{prefix}std": std}
+        stats |= {f"{prefix(name)}mean": mean, f"{prefix(name)}std": std}
     return stats
 
 
@@ -140,16 +179,25 @@ def moments(loop: PPOLoop, part: Tensor) -> tuple[float, float]:
     return mean.item(), variance.sqrt().item()
 
 
+def part_columns(loop: PPOLoop, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """reward/<part> -> [B], for samples.jsonl and metrics; {} where a reward model scores alone."""
+    alone = not loop.functions and len(parts) == 1
+    return {} if alone else {f"reward/{name}": part for name, part in parts.items()}
+
+
 def describe_parts(loop: PPOLoop, parts: dict[str, Tensor]) -> dict[str, float]:
-    """reward/<part>/mean and /std over all ranks; {} where a reward model scores alone."""
-    if not loop.functions:
-        return {}
+    """reward/<part>/mean and /std over all ranks; {} where a reward model scores alone.
+
+    Of several reward models score/spread as well: the standard deviation over them, mean over the answers.
+    """
     record = {}
-    for name, part in parts.items():
+    for name, part in part_columns(loop, parts).items():
         mean, std = moments(loop, part)
         # A part that applied to nothing has nothing to report.
         if math.isfinite(mean):
-            record |= {f"reward/{name}/mean": mean, f"reward/{name}/std": std}
+            record |= {f"{name}/mean": mean, f"{name}/std": std}
+    if len(members(loop)) > 1:
+        record["score/spread"] = moments(loop, ensemble.spread(comparable(loop, parts)))[0]
     return record
 
 
@@ -173,6 +221,7 @@ def dominating_part(loop: PPOLoop, record: dict[str, float], first: dict[str, fl
     Args:
         record, first: `describe_parts` of this step and of the first one.
     """
+    # Of several reward models the first stands for all.
     names = [name for name in part_names(loop) if f"reward/{name}/std" in record and f"reward/{name}/std" in first]
     weights = dict(zip(part_names(loop), loop.args.reward_weights or [1.0] * len(part_names(loop)), strict=True))
     variances = {name: (weights[name] * record[f"reward/{name}/std"]) ** 2 for name in names}

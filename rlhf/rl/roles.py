@@ -31,9 +31,10 @@ VALUE_ADAPTER_DIR = "value_adapter"
 class Roles:
     """The roles of PPO on one set of base weights, each an adapter of the model.
 
-    `use(role)` makes "policy", "reference", "reward", "judge" or "value" the active adapter and always returns to the
-    policy. Only the policy, and a critic's own adapter while it is active, take gradients; backward belongs inside the
-    block, because an adapter that is not active gets none. A merged reference is a separate model beside this one.
+    `use(role)` makes "policy", "reference", "reward" (further ones "reward_2" ...), "judge" or "value" the active
+    adapter and always returns to the policy. Only the policy, and a critic's own adapter while it is active, take
+    gradients; backward belongs inside the block, because an adapter that is not active gets none. A merged reference
+    is a separate model beside this one.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ def load_roles(
     merged_sft_dir=None,
     policy_dir=None,
     judge_dir=None,
+    more_rewards: dict | None = None,
     critic: str | None = "head",
     four_bit: bool = False,
 ) -> Roles:
@@ -132,6 +134,7 @@ def load_roles(
         merged_sft_dir: a merged model that plays the reference instead of the SFT adapter.
         policy_dir: a PPO directory whose policy and critic go on; by default SFT and a value head of zeros.
         judge_dir: a second reward adapter, for a judge that PPO does not train against.
+        more_rewards: role -> directory of the further reward adapters of an ensemble.
         critic: "head" on the policy's hidden states, "adapter" for one with an adapter of its own (which starts as
             the reward model, as in Ouyang et al. 2022, arXiv:2203.02155), or None.
         four_bit: hold the base in 4 bits (and a merged reference as well).
@@ -149,7 +152,7 @@ def load_roles(
             model = PeftModel(base, lora_config(new_adapter, base, None), adapter_name="policy")
     if sft_dir and merged_sft_dir is None:
         add_lora(model, sft_dir, "reference", trainable=False)
-    score_heads = _add_scorers(model, device, reward=reward_dir, judge=judge_dir)
+    score_heads = _add_scorers(model, device, reward=reward_dir, **(more_rewards or {}), judge=judge_dir)
 
     # 2. The critic, where advantages need one.
     if critic == "adapter":
@@ -178,10 +181,7 @@ def load_roles(
 
 
 def _add_scorers(model: PeftModel, device, **folders) -> dict[str, nn.Linear]:
-    """Put the reward adapters of `folders` (role -> directory, None for a role left out) on the model.
-
-    Returns: role -> score head.
-    """
+    """Put the adapters of `folders` (role -> directory, None: left out) on the model; returns role -> score head."""
     score_heads = {}
     for role, folder in folders.items():
         if folder is not None:

@@ -1,7 +1,6 @@
 """Before the first step of a PPO run: what the policy starts from, its first evaluation, the checks and the gate."""
 
 import warnings
-from functools import partial
 from pathlib import Path
 
 from rlhf.artefacts.adapters import check_adapter, check_merged
@@ -134,16 +133,15 @@ def check_inputs(args, prompt_format: PromptFormat) -> dict:
     base = base_fingerprint(args.base_model_name)
     wanted = {"base": base, "tokenizer": prompt_format.tokenizer, "prompt_format": prompt_format.record()}
     sft = args.sft_model_lora_path
-    reward = args.reward_model_lora_path
-    parents = {role: folder for role, folder in (("sft", sft), ("reward", reward)) if folder}
+    parents = ({"sft": sft} if sft else {}) | args.reward_roles
     if sft:
         check_adapter(sft, stage=("sft", "ppo"), flag="--sft_model_lora_path", **wanted)
-    if reward:
+    for reward in args.reward_roles.values():
         check_adapter(reward, stage="reward", flag="--reward_model_lora_path", **wanted)
     if args.merged_sft_model_path:
         check_merged(args.merged_sft_model_path, base=base, sft_dir=sft, flag="--merged_sft_model_path")
         parents[MERGED] = args.merged_sft_model_path
-    if reward:
+    for reward in args.reward_roles.values():
         read_gate(reward, args.reward_gate)
 
     if args.judge_lora_path:
@@ -151,15 +149,18 @@ def check_inputs(args, prompt_format: PromptFormat) -> dict:
         parents["judge"] = args.judge_lora_path
     run = {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
     if args.length_calibration:
-        run["length_calibration"] = length_file.hashes(reward)
+        run["length_calibration"] = length_file.hashes(args.reward_model_lora_path)
     return run | ({"functions": record_of(load_functions(args.reward_functions))} if args.reward_functions else {})
 
 
 def claim(args) -> list[Path]:
     """Claim the output directory; returns what an earlier run left, for `clear` once every input has been read."""
-    names = ("sft_model_lora_path", "reward_model_lora_path", "judge_lora_path", "merged_sft_model_path")
+    names = ("sft_model_lora_path", "judge_lora_path", "merged_sft_model_path")
     names += ("base_model_name", "dataset_name", "eval_dataset_name", "chat_template")
     inputs = {f"--{name}": getattr(args, name) for name in names} | files_of(args.reward_functions)
+    # The key is what a refusal names the input by.
+    for role, folder in args.reward_roles.items():
+        inputs["--reward_model_lora_path" + ("" if role == "reward" else f" ({role})")] = folder
     return claim_output_dir(args.output_dir, bool(args.resume_from_checkpoint), args.overwrite_output_dir, inputs)
 
 
@@ -182,7 +183,8 @@ def say_start(loop: PPOLoop) -> None:
 def measure_start(loop: PPOLoop, fresh: bool) -> None:
     """Measure the SFT model's scores and evaluate it (once), and refuse to start on a silent defect."""
     args = loop.args
-    if "standardize" in map(partial(rewards.transform_of, loop), rewards.part_names(loop)) and not loop.reward_stats:
+    wanted = [f"{rewards.prefix(name)}mean" for name in rewards.to_measure(loop)]
+    if not loop.reward_stats.keys() >= set(wanted):
         if not fresh:
             raise ValueError("the checkpoint was made without a standardized score: go on as it began")
         loop.reward_stats = evaluation.measure_sft_scores(loop)
@@ -191,8 +193,9 @@ def measure_start(loop: PPOLoop, fresh: bool) -> None:
         loop.baseline = evaluation.evaluate(loop)[0]
     if args.check:
         check_start(loop, fresh)
-    if fresh and args.reward_model_lora_path and stored_audit(args.reward_model_lora_path) is None:
-        quick_gate(loop)
+    untried = {role: folder for role, folder in args.reward_roles.items() if stored_audit(folder) is None}
+    if fresh and untried:
+        quick_gate(loop, untried)
 
 
 def prepare(args, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Prepared:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from benchmarks import data, gpu_7b, gpu_peers, ppo_step, settings, sft_step
+from benchmarks import data, ensemble_step, gpu_7b, gpu_peers, ppo_step, settings, sft_step
 from benchmarks.gpu_measure import Meter, Row, Target, cells
 from benchmarks.model import EOS, VOCABULARY, causal_model, config
 from benchmarks.ppo_workload import SETTINGS, prompts, set_chance_of_eos
@@ -64,6 +64,15 @@ def test_the_first_step_is_left_out_and_others_are_held_against_ours():
     rollout, score, update, total, rate, tokens, peak, speed, _, memory, _ = classic.split()[3:]
     assert (total, rate, tokens, peak, speed, memory) == ("15.00", "1.07", "62.5", "2.00", "1.50", "0.50")
     assert (rollout, score, update) == ("1.00", "1.00", "13.00")
+
+
+def test_several_reward_models_are_held_against_one_without_the_first_step():
+    def run(total, peak):
+        step = {"rollout": 1.0, "score": 1.0, "update": total - 2, "total": total}
+        return {"steps": [step | {"total": 99.0}, step, step], "peak_gb": peak}
+
+    several = ensemble_step.table({1: run(10.0, 2.0), 4: run(11.5, 2.1)}).splitlines()[-1].split()
+    assert several == ["4", "1.00", "1.00", "9.50", "11.50", "2.100", "1.150", "x", "1.050", "x"]
 
 
 def test_sft_rows_fit_and_carry_a_loss_on_the_answer_alone():

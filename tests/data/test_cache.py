@@ -86,7 +86,8 @@ def test_whatever_the_rows_depend_on_is_in_the_key(data, prompt_format, tiny_lla
         return cache._key(arguments("reward", data, **flags), prompt_format, reward_modeling.prepare)
 
     keys = [key(), key(seed=1), key(max_length=300), key(train_subset=3), key(split_half=1), key(degenerate_frac=0.5)]
-    keys += [key(eval_size=3), key(chosen_field="answer"), key(eval_dataset_name=data)]
+    keys += [key(fold="1/3"), key(fold="2/3"), key(eval_size=3), key(chosen_field="answer")]
+    keys.append(key(eval_dataset_name=data))
     keys.append(key(text_format(prompt_format.tokenizer, "{prompt}:")))
     keys.append(key(text_format(load_tokenizer(tiny_llama))))
     before = data.stat()

@@ -79,7 +79,9 @@ def test_dropout_left_on_is_named(run):
 
 def test_a_score_that_depends_on_padding_is_named(run, monkeypatch):
     score = check.Roles.scores
-    monkeypatch.setattr(check.Roles, "scores", lambda self, ids, mask: score(self, ids, torch.ones_like(mask)))
+    monkeypatch.setattr(
+        check.Roles, "scores", lambda self, ids, mask, *role: score(self, ids, torch.ones_like(mask), *role)
+    )
     refused(run, "score of an answer depends on its padding")
 
 

@@ -20,7 +20,7 @@ from rlhf.artefacts.run_json import load_run
 from rlhf.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer, preference_rows
-from rlhf.data.funnel import Funnel, one_half
+from rlhf.data.funnel import Funnel, one_fold, one_half
 from rlhf.reward.audit_report import read_audit
 from rlhf.reward.degenerate import GATE_KINDS, HARDENING_KINDS, KINDS, degenerate_pairs, kinds_of
 from rlhf.rl import gate
@@ -130,13 +130,29 @@ def test_the_halves_share_no_prompt_and_together_are_everything():
     assert [funnel.dropped["in the other half"] for funnel in funnels] == [len(halves[1]), len(halves[0])]
 
 
-def test_two_commands_train_on_disjoint_prompts_and_evaluate_on_the_same(tiny_base, pairs, tmp_path):
+def test_the_folds_share_no_prompt_are_together_everything_and_cut_either_half():
+    asked = [row | {"prompt": f"{row['prompt']}{n}"} for row in ROWS for n in range(30)]
+    rows = [row | {"chosen": text} for row in asked for text in "甲乙"]
+    funnel = Funnel()
+    folds = [one_fold(rows, number, 3, funnel) for number in (1, 2, 3)]
+    prompts = [{row["prompt"] for row in fold} for fold in folds]
+    assert len(set.union(*prompts)) == sum(map(len, prompts)) == len(ROWS) * 30
+    assert sum(map(len, folds)) == len(rows)
+    assert funnel.dropped["in the other folds"] == 2 * len(rows)
+    # Neither of a half nor of its neighbour does a fold take all.
+    for half in (0, 1):
+        sizes = [len(one_half(fold, half, Funnel())) for fold in folds]
+        assert min(sizes) > len(rows) / 10
+    with pytest.raises(ValueError, match="no prompt falls into fold 2/9999"):
+        one_fold(rows[:2], 2, 9999, Funnel())
+
+
+@pytest.mark.parametrize("flags", [({"split_half": 0}, {"split_half": 1}), ({"fold": "1/2"}, {"fold": "2/2"})])
+def test_two_commands_train_on_disjoint_prompts_and_evaluate_on_the_same(tiny_base, pairs, tmp_path, flags):
     tokenizer = load_tokenizer(tiny_base)
     made = [
-        reward_modeling.load_data(
-            reward_arguments(tiny_base, pairs, tmp_path, split_half=half), text_format(tokenizer)
-        )
-        for half in (0, 1)
+        reward_modeling.load_data(reward_arguments(tiny_base, pairs, tmp_path, **flag), text_format(tokenizer))
+        for flag in flags
     ]
     prompts = [{row["prompt"] for row in rows} for rows, _, _ in made]
     assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
@@ -200,6 +216,10 @@ def test_a_margin_column_is_read_reaches_the_loss_and_a_bad_one_is_named(tiny_ba
     ("flags", "complaint"),
     [
         ({"split_half": 2}, "--split_half 2 must be 0 or 1"),
+        ({"fold": "0/4"}, "--fold 0/4 must be I/K"),
+        ({"fold": "5/4"}, "--fold 5/4 must be I/K"),
+        ({"fold": "1/1"}, "--fold 1/1 must be I/K"),
+        ({"fold": "first"}, "--fold first must be I/K"),
         ({"label_smoothing": 0.5}, "--label_smoothing 0.5"),
         ({"degenerate_kinds": "silence"}, "--degenerate_kinds silence"),
         ({"degenerate_frac": -0.1}, "--degenerate_frac -0.1"),

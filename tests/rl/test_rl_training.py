@@ -503,7 +503,7 @@ def test_a_bandit_is_solved(world, tiny_base, tmp_path, monkeypatch, flags):
     world = world | {"base_model_name": base, "sft_model_lora_path": sft, "reward_model_lora_path": reward_model}
     wanted = []
 
-    def reward(loop, rollout):
+    def reward(loop, rollout, role):
         drawn = rollout.response_ids[:, 0].tolist()
         if not wanted:
             wanted.append(min(token for token in drawn if drawn.count(token) == 2))

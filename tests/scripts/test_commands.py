@@ -86,8 +86,10 @@ def small_command(words: list[str], places: dict[str, str], output_dir: str) -> 
 
     flags = {name: values for name, values in flags.items() if name not in DROPPED}
     for name in flags:
+        # Of several reward models no two may have one name.
+        count = len(flags[name]) if name == "--reward_model_lora_path" else 1
         if name in places:
-            flags[name] = [places[name]]
+            flags[name] = [places[name] + "/." * number for number in range(count)]
     if "--reward_functions" in flags:
         specs = flags["--reward_functions"]
         flags["--reward_functions"] = [spec.replace("rewards.py:", places["functions"]) for spec in specs]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,6 +78,30 @@ def test_the_scripts_of_the_four_stages_run_in_turn_and_again(world):
             assert (folder / stage / name).is_file(), f"{stage}/{name}"
     again = bash(world, "merge_sft.sh", SFT_LORA="sft", OUTPUT="merged")
     assert "is there already" in again
+
+
+def test_an_ensemble_is_trained_on_folds_by_one_card_after_another_or_side_by_side(world):
+    folder, environment = world
+    flags = [*SIZES[2:], "--max_steps", "1", "--audit", "False", "--save_steps", "0"]
+    two = (folder, environment | {"MEMBERS": "2"})
+    said = bash(two, "train_rm_ensemble.sh", *flags, DATA="pairs.jsonl", OUTPUT="in_turn")
+    assert said.index("== reward model 1 of 2") < said.index("== reward model 2 of 2")
+    beside = (folder, environment | {"MEMBERS": "2", "GPUS": "0 1"})
+    bash(beside, "train_rm_ensemble.sh", *flags, DATA="pairs.jsonl", OUTPUT="beside")
+    runs = {}
+    for name, number in product(("in_turn", "beside"), (1, 2)):
+        runs[name, number] = json.loads((folder / f"{name}_{number}" / "run.json").read_text(encoding="utf-8"))
+        assert runs[name, number]["arguments"]["fold"] == f"{number}/2"
+        weights = (folder / f"{name}_{number}" / "adapter_model.safetensors").read_bytes()
+        assert weights == (folder / f"in_turn_{number}" / "adapter_model.safetensors").read_bytes()
+    assert runs["in_turn", 1]["data"]["fingerprint"] != runs["in_turn", 2]["data"]["fingerprint"]
+
+    # A model that fails does not take the others' time away, and the script says that something failed.
+    (folder / "beside_2" / "run.json").unlink()
+    shutil.rmtree(folder / "beside_1")
+    (folder / "beside_1").write_text("in the way")
+    bash(beside, "train_rm_ensemble.sh", *flags, code=1, DATA="pairs.jsonl", OUTPUT="beside")
+    assert (folder / "beside_2" / "run.json").is_file()
 
 
 def test_a_stage_that_fails_stops_the_script_with_one_sentence(world):
