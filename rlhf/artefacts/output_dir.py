@@ -18,7 +18,7 @@ RUN_FILES = ("run.json", "metrics.jsonl", "samples.jsonl", "report.html", "value
 
 # Temporary names of our writers. A process that is killed cannot remove its own.
 SCRATCH = re.compile(
-    r"\.(finished|step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png|report\.html|best_of_n\.jsonl?|length_calibration\.json)"
+    r"\.(finished|step_\d+|checkpoint-\d+|best|adapter|run\.json|adapter_config\.json|MANIFEST\.json|state\.json|bad_rows\.jsonl|chart\.png|report(_compared)?\.html|best_of_n\.jsonl?|length_calibration\.json)"
     rf"\.{TOKEN}\w+"
 )
 

@@ -1,7 +1,8 @@
 """A report of one run, or of several beside one another, as one file that opens anywhere without a network.
 
 In:  the output directory of a stage, finished or not; several of them are laid over one another.
-Out: report.html in the (first) directory: what it was, what came out, curves, samples, audit, warnings in words.
+Out: report.html in the directory (of several report_compared.html in the first): what it was, what came out, curves,
+samples, audit, warnings in words.
 
     python -m rlhf.page.report runs/ppo
     python -m rlhf.page.report runs/ppo runs/ppo_2 --output both.html
@@ -26,6 +27,8 @@ from rlhf.run.pictures import attempt
 from rlhf.run.terminal import printable, printable_errors
 
 FILE_NAME = "report.html"
+# Beside it, for a stage's own report must not be lost for a comparison.
+FILE_OF_SEVERAL = "report_compared.html"
 
 # More runs than this are told apart by nobody.
 MOST_RUNS = 6
@@ -93,9 +96,9 @@ def _each(runs: list[Run], part) -> str:
 def _in_short(run: Run, named: bool) -> str:
     """Stage and standing of a run, and what its owner should look at."""
     stage = report_parts.STAGES.get(run.stage, (run.stage or "?",) * 2)
-    where, wo = standing(run)
+    english, chinese = standing(run)
     shown = f"<h3>{text(run.name)}</h3>\n" if named else ""
-    shown += f"<p>{both((f'{stage[0]}. {where}', f'{stage[1]}。{wo}'))}</p>\n"
+    shown += f"<p>{both((f'{stage[0]}. {english}', f'{stage[1]}。{chinese}'))}</p>\n"
 
     if words := gain(run):
         shown += f"<p>{both(words)}</p>\n"
@@ -139,13 +142,8 @@ def _events(runs: list[Run], steps: tuple[int, int]) -> list[Event]:
     for run in runs:
         owner = f"{run.name}: " if len(runs) > 1 else ""
         for step, reason in run.events():
-            found.append(
-                (
-                    step,
-                    "guard",
-                    (f"{owner}step {step}, the guard: {reason}", f"{owner}第 {step} 步，保护机制：{reason}"),
-                )
-            )
+            words = (f"{owner}step {step}, the guard: {reason}", f"{owner}第 {step} 步，保护机制：{reason}")
+            found.append((step, "guard", words))
         best = number(run.best.get("step"))
         if best is not None:
             words = (
@@ -165,7 +163,7 @@ def write_report(folders: list[Path], file: Path | None = None) -> Path:
     runs = [load_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
     content = page(runs)
 
-    file = file or folders[0] / FILE_NAME
+    file = file or folders[0] / (FILE_NAME if len(folders) == 1 else FILE_OF_SEVERAL)
     # A reader of the page sees the old one or the new one; the name is one that a later run clears away.
     part = file.with_name(f".{file.name}.rlhf-{os.getpid()}")
     try:
@@ -201,7 +199,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m rlhf.page.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of a stage")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: RUN/report.html)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write (default: RUN/report.html, of several RUN/report_compared.html)",
+    )
     args = parser.parse_args(argv)
     if len(args.runs) > MOST_RUNS:
         parser.error(f"{len(args.runs)} runs in one report cannot be told apart: give {MOST_RUNS} at most")

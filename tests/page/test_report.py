@@ -225,7 +225,8 @@ def test_two_runs_are_laid_over_one_another_with_the_flags_that_differ(tmp_path)
     other = ppo_rows(len__mean=5.0)
     two = write_run(tmp_path / "two", other, samples=answers(20, "乙"), arguments={"seed": 1, "steps": 8})
     page = made(one, two)
-    assert (one / "report.html").is_file() and not (two / "report.html").exists()
+    assert [path.parent.name for path in tmp_path.glob("*/*.html")] == ["one"]
+    assert not (one / "report.html").exists()
     differing = page[page.index("Flags that differ") : page.index("All flags")]
     assert "<code>seed</code>" in differing and "<code>steps</code>" not in differing
     score = page[page.index('aria-label="Score / 得分"') :].split("</svg>")[0]
