@@ -152,16 +152,16 @@ class Versions:
         """Add an adapter; returns its weights that are no LoRA weights."""
         parts = terms_of(path)
         if parts == [(1.0, path)]:
-            self.model, rest = add_lora(self.model, path, self._inner(name), trainable=False)
+            self.model, rest = add_lora(self.model, path, self.adapter_name(name), trainable=False)
         else:
             summed = averaging.weighted_sum(averaging.read_terms(parts, "--adapters"))
-            self.model, rest = put_lora(self.model, *summed, self._inner(name), False, f"--adapters {name}")
+            self.model, rest = put_lora(self.model, *summed, self.adapter_name(name), False, f"--adapters {name}")
         # The new layers, dropout among them, begin in training mode.
         self.model.eval()
         return rest
 
     @staticmethod
-    def _inner(name: str) -> str:
+    def adapter_name(name: str) -> str:
         """The adapter's name in memory: module names may hold no dot and may not hide a method (as "train" would)."""
         return "version " + name.replace(".", "·")
 
@@ -179,7 +179,7 @@ class Versions:
             return
 
         # Without inference_mode the adapter's weights would ask for gradients again.
-        self.model.base_model.set_adapter(self._inner(name), inference_mode=True)
+        self.model.base_model.set_adapter(self.adapter_name(name), inference_mode=True)
         yield self.model.get_base_model()
 
     @torch.no_grad()

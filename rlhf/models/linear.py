@@ -5,12 +5,13 @@
 peft's forward makes each term a tensor of the layer's size and adds them; here the small product is added in place,
 forward and backward. Float32 on a CPU takes the way that trial.py found to be fastest there.
 
-A `forward` is replaced on an instance in four ways, all of them in this project and none anywhere else:
+A `forward` is replaced on an instance in five ways, all of them in this project and none anywhere else:
 
 1. `fuse_linears` and `fuse_adapters`: LoRA and frozen linear layers (here).
 2. `fuse`: RMS norms and feed-forward parts on a GPU (fusing.py).
 3. `mlp_only_at`: the last layer's MLP, only within the block (forward.py).
 4. `score_by_mask`: the reward model's own forward, so that DDP sees the pairwise score (reward/pairs.py).
+5. `RowForward`: LoRA layers of a batch whose rows have adapters of their own (page/row_adapters.py).
 
 Source: Hu et al. 2021, arXiv:2106.09685 (LoRA).
 """
