@@ -302,8 +302,8 @@ def test_the_clients_own_errors(address, client):
 def test_a_full_queue_is_said_and_the_clients_try_again(engine, address):
     body = json.dumps(LONG | {"n": 16}).encode()
     with ThreadPoolExecutor(4) as pool:
-        first = [pool.submit(post, address, json.dumps(LONG | {"n": 14, "max_tokens": 30}).encode()) for _ in range(2)]
-        while engine.load()[1] < 20:
+        first = [pool.submit(post, address, json.dumps(LONG | {"n": 12, "max_tokens": 30}).encode()) for _ in range(2)]
+        while engine.load()[1] < 16:
             time.sleep(0.005)
         status, answer = post(address, body)
         assert status == 429 and answer["error"]["code"] == "rate_limit_exceeded"
