@@ -21,9 +21,8 @@ from rlhf.compare.answers import REWARD_MODEL, Versions
 from rlhf.compare.arguments import BASE
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
-from rlhf.models.linear import fuse_linears
 from rlhf.models.scoring import score
-from rlhf.page.batch import Batch, positions_of
+from rlhf.page.batch import Batch, positions_of, speed_up
 from rlhf.page.row_adapters import RowAdapters
 from rlhf.page.rows import CANCELLED, Row, Settings
 from rlhf.page.tickets import EngineClosed, Ticket, TooLong, UnknownVersion, Waiting
@@ -59,7 +58,7 @@ class Engine:
         self.max_rows = max_rows
         self.positions = positions_of(self.model)
 
-        fuse_linears(self.model)
+        speed_up(self.model)
         self._adapters = RowAdapters(self.model)
         self._batch = Batch(self.model, self._adapters, max_rows)
         self._waiting = Waiting(max_waiting, max_rows)

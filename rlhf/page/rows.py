@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import Cache, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from rlhf.compare.answers import GumbelSampler
 from rlhf.page.text_stream import TextStream
@@ -15,6 +16,9 @@ CANCELLED = "cancelled"
 
 # Tokens in front of a continued text that decide how its first token is written.
 BEFORE = 4
+
+# Tokens among which nearly every distribution has its top_p share.
+LIKELIEST = 512
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,25 @@ class Answer:
     score: float | None = None
 
 
+class TopP(LogitsProcessor):
+    """transformers' TopPLogitsWarper without sorting the whole vocabulary, which takes as long as a small model."""
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+        self.usual = TopPLogitsWarper(top_p)
+
+    def __call__(self, input_ids, scores: Tensor) -> Tensor:
+        """Scores [1, V], those that are not among the likeliest tokens of this share at -inf."""
+        best = scores.topk(min(LIKELIEST, scores.shape[1]))
+        probs = (best.values - scores.logsumexp(-1, keepdim=True)).exp()
+        likelier = probs.cumsum(-1) - probs
+        # The share may end behind them: then all have to be sorted after all.
+        if likelier[0, -1] + probs[0, -1] < self.top_p and scores.shape[1] > LIKELIEST:
+            return self.usual(input_ids, scores)
+        kept = best.values.masked_fill(likelier >= self.top_p, -torch.inf)
+        return torch.full_like(scores, -torch.inf).scatter(1, best.indices, kept)
+
+
 @dataclass
 class Row:
     """An answer that is being written.
@@ -101,7 +124,7 @@ class Row:
         if settings.do_sample and settings.temperature != 1:
             self.processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.do_sample and settings.top_p < 1:
-            self.processors.append(TopPLogitsWarper(settings.top_p))
+            self.processors.append(TopP(settings.top_p))
         # Its noise comes from the row's own source: no draw depends on the rows beside it.
         self.processors.append(GumbelSampler([self.seed] if settings.do_sample else None))
         before = self.query_ids[-BEFORE:] if settings.continues else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from adapters import random_adapter
 from engines import GREEDY, ask, load_versions, running, write_adapters
 from peft import PeftModel
+from transformers import TopPLogitsWarper
 
 from benchmarks.architectures import ARCHITECTURES, write_base
 from rlhf.compare.answers import Versions
@@ -17,6 +19,7 @@ from rlhf.data.encoding import load_tokenizer
 from rlhf.models.loading import load_base
 from rlhf.page import batch
 from rlhf.page.engine import Settings
+from rlhf.page.rows import TopP
 from rlhf.page.text_stream import TextStream
 from rlhf.page.tickets import EngineClosed, QueueFull, TooLong, UnknownVersion
 
@@ -170,6 +173,16 @@ def test_a_score_is_that_of_compare(versions, queries):
         unscored = ask(engine, [("sft", queries[0], replace(SAMPLED, score=False), 1)])
     assert [answer.score for answer in answers] == pytest.approx([cell.score for cell in expected], abs=1e-4)
     assert unscored[0].score is None
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999])
+def test_top_p_keeps_what_transformers_keeps(top_p):
+    generator = torch.Generator().manual_seed(0)
+    # Peaked and flat: of the flat ones the share reaches beyond the likeliest.
+    for scale in (0.1, 1.0, 4.0, 20.0):
+        scores = torch.randn(1, 4000, generator=generator) * scale
+        expected = TopPLogitsWarper(top_p)(None, scores)
+        assert torch.equal(TopP(top_p)(None, scores), expected)
 
 
 # ---- text ----
@@ -350,7 +363,8 @@ def test_a_broken_adapter_ends_its_own_answers_alone(tiny_base, tmp_path, querie
         expected = ask(engine, [("sft", query, SAMPLED, 7) for query in queries])
         for name, weight in versions.model.named_parameters():
             if "lora_B.version ppo" in name:
-                weight.fill_(torch.nan)
+                # Finite, as every adapter that can be loaded: the row itself overflows.
+                weight.fill_(3e38)
         # Long ones first: whoever comes after gets their place in the cache, NaN and all.
         broken = [("ppo", queries[1] * 3, SAMPLED, 0)] * 2
         good = [("sft", query, SAMPLED, 7) for query in queries]
@@ -402,6 +416,9 @@ def test_memory_is_flat_over_many_answers(versions, queries):
     def round_of(engine):
         requests = [(NAMES[n % 3], queries[n % 4], replace(SAMPLED, max_new_tokens=3 + n % 5), n) for n in range(40)]
         ask(engine, requests)
+        # The adapters that were used last stay prepared, and the last step has to be over.
+        ask(engine, [("sft", queries[0], GREEDY, 0)])
+        time.sleep(0.2)
 
     with running(versions, max_rows=4) as engine:
         round_of(engine)
