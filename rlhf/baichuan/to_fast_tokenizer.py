@@ -192,6 +192,8 @@ def save_tokenizer(tokenizer, directory: Path) -> None:
     # Transformers 4 and 5 both know this class by this name.
     file = Path(directory) / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    # Said outright: llama.cpp would put a BOS in front of every text, which no training has seen.
+    settings["add_bos_token"] = tokenizer(PROBE_TEXTS[0]).input_ids[:1] == [tokenizer.bos_token_id]
     file.write_text(json.dumps(settings, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (Path(directory) / "tokenizer.model").write_bytes(tokenizer.sp_model.serialized_model_proto())
 

@@ -123,6 +123,8 @@ def test_other_architectures_merge_in_their_own_format(tiny_llama, tmp_path):
 
 def test_without_an_adapter_the_base_is_converted(tiny_base, tmp_path):
     converted = LlamaForCausalLM.from_pretrained(merge(tiny_base, None, tmp_path / "llama", "--format", "llama"))
+    # llama.cpp puts a BOS in front of every text unless this says no, and answers otherwise than it was trained to.
+    assert json.loads((tmp_path / "llama" / "tokenizer_config.json").read_text())["add_bos_token"] is False
     ids = probe_ids()
     expected = AutoModelForCausalLM.from_pretrained(tiny_base)(ids).logits
     torch.testing.assert_close(converted(ids).logits, expected, rtol=0, atol=1e-4)
