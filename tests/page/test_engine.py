@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import random_adapter
 from engines import GREEDY, ask, load_versions, running, write_adapters
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TopPLogitsWarper
 
 from benchmarks.architectures import ARCHITECTURES, write_base
@@ -152,6 +152,24 @@ def test_weighted_adapters_are_the_weighted_sum_of_their_terms(tiny_base, folder
     assert logprobs.argmax(-1).tolist() == answer.token_ids
     expected = logprobs.max(-1).values.tolist()
     assert [one.logprob for one in answer.logprobs] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_variant_of_lora_computes_what_peft_computes(tiny_base, folders, tmp_path, queries):
+    model = get_peft_model(
+        load_base(tiny_base, torch.float32), LoraConfig(r=4, use_dora=True, target_modules=["W_pack"])
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(str(tmp_path / "dora"))
+    versions = load_versions(tiny_base, {"sft": folders["sft"], "ppo": str(tmp_path / "dora")})
+    with running(versions) as engine:
+        answers = ask(engine, [(name, query, GREEDY, 0) for query in queries for name in ("ppo", "sft")])
+    dora = alone(tiny_base, str(tmp_path / "dora"))
+    expected = [generated(dora, query, versions.prompt_format.stop_ids, 16) for query in queries]
+    assert [answer.token_ids for answer in answers[::2]] == expected
 
 
 def test_logprobs_are_of_the_model_itself_with_the_likeliest_first(versions, queries):
