@@ -1,6 +1,6 @@
 """Length calibration in the mini-world: a reward model that learnt from longer answers, as it is and without length.
 
-In:  a finished demo. Out: <output_dir>/{reward,test,plain,calibrated}, story.png, and the table on the screen.
+In:  a finished demo. Out: <output_dir>/{reward,fresh,balanced,plain,calibrated}, story.png, the table on the screen.
 
 In nearly every pair that it learns from the better answer is the longer one. Its audit, on held-out pairs of any
 length, fits what its score owes to length; fresh held-out pairs measure what is left, and PPO shows where lengths go.
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from rlhf.reward.statistics import length_results
 # What is promised: the rank correlation that may be left, and the drift of the policy's length as a share of SFT's.
 MOST_CORRELATION = 0.1
 MOST_DRIFT = 0.1
+# What is measured on: fresh pairs drawn as those of the fit, and pairs whose longer answer is the better one in half.
+TESTS = ("fresh", "balanced")
 
 
 @dataclass(kw_only=True)
@@ -49,12 +52,13 @@ class Arguments:
 
 # ---- the reward model ----
 def write_pairs(args: Arguments, seed: int, folder: Path) -> None:
-    """pairs.jsonl to train on, fit.jsonl for the audit's fit, test.jsonl: half of it with the longer answer chosen."""
+    """pairs.jsonl to train on, fit.jsonl for the audit's fit, and to measure on fresh.jsonl and balanced.jsonl."""
     train, held = split_prompts(seed)
-    draws = {name: random.Random(f"length {name} {seed}") for name in ("pairs", "fit", "test")}
+    draws = {name: random.Random(f"length {name} {seed}") for name in ("pairs", "fit", "fresh", "balanced")}
     write_rows(folder / "pairs.jsonl", longer_pairs(train, args.pairs, draws["pairs"]))
     write_rows(folder / "fit.jsonl", clean_pairs(held, 500, draws["fit"]))
-    write_rows(folder / "test.jsonl", balanced(sure_pairs(held, 2000, draws["test"]), 250))
+    write_rows(folder / "fresh.jsonl", clean_pairs(held, 500, draws["fresh"]))
+    write_rows(folder / "balanced.jsonl", balanced(sure_pairs(held, 2000, draws["balanced"]), 250))
 
 
 def balanced(rows: list[dict], count: int) -> list[dict]:
@@ -67,24 +71,26 @@ def balanced(rows: list[dict], count: int) -> list[dict]:
 
 
 def train_reward(demo_dir: Path, folder: Path, seed: str) -> None:
-    """The reward model with its audit on fit.jsonl; and in test/ a copy of it, audited on test.jsonl."""
+    """The reward model with its audit on fit.jsonl; and two copies of it, audited on what is to be measured on."""
     base = ["--model_name", str(demo_dir / "base"), "--dataset_name", str(folder / "pairs.jsonl"), "--seed", seed]
     run(
         "reward_modeling.py", *base, *shlex.split(REWARD), "--eval_dataset_name", str(folder / "fit.jsonl"),
         "--output_dir", str(folder / "reward"), "--resume_from_checkpoint", "True",
     )  # fmt: skip
-    if not (folder / "test").is_dir():
-        shutil.copytree(folder / "reward", folder / "test")
+    for name in TESTS:
+        if (folder / name).is_dir():
+            continue
+        shutil.copytree(folder / "reward", folder / name)
         run(
             "reward_modeling.py", *base, "--max_length", "128", "--per_device_eval_batch_size", "64",
-            "--audit_only", "True", "--eval_dataset_name", str(folder / "test.jsonl"),
-            "--reward_model_lora_path", str(folder / "test"),
+            "--audit_only", "True", "--eval_dataset_name", str(folder / f"{name}.jsonl"),
+            "--reward_model_lora_path", str(folder / name),
         )  # fmt: skip
 
 
-def measure(folder: Path) -> dict[str, dict]:
-    """Rank correlation with length and accuracy over the balanced test pairs, of the score as it is and calibrated."""
-    points = read_object(folder / "test" / "audit.json")["points"]
+def measure(folder: Path, name: str) -> dict[str, dict]:
+    """Rank correlation with length and accuracy over the pairs of one test, of the score as it is and calibrated."""
+    points = read_object(folder / name / "audit.json")["points"]
     sides = [np.array(points[side]).T for side in ("chosen", "rejected")]
     lengths = np.stack([tokens for tokens, _ in sides])
     scores = np.stack([score for _, score in sides])
@@ -92,9 +98,9 @@ def measure(folder: Path) -> dict[str, dict]:
     calibrated = scores - calibration.correction(torch.tensor(lengths)).numpy()
 
     found = {}
-    for name, values in (("as it is", scores), ("calibrated", calibrated)):
+    for version, values in (("as it is", scores), ("calibrated", calibrated)):
         within = length_results(*values, lengths.T.astype(int))
-        found[name] = {"spearman": within["spearman"], "accuracy": float((values[0] > values[1]).mean())}
+        found[version] = {"spearman": within["spearman"], "accuracy": float((values[0] > values[1]).mean())}
     return found
 
 
@@ -111,21 +117,22 @@ def train_policies(args: Arguments, demo_dir: Path, folder: Path, seed: str) -> 
             str(args.kl_coef), "--on_collapse", "off", "--sample_freq", "1000", "--seed", seed, "--output_dir",
             str(folder / name), "--resume_from_checkpoint", "True", *more,
         )  # fmt: skip
-    run(
-        "-m", "demo.story", "--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed, "--title",
-        "A reward model that likes length: PPO on its score, and on what length does not explain", "--runs",
-        f"the score as it is={folder / 'plain'}", f"length calibrated={folder / 'calibrated'}",
-    )  # fmt: skip
+    if not (folder / "story.json").is_file():
+        run(
+            "-m", "demo.story", "--demo_dir", str(demo_dir), "--output_dir", str(folder), "--seed", seed, "--title",
+            "A reward model that likes length: PPO on its score, and on what length does not explain", "--runs",
+            f"the score as it is={folder / 'plain'}", f"length calibrated={folder / 'calibrated'}",
+        )  # fmt: skip
     return read_object(folder / "story.json")
 
 
-def broken_promises(measured: dict, lengths: dict[str, float]) -> list[str]:
-    """One sentence for each promise that does not hold."""
-    before, after = measured["as it is"], measured["calibrated"]
+def broken_promises(measured: dict[str, dict], lengths: dict[str, float]) -> list[str]:
+    """One sentence for each promise that does not hold; measured: of `measure`, by test."""
     broken = []
-    if abs(after["spearman"]) > MOST_CORRELATION:
-        broken.append(f"the rank correlation left is {after['spearman']:+.3f}")
-    if after["accuracy"] < before["accuracy"]:
+    left = measured["fresh"]["calibrated"]["spearman"]
+    if abs(left) > MOST_CORRELATION:
+        broken.append(f"the rank correlation left is {left:+.3f}")
+    if measured["balanced"]["calibrated"]["accuracy"] < measured["balanced"]["as it is"]["accuracy"]:
         broken.append("accuracy on length-balanced pairs falls")
     if abs(lengths["calibrated"] / lengths["sft"] - 1) > MOST_DRIFT:
         broken.append("the policy's length drifts all the same")
@@ -140,25 +147,25 @@ def main(args: Arguments) -> int:
     folder = Path(args.output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     seed = load_run(demo_dir / "sft")["arguments"]["seed"]
-    if not (folder / "test.jsonl").is_file():
+    if not (folder / "balanced.jsonl").is_file():
         write_pairs(args, seed, folder)
     train_reward(demo_dir, folder, str(seed))
-    measured = measure(folder)
+    measured = {name: measure(folder, name) for name in TESTS}
     story = train_policies(args, demo_dir, folder, str(seed))
 
     commit = (load_run(folder / "reward")["git_commit"] or "unknown")[:7]
     print(f"trained by commit {commit}, {platform.machine()}, {os.cpu_count()} cores, seed {seed}")
-    print(f"{'':<52}{'as it is':>12}{'calibrated':>12}")
-    for name, words in (
-        ("spearman", "rank correlation of score and length, 500 pairs"),
-        ("accuracy", "accuracy on them"),
-    ):
-        print(f"{words:<52}" + "".join(f"{row[name]:>12.3f}" for row in measured.values()))
+    print(f"{'':<56}{'as it is':>12}{'calibrated':>12}")
+    titles = {"fresh": "500 fresh held-out pairs", "balanced": "500 length-balanced pairs"}
+    for test, key in product(TESTS, ("spearman", "accuracy")):
+        what = "rank correlation with length" if key == "spearman" else "accuracy"
+        cells = "".join(f"{row[key]:>12.3f}" for row in measured[test].values())
+        print(f"{f'{what}, {titles[test]}':<56}{cells}")
     ends = [run_["end"] for run_ in story["runs"].values()]
     lengths = {"sft": story["sft"]["tokens"], "plain": ends[0]["tokens"], "calibrated": ends[1]["tokens"]}
-    print(f"{'tokens of an answer after PPO (SFT: ' + format(lengths['sft'], '.1f') + ')':<52}"
+    print(f"{'tokens of an answer after PPO (SFT: ' + format(lengths['sft'], '.1f') + ')':<56}"
           f"{lengths['plain']:>12.1f}{lengths['calibrated']:>12.1f}")  # fmt: skip
-    print(f"{'gold score after PPO (SFT: ' + format(story['sft']['gold'], '.3f') + ')':<52}"
+    print(f"{'gold score after PPO (SFT: ' + format(story['sft']['gold'], '.3f') + ')':<56}"
           f"{ends[0]['gold']:>12.3f}{ends[1]['gold']:>12.3f}")  # fmt: skip
     broken = broken_promises(measured, lengths)
     print("\n".join(broken) if broken else "all promises kept")

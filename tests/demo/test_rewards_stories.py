@@ -26,10 +26,11 @@ def test_in_pairs_that_teach_length_the_chosen_answer_is_longer_and_test_pairs_a
 
 
 def test_broken_promises_about_length_are_named():
-    measured = {"as it is": {"spearman": 0.6, "accuracy": 0.7}, "calibrated": {"spearman": 0.1, "accuracy": 0.7}}
+    one = {"as it is": {"spearman": 0.6, "accuracy": 0.7}, "calibrated": {"spearman": 0.1, "accuracy": 0.7}}
+    measured = {"fresh": one, "balanced": one}
     lengths = {"sft": 20.0, "plain": 25.0, "calibrated": 21.9}
     assert length.broken_promises(measured, lengths) == []
-    measured["calibrated"] = {"spearman": -0.2, "accuracy": 0.6}
+    one["calibrated"] = {"spearman": -0.2, "accuracy": 0.6}
     broken = length.broken_promises(measured, {"sft": 20.0, "plain": 21.0, "calibrated": 17.0})
     assert [words[:20] for words in broken] == [
         "the rank correlation", "accuracy on length-b", "the policy's length ", "without calibration ",
