@@ -12,19 +12,14 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from demo.commands import PPO, REWARD, SFT, Command, command
 from demo.run import Processes, warm_up
-from rlhf.artefacts.files import ADAPTER_FILE, write_json
 from rlhf.flags import flag, parse
 from rlhf.rl.guard import disagreement
 from rlhf.run.log import read_metrics
@@ -99,32 +94,10 @@ def models(args: Arguments, seed: int, folder: Path) -> list[Command]:
             f"{args.reward_steps} --seed {MEMBERS * seed + number} {common} --output_dir {out}/{name}"
         )
         made.append(command(name, words))
+    if not (folder / "reward_average").is_dir():
+        members = " ".join(f"{out}/{name}" for name in ALL)
+        made.append(command("reward_average", f"merge_lora.py --average {members} --output_dir {out}/reward_average"))
     return made
-
-
-def average(members: list[Path], target: Path) -> None:
-    """Write the average of reward adapters as one: its update is the mean of theirs, its score head that of theirs.
-
-    (B_1 A_1 + ... + B_k A_k) / k  =  [B_1 / k, ..., B_k / k] [A_1; ...; A_k]
-    """
-    stored = [load_file(folder / ADAPTER_FILE) for folder in members]
-    configs = [json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")) for folder in members]
-    mean = {}
-    for name in stored[0]:
-        tensors = [weights[name] for weights in stored]
-        if "lora_A" in name:
-            mean[name] = torch.cat(tensors)
-        elif "lora_B" in name:
-            scales = [config["lora_alpha"] / config["r"] / len(members) for config in configs]
-            mean[name] = torch.cat([scale * tensor for scale, tensor in zip(scales, tensors, strict=True)], 1)
-        else:
-            mean[name] = torch.stack(tensors).mean(0)
-
-    # An update of that rank needs no further scale.
-    rank = sum(config["r"] for config in configs)
-    shutil.copytree(members[0], target, ignore=shutil.ignore_patterns("checkpoint-*", "*.jsonl", "audit.*", ".lock"))
-    write_json(target / "adapter_config.json", configs[0] | {"r": rank, "lora_alpha": rank})
-    save_file(mean, target / ADAPTER_FILE, {"format": "pt"})
 
 
 def runs(args: Arguments, seed: int, folder: Path) -> list[Command]:
@@ -148,13 +121,10 @@ def runs(args: Arguments, seed: int, folder: Path) -> list[Command]:
 def train(args: Arguments, seed: int, processes: Processes, folder: Path) -> None:
     """Run what is not finished of a seed; what the commands print goes into files beside the runs."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stage in (models, runs):
-        for each in stage(args, seed, folder):
-            print(f"seed {seed}: {each.name}", file=sys.stderr, flush=True)
-            log = folder / f"{each.name.replace(', ', '_').replace(' ', '_')}.log"
-            processes.run((Command(each.name, each.argv, str(log)),), folder / "seconds.txt")
-        if not (folder / "reward_average").is_dir():
-            average([folder / name for name in ALL], folder / "reward_average")
+    for each in [*models(args, seed, folder), *runs(args, seed, folder)]:
+        print(f"seed {seed}: {each.name}", file=sys.stderr, flush=True)
+        log = folder / f"{each.name.replace(', ', '_').replace(' ', '_')}.log"
+        processes.run((Command(each.name, each.argv, str(log)),), folder / "seconds.txt")
 
 
 # ---- figures ----

@@ -3,12 +3,8 @@
 import importlib
 import json
 
-import torch
-from adapters import random_adapter
-from safetensors.torch import load_file
-
 from demo import ensembles
-from demo.ensembles import Arguments, average, figures, models, place, runs, table
+from demo.ensembles import Arguments, figures, models, place, runs, table
 
 
 def test_every_command_parses_and_every_run_has_its_reward_models(tmp_path):
@@ -20,22 +16,6 @@ def test_every_command_parses_and_every_run_has_its_reward_models(tmp_path):
             members, _, _ = ensembles.RUNS[each.name]
             assert [folder.rpartition("/")[2] for folder in parsed.reward_roles.values()] == list(members)
     assert [each.name for each in made if each.name in ensembles.RUNS] == list(ensembles.RUNS)
-
-
-def test_the_average_adds_the_mean_of_the_members_updates_and_scores_by_the_mean_of_their_heads(tiny_base, tmp_path):
-    members = [random_adapter(tiny_base, tmp_path / str(seed), "reward", seed=seed) for seed in (1, 2, 3)]
-    average([tmp_path / str(seed) for seed in (1, 2, 3)], tmp_path / "average")
-    stored = [load_file(f"{folder}/adapter_model.safetensors") for folder in members]
-    mean = load_file(tmp_path / "average" / "adapter_model.safetensors")
-    assert json.loads((tmp_path / "average" / "adapter_config.json").read_text())["r"] == 12
-    for name in mean:
-        if "lora_A" in name:
-            other = name.replace("lora_A", "lora_B")
-            # alpha / r is 2 of each member, and 1 of the average.
-            expected = sum(2 * weights[other] @ weights[name] for weights in stored) / 3
-            torch.testing.assert_close(mean[other] @ mean[name], expected)
-        elif "score" in name:
-            torch.testing.assert_close(mean[name], sum(weights[name] for weights in stored) / 3)
 
 
 def test_figures_name_the_height_the_fall_and_the_first_warning(tmp_path):
