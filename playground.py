@@ -153,17 +153,18 @@ def open_model(args: ScriptArguments):
     # 2. One base in memory, and one thread that owns it.
     versions = inputs.load_versions(args, base_dir, prompt_format, answers.AnswerSettings())
     names = list(args.versions)
-    running = engine.Engine(versions.model, prompt_format, names, reward=versions.score_head, max_rows=args.max_rows)
+    reward = versions.score_heads.get(answers.REWARD_MODEL)
+    running = engine.Engine(versions.model, prompt_format, names, reward=reward, max_rows=args.max_rows)
     defaults = {name: getattr(args, name) for name in SAMPLING}
-    talk = chat.Chat(running, prompt_format, names, defaults, room, has_reward=versions.score_head is not None)
+    talk = chat.Chat(running, prompt_format, names, defaults, room, has_reward=reward is not None)
     return talk, [template.turns_of(row) for row in rows]
 
 
 def fingerprinted(args: ScriptArguments) -> list[Version]:
     """The versions in memory, each with the fingerprint of its adapter."""
-    from rlhf.artefacts import fingerprints
+    from rlhf.compare.answers_file import fingerprint
 
-    return [Version(name, (path and fingerprints.adapter_hash(path)) or "") for name, path in args.versions.items()]
+    return [Version(name, fingerprint(value) or "") for name, value in args.versions.items()]
 
 
 def open_page(args: ScriptArguments, store: Store):
