@@ -179,13 +179,15 @@ def open_page(args: ScriptArguments, store: Store):
         if not args.answers:
             store.add_prompts(prompts, args.overlap)
         versions = list(dict.fromkeys([*versions, *fingerprinted(args)]))
+        # An export names it in the command that comes next.
+        store.note("base", args.base_model_name)
 
     page = app.Page(
         store=store,
         plan=Plan(store, versions, args.seed),
         output_dir=Path(args.output_dir),
         min_pairs=args.min_pairs,
-        base=args.base_model_name,
+        base=store.noted("base"),
         token=args.token,
         chat=talk,
     )
@@ -245,7 +247,7 @@ def export_votes(args: ScriptArguments, store: Store) -> None:
     votes = [dict(row) for row in store.votes()]
     made = export.write(votes, file, args.min_pairs)
     print(f"{args.output_dir}: what became of the votes\n{made.in_words()}")
-    print(f"written: {file}\nnext: {export.training_command(made, file, args.base_model_name)}")
+    print(f"written: {file}\nnext: {export.training_command(made, file, args.base_model_name or store.noted('base'))}")
 
 
 def main(args: ScriptArguments) -> None:

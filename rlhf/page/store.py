@@ -140,6 +140,16 @@ class Store:
             connection.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", made)
             return connection.execute("SELECT value FROM meta WHERE name = 'secret'").fetchone()[0]
 
+    def note(self, name: str, value: str) -> None:
+        """Keep a text about the whole store, such as the base that its answers come from."""
+        with self._writing() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def noted(self, name: str) -> str | None:
+        """The text that was kept under this name."""
+        found = self._rows("SELECT value FROM meta WHERE name = ?", (name,))
+        return found[0][0] if found else None
+
     # ---- prompts and answers ----
     def add_prompts(self, prompts: list[list[tuple[str, str]]], overlap: float, origin: str = "file") -> list[int]:
         """Add prompts (those that are there already stay) and return their ids.

@@ -119,12 +119,13 @@ def test_the_command_line_exports_and_says_what_became_of_the_votes(tmp_path, ca
     page = filled(tmp_path / "page", answer_rows(prompts(3)))
     for shown in page.plan.next("me", "tab", 3):
         give(page.plan, "me", "left", shown.pair)
+    page.store.note("base", "some/base")
     page.store.close()
     flags = {"output_dir": tmp_path / "page", "export_pairs": tmp_path / "out" / "pairs.jsonl", "min_pairs": 3}
     playground.main(playground.parse_args(words(flags)))
     said = capsys.readouterr().out
     assert "3 votes" in said and "3 pairs in pairs.jsonl" in said
-    assert "next: python reward_modeling.py" in said and "--dataset_name" in said
+    assert "next: python reward_modeling.py --model_name some/base" in said and "--dataset_name" in said
     assert len((tmp_path / "out" / "pairs.jsonl").read_text().splitlines()) == 3
     with pytest.raises(ValueError, match="make 3 pairs"):
         playground.main(playground.parse_args(words(flags | {"min_pairs": 4})))
