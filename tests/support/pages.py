@@ -116,9 +116,9 @@ class Playground:
 
 
 # ---- a browser ----
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A headless browser for all tests of a worker."""
+    """A headless browser for the tests of a file: its event loop stays in this thread until it is closed."""
     if CHROMIUM is None:
         pytest.skip("there is no chromium on this system")
     from playwright.sync_api import sync_playwright
