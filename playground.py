@@ -192,9 +192,11 @@ def open_page(args: ScriptArguments, store: Store):
         chat=talk,
     )
     if talk:
-        from rlhf.page import engine, prepare
+        from rlhf.page import api, engine, prepare
 
         sampling = {name: getattr(args, name) for name in SAMPLING}
+        # Programs talk to the same engine, each version a model name.
+        page.more_routes = api.routes(talk.engine, default_tokens=args.max_new_tokens)
         page.preparer = prepare.Preparer(page.plan, talk, engine.Settings(**sampling), sampling, args.seed)
     return page
 

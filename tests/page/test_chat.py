@@ -202,3 +202,17 @@ def test_without_a_model_the_page_says_how_to_get_one(chromium, tmp_path):
         page = person.open("chat")
         page.wait_for_selector("#chat-empty:not([hidden])")
         assert "--base_model_name" in page.inner_text("#chat-empty")
+
+
+def test_the_api_stands_beside_the_page_behind_the_same_token(site):
+    site.token = "secret0123"
+    with served(site) as address:
+        asked = {"model": "ppo.2", "messages": [{"role": "user", "content": "小猫喜欢什么？"}], "max_tokens": 4}
+        assert httpx.post(f"{address}/v1/chat/completions", json=asked).status_code == 401
+        bearer = {"authorization": "Bearer secret0123"}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=asked, headers=bearer).json()
+        assert answer["choices"][0]["message"]["role"] == "assistant"
+        names = [model["id"] for model in httpx.get(f"{address}/v1/models", headers=bearer).json()["data"]]
+        assert names == ["base", "sft", "ppo.2"]
+        foreign = httpx.post(f"{address}/v1/chat/completions", json=asked, headers=bearer | {"origin": "http://evil"})
+        assert foreign.status_code == 403 and foreign.json()["error"]["code"] == "origin"

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from adapters import random_adapter
 
-from rlhf.compare.answers import AnswerSettings, Versions
+from rlhf.compare.answers import REWARD_MODEL, AnswerSettings, Versions
 from rlhf.data.choose_format import text_format
 from rlhf.data.encoding import load_tokenizer
 from rlhf.page.engine import Engine, Settings
@@ -39,7 +39,8 @@ def load_versions(base: str, folders: dict[str, str], prompt_format=None, **writ
 def running(versions: Versions, **settings):
     """An engine at work on base, sft and ppo."""
     names = ["base", "sft", "ppo"]
-    engine = Engine(versions.model, versions.prompt_format, names, reward=versions.score_head, **settings)
+    reward = versions.score_heads.get(REWARD_MODEL)
+    engine = Engine(versions.model, versions.prompt_format, names, reward=reward, **settings)
     engine.start()
     try:
         yield engine
