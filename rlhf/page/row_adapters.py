@@ -41,7 +41,9 @@ class Mix:
     """
 
     def __init__(self, rows: list[dict[str, float]]):
-        used = {name for adapters in rows for name, weight in adapters.items() if weight != 0}
+        used = set()
+        for adapters in rows:
+            used |= {name for name, weight in adapters.items() if weight != 0}
         self.names = tuple(sorted(used))
         self.weights = torch.tensor([[adapters.get(name, 0.0) for name in self.names] for adapters in rows])
         self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
