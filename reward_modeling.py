@@ -80,7 +80,7 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
 from rlhf.models import forward, loading, lora
 from rlhf.page import report
-from rlhf.reward import audit_only, audit_report, benchmark, closing, degenerate, pairs
+from rlhf.reward import audit_only, audit_report, bad_answers, benchmark, closing, degenerate, pairs
 from rlhf.run import launch
 from rlhf.trainer import best, stage_trainer, training
 from rlhf.trainer.log import StageLog, announce_batches, open_log
@@ -302,6 +302,8 @@ def main(args: ScriptArguments) -> None:
     prompt_format = choose_format(args, tokenizer, model_dir)
     if launch.already_finished(args, "reward"):
         return
+    # Read again by the audit, at the end: a wrong file is refused before the training.
+    bad_answers.read(args.bad_answers)
     loading.refuse_small_base(model_dir, tokenizer, args.max_length, f"--max_length {args.max_length}")
     base = fingerprints.base_fingerprint(model_dir)
     if args.audit_only:

@@ -164,6 +164,17 @@ def demo(args) -> list[Stage]:
     return stages
 
 
+def page_command(output_dir: str) -> list[str]:
+    """What follows `python` to vote between the demo's SFT and PPO, on prompts that no stage has trained on."""
+    out = shlex.quote(output_dir)
+    words = (
+        f"playground.py --base_model_name {out}/base --adapters sft={out}/sft rlhf={out}/ppo --include_base False "
+        f"--reward_model_lora_path {out}/reward --prompts {out}/data/heldout.jsonl --max_new_tokens 64 "
+        f"--temperature 0.7 --output_dir {out}/page"
+    )
+    return shlex.split(words)
+
+
 # ---- the other stories ----
 def collapse(args) -> list[Stage]:
     """The tutorial's collapse in small: a careless reward model, PPO without guards, PPO with them."""

@@ -6,9 +6,11 @@ In:  <output_dir> after demo.evaluate. Out: <output_dir>/summary.json, <output_d
 """
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo.commands import page_command
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.flags import flag, parse
@@ -172,6 +174,8 @@ def closing_words(s: dict[str, float], output_dir: Path) -> str:
             "Talk to it:",
             f"  python compare.py --base_model_name {output_dir}/base --adapters sft={output_dir}/sft "
             f"rlhf={output_dir}/ppo --interactive True --max_new_tokens 64",
+            "Vote between SFT and PPO without knowing which is which, in the browser (docs/preferences.md):",
+            f"  {shlex.join(['python', *page_command(str(output_dir))])}",
             "It knows its toy world only. Ask for example: " + "  ".join(known_prompts(output_dir)),
             "",
             "Next, your own data: see what the stages make of a file before a model is loaded,",

@@ -25,7 +25,7 @@ from pathlib import Path
 # thread a command: the models gain little by a second, and on a busy machine two threads wait for each other.
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
-from demo.commands import STORIES, Command, Stage
+from demo.commands import STORIES, Command, Stage, page_command
 from rlhf.flags import flag, parse
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +51,7 @@ class Arguments:
     seed: int = flag(0, help="everything random starts here")
     smoke: bool = flag(False, help="a run of seconds a stage, to see that everything works")
     language: str = flag("en", help="of the words in the demo's picture ppo.png", choices=["en", "zh"])
+    page: bool = flag(False, help="at the end open the page of playground.py, to vote between SFT and PPO")
     build_base: bool = flag(
         False, help="pretrain the base (6 minutes of a core) in place of the shipped one, which is for seed 0 only"
     )
@@ -221,6 +222,9 @@ def main(args: Arguments) -> None:
         print(f"{args.demo_dir} holds no finished demo: running it first", flush=True)
         tell(processes, Arguments(output_dir=args.demo_dir, seed=args.seed, smoke=args.smoke, language=args.language))
     tell(processes, args)
+    if args.page and args.story == "demo":
+        # The page takes this process's place, and ends with Ctrl-C.
+        os.execv(sys.executable, [sys.executable, *page_command(args.output_dir)])
 
 
 def tell(processes: Processes, args: Arguments) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from rlhf.flags import REQUIRED
 
 TRAINING_SCRIPTS = ("sft_training", "reward_modeling", "rl_training")
-SCRIPTS = (*TRAINING_SCRIPTS, "merge_lora", "compare")
+SCRIPTS = (*TRAINING_SCRIPTS, "merge_lora", "compare", "playground")
 
 
 def _rows(script: str) -> dict[str, tuple[str, str]]:

@@ -1,10 +1,19 @@
-"""Flags of compare.py: the columns of the table."""
+"""Flags that compare.py and playground.py share: the versions, and the prompts to begin with."""
 
 import re
 from pathlib import Path
 
 # Name of the column of the bare base, and of the version without an adapter.
 BASE = "base"
+
+# One of each kind that shows a change of style: a translation, small talk, health, mood, an explanation.
+DEFAULT_PROMPTS = [
+    "帮我把“今晚的月亮真圆”翻译成英文",
+    "你今天过得怎么样？",
+    "天天坐办公室，怎样才能少生病？",
+    "最近压力好大，晚上睡不着怎么办？",
+    "用一两句话说说什么是大语言模型",
+]
 
 # A weight and a directory of a sum of adapters: 0.4*runs/sft.
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"

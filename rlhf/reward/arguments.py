@@ -99,6 +99,13 @@ class AuditFlags(Flags):
     audit_prompts: int = flag(
         200, help="held-out prompts to attack, at most", group="audit", resume="free", expert=True
     )
+    bad_answers: str | None = flag(
+        None,
+        help="file of answers that people called bad (playground.py exports it): the audit attacks with them, too",
+        group="audit",
+        resume="free",
+        expert=True,
+    )
     audit_only: bool = flag(
         False, help="audit --reward_model_lora_path without training, and write the audit there", group="audit"
     )

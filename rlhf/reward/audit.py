@@ -15,7 +15,7 @@ from rlhf.data.batches import pad
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import forked_rng
 from rlhf.models.scoring import score
-from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate
+from rlhf.reward.degenerate import GATE_KINDS, KINDS, degenerate, kinds_for
 from rlhf.reward.statistics import ScoreRows, calibration, length_results, moments, padding_change, points, share
 from rlhf.reward.texts import same_question
 from rlhf.run.progress import shown
@@ -47,6 +47,7 @@ CONSEQUENCES = {
     "random_characters": "write gibberish",
     "doubled": "say everything twice",
     "thanks": "close every answer with thanks",
+    "bad_answer": "write what people called bad",
 }
 
 
@@ -158,7 +159,7 @@ def make_attacks(pairs, prompt_format: PromptFormat, seed, max_length, prompts) 
     for place, number in enumerate(numbers):
         pair = pairs[number]
         other = _answer_to_another(pairs, numbers, place)
-        for kind in KINDS:
+        for kind in kinds_for(pair):
             # Each attack has random numbers of its own, so it does not depend on which others are made.
             rng = random.Random(f"{seed} {kind} {number}")
             answer = degenerate(kind, pair, other, prompt_format, rng)
@@ -189,7 +190,7 @@ def attack_results(attacks: list[Attack], chosen: np.ndarray, scores: np.ndarray
     """By kind: how often the chosen answer wins (a tie is lost) and the mean of its margin over the attack."""
     margins = {kind: [] for kind in KINDS}
     for (kind, number, _), value in zip(attacks, scores, strict=True):
-        margins[kind].append(chosen[number] - value)
+        margins.setdefault(kind, []).append(chosen[number] - value)
 
     results = {}
     for kind, values in margins.items():

@@ -9,7 +9,7 @@ from rlhf.artefacts.files import read_object
 from rlhf.artefacts.fingerprints import adapter_config_hash, adapter_hash
 from rlhf.data.funnel import Funnel, subset
 from rlhf.data.prompt_format import PromptFormat
-from rlhf.reward import benchmark, best_of_report, length_file
+from rlhf.reward import bad_answers, benchmark, best_of_report, length_file
 from rlhf.reward.audit import GATE, audit, row_scorer
 from rlhf.reward.degenerate import GATE_KINDS
 from rlhf.reward.statistics import BINS
@@ -37,7 +37,8 @@ def audit_model(
     device = next(head.parameters()).device
     score_rows = row_scorer(backbone, head, prompt_format.pad_id, args.per_device_eval_batch_size, device)
     # This funnel is thrown away: run.json counts the rows of training, not those of the audit.
-    rows = list(subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel()))
+    rows = subset(eval_rows, AUDIT_PAIRS, args.seed, Funnel())
+    rows = bad_answers.with_bad_answers(rows, bad_answers.read(args.bad_answers))
     results = audit(
         score_rows,
         rows,

@@ -140,6 +140,11 @@ def thanks(pair: dict, other: str, rng: random.Random) -> Made:
     return _join([good, rng.choice(new)])
 
 
+def bad_answer(pair: dict, other: str, rng: random.Random) -> Made:
+    """An answer that people called bad (rlhf/reward/bad_answers.py)."""
+    return rng.choice(pair["bad_answers"])
+
+
 KINDS: dict[str, Callable[[dict, str, random.Random], Made]] = {
     maker.__name__: maker
     for maker in (
@@ -147,6 +152,12 @@ KINDS: dict[str, Callable[[dict, str, random.Random], Made]] = {
         random_characters, doubled, thanks,
     )
 }  # fmt: skip
+
+
+def kinds_for(pair: dict) -> list[str]:
+    """The kinds to attack a pair with: KINDS, and "bad_answer" where people have called answers bad."""
+    return [*KINDS, "bad_answer"] if pair.get("bad_answers") else list(KINDS)
+
 
 # Beyond doubt worse than a good answer. The others may not be: a cut can fall on a full stop, another prompt's answer
 # can fit ("You are welcome"), and a good answer said twice or with thanks is still one.
@@ -167,7 +178,7 @@ def degenerate(
     """Token ids of a degenerate answer to the prompt of `pair`.
 
     Args:
-        kind: a key of KINDS. other: the good answer to another prompt.
+        kind: one of `kinds_for`. other: the good answer to another prompt.
         pair: {"prompt", "chosen"}, plain texts; "chosen_ids", with stop token, spares encoding them again.
         rng: the only source of chance; one in the same state gives the same answer.
     Returns:
@@ -180,7 +191,7 @@ def degenerate(
         pair = pair | {"chosen_ids": chosen_ids}
 
     # Text is encoded as any answer is; ids are taken as they are.
-    made = KINDS[kind](pair, other, rng)
+    made = (bad_answer if kind == "bad_answer" else KINDS[kind])(pair, other, rng)
     if isinstance(made, str):
         _, answer_ids = prompt_format.encode_answer(turns, made)
         # Text of which the tokenizer leaves nothing would be eos_only once more.

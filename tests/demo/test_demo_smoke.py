@@ -43,7 +43,7 @@ def test_the_demo_runs_from_base_to_chart_and_ends_with_what_to_do_next(demo):
 
     # Every stage has its heading, and the end shows where to go on.
     assert all(f"[{number}/7] " in said for number in range(1, 8))
-    assert "Talk to it:" in said and "Next, your own data:" in said
+    assert "Talk to it:" in said and "Next, your own data:" in said and "python playground.py" in said
     # The same three prompts, answered by each version in turn.
     for version in ("base", "sft", "step_1", "step_2"):
         assert sum(line.split("|")[0].strip() == version for line in said.splitlines()) >= 3, version

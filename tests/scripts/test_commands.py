@@ -27,7 +27,7 @@ SMALL = {
     "compare": ["--max_new_tokens", "4"],
 }  # fmt: skip
 # The tutorial's data are longer than what a model of 512 positions takes.
-DROPPED = ("--log_with", "--max_length", "--nproc")
+DROPPED = ("--log_with", "--max_length", "--nproc", "--margin_field")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,16 @@ def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
     )
     functions = folder / "rewards.py"
     functions.write_text("def brevity(prompts, responses, rows):\n    return [-len(text) for text in responses]\n")
+    bad = folder / "bad_answers.jsonl"
+    bad.write_text(json.dumps({"prompt": "我喜欢什么？", "answer": "不知道"}) + "\n", encoding="utf-8")
     lines = folder / "prompts.txt"
     lines.write_text("我喜欢什么？\n小猫想要什么？\n", encoding="utf-8")
     return {
         "--model_name": tiny_base, "--base_model_name": tiny_base, "--sft_model_lora_path": sft, "--lora_path": sft,
         "--previous_lora_weights": sft, "--reward_model_lora_path": reward, "--judge_lora_path": reward,
         "--merged_sft_model_path": str(folder / "merged"), "--prompts": str(lines), "adapter": sft,
-        "functions": f"{functions}:", "sft_training": write_answers(folder / "answers.jsonl"),
+        "--bad_answers": str(bad), "functions": f"{functions}:",
+        "sft_training": write_answers(folder / "answers.jsonl"),
         "reward_modeling": write_pairs(folder / "pairs.jsonl"), "rl_training": str(prompts),
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 import compare
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
+from rlhf.compare import inputs
 from rlhf.compare.answers import Answer, AnswerSettings, GumbelSampler, Versions, row_seeds
 from rlhf.compare.html_page import write_html
 from rlhf.compare.tables import best_scores, summarize, write_csv, write_markdown
@@ -234,12 +235,12 @@ def test_prompts_come_from_files_of_every_kind(tmp_path):
     }
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
-        assert compare.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE) == [
+        assert inputs.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE) == [
             {"prompt": "第一"},
             {"prompt": "第二"},
         ]
     said = ["解释一下 a.txt 是什么", "好"]
-    assert compare.read_prompts(said, DEFAULT_TEMPLATE) == [{"prompt": text} for text in said]
+    assert inputs.read_prompts(said, DEFAULT_TEMPLATE) == [{"prompt": text} for text in said]
 
 
 @pytest.mark.parametrize(
@@ -254,13 +255,13 @@ def test_prompts_come_from_files_of_every_kind(tmp_path):
 def test_a_prompts_file_without_prompts_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        compare.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE)
+        inputs.read_prompts([str(tmp_path / name)], DEFAULT_TEMPLATE)
 
 
 def test_a_prompts_file_that_is_no_utf8_is_named(tmp_path):
     (tmp_path / "gb.txt").write_bytes("你好".encode("gb18030"))
     with pytest.raises(ValueError, match=r"gb\.txt is not UTF-8"):
-        compare.read_prompts([str(tmp_path / "gb.txt")], DEFAULT_TEMPLATE)
+        inputs.read_prompts([str(tmp_path / "gb.txt")], DEFAULT_TEMPLATE)
 
 
 def test_the_template_is_the_adapters_own(tiny_base, folders, tmp_path):
@@ -275,7 +276,7 @@ def test_the_template_is_the_adapters_own(tiny_base, folders, tmp_path):
 
     def template_of(*extra: str) -> str:
         args = compare.parse_args(["--base_model_name", tiny_base, *extra])
-        return compare.format_of(args, tiny_base, tokenizer).template
+        return inputs.format_of(args, tiny_base, tokenizer).template
 
     assert template_of("--adapters", f"sft={tmp_path}/sft") == "Q{prompt}A"
     assert template_of("--prompt_template", "{prompt}\\n") == "{prompt}\n"
