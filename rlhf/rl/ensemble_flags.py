@@ -19,7 +19,7 @@ class EnsembleFlags(Flags):
     ensemble_penalty: float = flag(
         1.0, help="standard deviations over the members that mean_minus_std subtracts", group="reward", expert=True
     )
-    # Measured in the mini-world (docs/reward.md).
+    # In the mini-world the spread of a batch strays to 1.35 times its start by chance (docs/reward.md).
     ensemble_spread_limit: float = flag(
         2.0,
         help="the guard steps in where the members' spread passes this many times its start while the score rises; "
