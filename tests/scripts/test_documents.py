@@ -9,7 +9,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = ("sft_training", "reward_modeling", "rl_training", "merge_lora", "compare")
-PAGES = ("start", "stages", "models", "data", "reward", "ppo", "experiments", "running", "speed", "flags", "design")
+PAGES = (
+    "start",
+    "stages",
+    "models",
+    "data",
+    "reward",
+    "ppo",
+    "experiments",
+    "running",
+    "scale",
+    "speed",
+    "flags",
+    "design",
+)
 # English page and Chinese page, as paths from the project's root.
 PAIRS = [("README.md", "README_zh.md"), *((f"docs/{name}.md", f"docs/zh/{name}.md") for name in PAGES)]
 ENGLISH = [english for english, _ in PAIRS]
