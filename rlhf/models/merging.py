@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class FileMerge:
         if any(getattr(config, name, None) for name in UNUSUAL) or getattr(model.config, "norm_head", False):
             return None
         files = sorted(Path(base_dir).glob("*.safetensors"))
-        held = [name for file in files for name in names_in(file)] if files else []
+        held = list(chain.from_iterable(map(names_in, files)))
         known = model.state_dict().keys()
         pairs = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
         deltas = {}

@@ -66,7 +66,7 @@ def test_nine_heads_are_not_divided_by_eight_processes_and_decode_gathered(tmp_p
 def test_the_plan_says_how_many_have_to_share_and_what_they_move(llama, capsys):
     rl_training.main(planned(llama, "--plan", "True", "--shard_base", "8", "--nproc", "8", "--link_gbps", "3600"))
     said = capsys.readouterr().out
-    assert "24 GB none" in said and re.search(r"--shard_base\), by card: .*80 GB 4, 141 GB 2", said), said
+    assert "24 GB none" in said and re.search(r"--shard_base\), by card: .*48 GB 6, 80 GB 3, 141 GB 2", said), said
     assert re.search(r"receives in a step, GiB: rollout [\d.]+, score [\d.]+, update [\d.]+", said)
     assert "on the shards where they lie" in said
 
