@@ -12,6 +12,7 @@ from rlhf.run.sharing import processes_a_copy
 pytestmark = pytest.mark.slow
 
 IN_PLACE = ("Baichuan", "Llama (GQA)", "Qwen3", "Mistral", "Gemma 2", "Phi-3", "GPT-NeoX")
+GATHERED = ("Mixtral", "GPT-2", "BLOOM")
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +28,24 @@ def base_of(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", [*IN_PLACE, "Mixtral", "GPT-2", "BLOOM"])
-def test_two_processes_sample_on_shards_what_a_whole_base_does(zygote, base_of, tmp_path, name):
-    argv = [*base_of(name), "False"]
+def test_two_processes_sample_on_shards_what_a_whole_base_does(zygote, base_of, tmp_path):
+    argv = ["False"]
+    for name in (*IN_PLACE, *GATHERED):
+        argv += base_of(name)
     assert zygote.run_script("shard_worker", argv, tmp_path / "log", **group(2)) == 0, zygote.said()[-3000:]
-    assert ("decodes in place" in zygote.said()) == (name in IN_PLACE), zygote.said()
+    said = zygote.said().splitlines()
+    for name in IN_PLACE:
+        assert f"{ARCHITECTURES[name][0]} decodes in place" in said
+    for name in GATHERED:
+        assert any(line.startswith(f"{ARCHITECTURES[name][0]} decodes gathered: ") for line in said)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_the_bytes_that_processes_move_are_those_of_the_plan(zygote, base_of, tmp_path, processes):
     sizes = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 96}
-    argv = [*base_of("Llama (GQA)", **sizes), "True"]
+    argv = ["True", *base_of("Llama (GQA)", **sizes)]
+    # One with gathered outputs.
+    argv += base_of("Baichuan") if processes == 2 else []
     assert zygote.run_script("shard_worker", argv, tmp_path / "log", **group(processes)) == 0, zygote.said()[-3000:]
 
 

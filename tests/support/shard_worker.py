@@ -111,28 +111,37 @@ def same_bytes(base: str, parts, twin, vocabulary: int) -> None:
 
 
 def parse_args() -> SimpleNamespace:
-    """Base, adapter, reward adapter, and whether bytes are counted."""
-    return SimpleNamespace(base=sys.argv[1], adapter=sys.argv[2], reward=sys.argv[3], count=sys.argv[4] == "True")
+    """Whether bytes are counted, then base, adapter and reward adapter of each model."""
+    count, *folders = sys.argv[1:]
+    models = [folders[place : place + 3] for place in range(0, len(folders), 3)]
+    return SimpleNamespace(count=count == "True", models=models)
 
 
-def main(args: SimpleNamespace) -> None:
-    """Load the base whole and in shards, and compare; prints if it decodes in place, or why not."""
+def compare(base: str, adapter: str, reward: str, count: bool) -> None:
+    """Load a base whole and in shards, and compare; print if it decodes in place, or why not."""
     loaded = {"dtype": torch.float32, "device": "cpu"}
-    whole = load_roles(args.base, args.adapter, args.reward, **loaded)
-    parts = load_roles(args.base, args.adapter, args.reward, **loaded, mesh=base_mesh("True"))
+    whole = load_roles(base, adapter, reward, **loaded)
+    parts = load_roles(base, adapter, reward, **loaded, mesh=base_mesh("True"))
     assert mesh_of(whole.model) is None and mesh_of(parts.model).size() == dist.get_world_size()
     for roles in (whole, parts):
         roles.train(False)
+    kind = whole.model.config.model_type
     try:
         twin = twin_of(parts.model)
-        print("decodes in place", flush=True)
+        print(f"{kind} decodes in place\n", end="", flush=True)
     except ValueError as reason:
         twin = None
-        print(f"decodes gathered: {reason}", flush=True)
+        print(f"{kind} decodes gathered: {reason}\n", end="", flush=True)
 
     vocabulary = whole.model.config.get_text_config().vocab_size
     same_draws(whole, parts, twin, vocabulary)
-    if args.count:
-        same_bytes(args.base, parts, twin, vocabulary)
+    if count:
+        same_bytes(base, parts, twin, vocabulary)
+
+
+def main(args: SimpleNamespace) -> None:
+    """Compare every model."""
+    for folders in args.models:
+        compare(*folders, args.count)
     dist.barrier()
     dist.destroy_process_group()
