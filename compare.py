@@ -21,10 +21,11 @@ from rlhf.compare.arguments import DEFAULT_PROMPTS, check_best_of, named_adapter
 from rlhf.data.arguments import FormatFlags
 from rlhf.flags import REQUIRED, flag, parse
 from rlhf.run import startup
+from rlhf.run.sharing import DecodeFlags, ShardFlags, processes_a_copy
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(FormatFlags):
+class ScriptArguments(FormatFlags, ShardFlags, DecodeFlags):
     """Flags of compare.py."""
 
     # ---- artefacts ----
@@ -84,6 +85,9 @@ class ScriptArguments(FormatFlags):
     # ---- machine ----
     bf16: bool = flag(True, help="bfloat16 weights; fp16 on a card without it, float32 on a CPU", group="machine")
     batch_size: int = flag(8, help="prompts answered at once; changes speed, not answers", group="machine")
+    nproc: int = flag(
+        1, help="processes to start, which share the base by --shard_base; 0: one for each GPU", group="machine"
+    )
 
     def __post_init__(self):
         if len(self.slide) not in (0, 2):
@@ -105,6 +109,10 @@ class ScriptArguments(FormatFlags):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         check_best_of(self)
+        if self.nproc < 0 or (self.nproc != 1 and self.shard_base == "0"):
+            raise ValueError(
+                f"--nproc {self.nproc}: several processes are for a base in shards, give --shard_base True"
+            )
         super().__post_init__()
 
 
@@ -119,7 +127,7 @@ if __name__ == "__main__":
 
 from rlhf.compare import answers, answers_file, best, html_page, inputs, slide, tables
 from rlhf.data.prompt_format import PromptFormat
-from rlhf.models import loading
+from rlhf.models import loading, shards
 from rlhf.run import launch
 
 
@@ -129,7 +137,7 @@ def load_versions(args: ScriptArguments, base_dir: str, prompt_format: PromptFor
     # Each setting is a flag of the same name.
     names = answers.AnswerSettings.__dataclass_fields__
     settings = answers.AnswerSettings(**{name: getattr(args, name) for name in names})
-    return inputs.load_versions(args, base_dir, prompt_format, settings)
+    return inputs.load_versions(args, base_dir, prompt_format, settings, shards.base_mesh(args.shard_base))
 
 
 def origin(args: ScriptArguments, prompt_format: PromptFormat) -> list[tuple[str, str]]:
@@ -154,7 +162,7 @@ def talk(versions: answers.Versions, args: ScriptArguments, prompt_format: Promp
     """Answer lines from the terminal until /quit or the end of the input; the versions never see earlier lines."""
     names = list(args.versions)
     turn = 0
-    print(f"versions: {', '.join(names)}. {HELP}", flush=True)
+    launch.say(f"versions: {', '.join(names)}. {HELP}")
     speakers = names
 
     while (line := ask(speakers)) is not None:
@@ -166,19 +174,23 @@ def talk(versions: answers.Versions, args: ScriptArguments, prompt_format: Promp
             try:
                 query = inputs.encode_prompt(prompt_format, {"prompt": line}, room)
             except ValueError as error:
-                print(error)
+                launch.say(error)
                 continue
             seeds = answers.row_seeds(args.seed, 1, first=turn - 1)
-            tables.print_answers({name: versions.answers(name, [query], seeds)[0] for name in speakers})
+            said = {name: versions.answers(name, [query], seeds)[0] for name in speakers}
+            if launch.rank_and_size()[0] == 0:
+                tables.print_answers(said)
 
 
 def ask(speakers: list[str]) -> str | None:
-    """The next line, or None where the conversation ends (/quit, end of input, Ctrl-C)."""
-    try:
-        line = input(f"[{', '.join(speakers)}] > ").strip()
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+    """The next line, or None where the conversation ends (/quit, end of input, Ctrl-C); one line for all processes."""
+    line = None
+    if launch.rank_and_size()[0] == 0:
+        try:
+            line = input(f"[{', '.join(speakers)}] > ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+    line = shards.from_first(line)
     return None if line == "/quit" else line
 
 
@@ -189,17 +201,18 @@ def chosen_speakers(command: str, names: list[str], speakers: list[str]) -> list
         return names
     if word == "/use" and name.strip() in names:
         return [name.strip()]
-    print(f"{command}: unknown. Versions: {', '.join(names)}. {HELP}")
+    launch.say(f"{command}: unknown. Versions: {', '.join(names)}. {HELP}")
     return speakers
 
 
 def main(args: ScriptArguments) -> None:
     """Check everything that can be checked without the model, then answer every prompt with every version."""
+    processes_a_copy(args.shard_base)
     # 1. Base, tokenizer and adapters have to belong together.
     base_dir = loading.resolve_model(args.base_model_name, "--base_model_name")
     tokenizer = inputs.tokenizer_of(args, base_dir)
     prompt_format = inputs.format_of(args, base_dir, tokenizer)
-    print(prompt_format.describe(), flush=True)
+    launch.say(prompt_format.describe())
     room = inputs.room_for_prompt(base_dir, args.max_new_tokens)
     if args.interactive:
         return talk(load_versions(args, base_dir, prompt_format), args, prompt_format, room)
@@ -216,14 +229,17 @@ def main(args: ScriptArguments) -> None:
     seeds = answers.row_seeds(args.seed, len(prompts))
     columns = {}
     for name in args.versions:
-        print(f"{name}: answering {len(prompts)} prompts", flush=True)
+        launch.say(f"{name}: answering {len(prompts)} prompts")
         columns[name] = versions.answers(name, queries, seeds)
 
     wins = tables.wins_in_words(columns)
     if args.best_of:
         columns = best.with_best(versions, columns, queries, args)
 
-    # 4. The table in all its forms.
+    # 4. The table in all its forms, by the first process.
+    points = slide.measure(versions, columns, queries, next(iter(args.versions))) if args.slide else []
+    if launch.rank_and_size()[0]:
+        return
     made = origin(args, prompt_format)
     tables.write_markdown(output_dir / "comparison.md", prompts, columns, made)
     html_page.write_html(output_dir / "comparison.html", prompts, columns, made)
@@ -232,7 +248,6 @@ def main(args: ScriptArguments) -> None:
     answers_file.write_answers(output_dir / answers_file.NAME, prompts, columns, seeds, args)
     print(f"\nwritten: {output_dir}/comparison.md, .html, .csv, {answers_file.NAME}")
     if args.slide:
-        points = slide.measure(versions, columns, queries, next(iter(args.versions)))
         slide.write_slide(output_dir, points)
         print(*slide.table(points), f"written: {output_dir}/slide.md, .csv, .png", sep="\n")
     if wins:

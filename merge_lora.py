@@ -90,7 +90,7 @@ from rlhf.baichuan import to_fast_tokenizer, to_llama
 from rlhf.data import encoding
 from rlhf.data.choose_format import stored_format
 from rlhf.data.served_template import served_template
-from rlhf.models import loading, lora
+from rlhf.models import loading, lora, merging
 from rlhf.run import launch
 
 
@@ -212,27 +212,40 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     tokenizer = encoding.load_tokenizer(tokenizer_dir(args, base_dir, run))
     record = run and stored_format(run, tokenizer, base_dir).record()
 
-    # 2. Merge in memory; what base and adapter give before is what the result is measured by.
+    # 2. What base and adapter give before is what the result is measured by, if they fit into memory.
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_pair(base_dir, args.lora_path, args.dtype, device)
-    expected = probe(model)
-    if args.lora_path is not None:
+    dtype = getattr(torch, args.dtype)
+    by_file = None if llama or args.lora_path is None else merging.FileMerge.of(base_dir, args.lora_path)
+    model = expected = None
+    if by_file is None or by_file.fits(dtype):
+        model = load_pair(base_dir, args.lora_path, args.dtype, device)
+        expected = probe(model)
+    if by_file is None and args.lora_path is not None:
         # Not every kind of LoRA is a change of weights.
         with damage.refused(f"adapter {args.lora_path} on this base", "it cannot be merged"):
             model = model.merge_and_unload(safe_merge=True)
 
     # 3. Save, and load what was saved: only that proves the files right.
     with output_dir.staged(target) as folder:
-        merged = to_llama.to_llama(model) if llama else model
         head = "score" if hasattr(model, "score") else "causal"
-        if head == "causal":
-            set_stop_tokens(merged, record)
-        merged.save_pretrained(folder)
-        # Only one model at a time has to fit.
-        del model, merged
+        distance = 0.0
+        if by_file is not None:
+            # File by file, whatever the size of the model.
+            model = None
+            set_stop_tokens(by_file.model, record)
+            by_file.write(folder, dtype)
+            distance = check_distance(by_file.distance(folder), args.dtype)
+        else:
+            merged = to_llama.to_llama(model) if llama else model
+            if head == "causal":
+                set_stop_tokens(merged, record)
+            merged.save_pretrained(folder)
+            # Only one model at a time has to fit.
+            del model, merged
         save_tokenizer(tokenizer, folder, llama, record)
-        saved = loading.load_base(str(folder), getattr(torch, args.dtype), head=head, device=device).eval()
-        distance = check_parity(expected, probe(saved), args.dtype)
+        if expected is not None:
+            saved = loading.load_base(str(folder), dtype, head=head, device=device).eval()
+            distance = check_parity(expected, probe(saved), args.dtype)
         run_json.write_run(
             folder, stage="merge", args=args, base=fingerprint, tokenizer=tokenizer, prompt_format=record,
             metrics={"distance": distance, "bound": BOUNDS[args.dtype]},
@@ -299,7 +312,11 @@ def check_parity(expected: Tensor, merged: Tensor, dtype: str) -> float:
     Raises: ValueError past the bound of BOUNDS.
     """
     centred = expected - expected.mean() if expected.shape[-1] == 1 else expected
-    distance = ((merged - expected).pow(2).mean() / centred.pow(2).mean()).sqrt().item()
+    return check_distance(((merged - expected).pow(2).mean() / centred.pow(2).mean()).sqrt().item(), dtype)
+
+
+def check_distance(distance: float, dtype: str) -> float:
+    """The distance itself. Raises: ValueError past the bound of BOUNDS."""
     # Written so that NaN, which compares false with everything, is refused too.
     if not distance <= BOUNDS[dtype]:
         advice = "" if dtype == "float32" else ": try --dtype float32"

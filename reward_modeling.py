@@ -121,7 +121,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows,
 def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     """The base with a score head [hidden] -> [1] and an adapter; both are trained, and saved together."""
     set_seed(args.seed)
-    model = loading.load_base(model_dir, loading.pick_dtype(args.bf16), head="score", four_bit=args.load_in_4bit)
+    model = loading.base_as_asked(args, model_dir, head="score")
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ValueError(f"{type(model).__name__} has no linear layer called score: this architecture cannot be used")
 
@@ -266,21 +266,17 @@ def build_trainer(
 
 
 def finish(
-    args: ScriptArguments, trainer: RewardTrainer, prompt_format: PromptFormat, about: dict, eval_rows: Rows
+    args: ScriptArguments, trainer: RewardTrainer, tokenizer, about: dict, eval_rows: Rows, audited: dict | None
 ) -> None:
     """Write tokenizer, adapter and audit, and run.json, which says that the stage is done: all of them or none."""
     model = trainer.model
     metrics = trainer.best.record(args.output_dir)
     with output_dir.finished_together(args.output_dir) as folder:
-        prompt_format.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         adapters.save_adapter(model, folder)
         adapters.check_saved(model, folder)
-        if args.audit and stage_trainer.is_zero3():
-            launch.say("no audit: under ZeRO-3 one process alone cannot make it; --audit_only True can, later")
-        elif args.audit and eval_rows:
-            inner = model.get_base_model()
-            backbone = forward.backbone_of(inner)
-            metrics |= audit_report.audit_model(args, backbone, inner.score, prompt_format, eval_rows, folder)
+        if audited is not None:
+            metrics |= audit_report.publish(audited, folder)
             launch.say(f"audit written to {args.output_dir}/audit.md")
         run_json.write_run(folder, **about, metrics=metrics)
 
@@ -345,7 +341,9 @@ def main(args: ScriptArguments) -> None:
     with stage_trainer.gathered(model):
         if file is not None:
             trainer.best.restore(model, trainer.state.global_step)
-            finish(args, trainer, prompt_format, about, eval_rows)
+        audited = training.audit_of(args, model, prompt_format, eval_rows)
+        if file is not None:
+            finish(args, trainer, tokenizer, about, eval_rows, audited)
             file.close()
     training.end(trainer)
 

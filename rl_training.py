@@ -22,12 +22,13 @@ from rlhf.rl.ensemble_flags import EnsembleFlags
 from rlhf.rl.function_flags import FunctionFlags
 from rlhf.rl.update_flags import UpdateFlags
 from rlhf.run import startup
+from rlhf.run.sharing import DecodeFlags
 
 
 @dataclass(kw_only=True)
 class ScriptArguments(
-    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, RewardFlags, EnsembleFlags,
-    FunctionFlags, UpdateFlags, WatchFlags,
+    ArtefactFlags, CommonArguments, LoraArguments, DataArguments, SamplingFlags, DecodeFlags, RewardFlags,
+    EnsembleFlags, FunctionFlags, UpdateFlags, WatchFlags,
 ):  # fmt: skip
     """Flags of rl_training.py; every flag the tutorial had still parses."""
 
@@ -53,7 +54,7 @@ from rlhf.data.choose_format import choose_format
 from rlhf.data.funnel import Funnel
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.data.rows import Rows
-from rlhf.models import generation, loading
+from rlhf.models import generation, loading, shards, tensor_parallel
 from rlhf.page import report
 from rlhf.reward import length_file
 from rlhf.rl import charts, evaluation, experience, groups, guard, metrics, rewards, roles, starting, state, update
@@ -154,6 +155,7 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
         judge_dir=args.judge_lora_path,
         critic=critic,
         four_bit=args.load_in_4bit,
+        mesh=shards.base_mesh(args.shard_base),
     )
     if args.gradient_checkpointing:
         loaded.enable_checkpointing()
@@ -168,6 +170,7 @@ def make_loop(
     kl_controller = ppo.FixedKLController(args.init_kl_coef)
     if args.adap_kl_ctrl:
         kl_controller = ppo.AdaptiveKLController(args.init_kl_coef, args.adap_kl_target, args.adap_kl_horizon)
+    in_place = args.decode == "auto" and shards.mesh_of(loaded.model) is not None
     same_name = ("temperature", "min_new_tokens", "suppress_empty", "top_k", "top_p", "cuda_graphs")
     sampling = generation.Sampling(
         stop_ids=prompt_format.stop_ids,
@@ -187,6 +190,7 @@ def make_loop(
         optimizer=update.make_optimizer(args, loaded),
         kl_controller=kl_controller,
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target, spread_limit=args.ensemble_spread_limit),
+        twin=tensor_parallel.sampler_of(loaded.model) if in_place else None,
         functions=load_functions(args.reward_functions),
         calibrations=length_file.calibrations(args.reward_model_lora_path) if args.length_calibration else [],
     )

@@ -109,7 +109,7 @@ def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows,
 def build_model(args: ScriptArguments, model_dir: str) -> PeftModel:
     """The base with a new adapter, or with --previous_lora_weights to be trained further."""
     set_seed(args.seed)
-    model = loading.load_base(model_dir, loading.pick_dtype(args.bf16), four_bit=args.load_in_4bit)
+    model = loading.base_as_asked(args, model_dir)
     if args.previous_lora_weights:
         return lora.continue_adapter(model, args.previous_lora_weights)
     return lora.new_adapter(args, model, "CAUSAL_LM")
@@ -259,7 +259,8 @@ def main(args: ScriptArguments) -> None:
     with stage_trainer.gathered(model):
         if file is not None:
             trainer.best.restore(model, trainer.state.global_step)
-            samples.show(args, trainer, prompt_format, shown, file)
+        samples.show(args, trainer, prompt_format, shown, file)
+        if file is not None:
             finish(args, trainer, about, file)
     training.end(trainer)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rlhf.flags import Flags, flag
+from rlhf.run.sharing import ShardFlags
 
 # The names that transformers knows; written out, because importing them takes seconds that a wrong flag would wait.
 SCHEDULES = (
@@ -23,7 +24,7 @@ TRACKERS = ("wandb", "tensorboard", "swanlab")
 
 
 @dataclass(kw_only=True)
-class CommonArguments(Flags):
+class CommonArguments(ShardFlags):
     """Flags that mean the same in every training stage."""
 
     # ---- artefacts ----
@@ -96,6 +97,14 @@ class CommonArguments(Flags):
         expert=True,
     )
 
+    link_gbps: float = flag(
+        0.0,
+        help="what a card receives from the others, in gigabits a second, for the seconds of --plan; 0: by its name",
+        group="machine",
+        resume="free",
+        expert=True,
+    )
+
     def __post_init__(self):
         if self.resume_from_checkpoint in ("False", "false", "None", ""):
             self.resume_from_checkpoint = None
@@ -120,6 +129,9 @@ class CommonArguments(Flags):
 
         if self.device_flops < 0:
             raise ValueError(f"--device_flops {self.device_flops} must be 0, or what the card does in 1e12 a second")
+
+        if self.link_gbps < 0:
+            raise ValueError(f"--link_gbps {self.link_gbps} must be 0, or what a card receives in gigabits a second")
 
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")

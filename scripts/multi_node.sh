@@ -6,6 +6,9 @@
 # NNODES: machines. NODE_RANK: 0 on the one that MASTER_ADDR names, then 1, 2, ... MASTER_PORT: a free port of that one.
 # NPROC: processes on this machine, by default one for each visible GPU. Data, adapters and --output_dir have to be on a
 # disk that all machines share; the first process of the first machine writes there, and prints.
+#
+# With --shard_base True each machine holds one copy of the base, in parts over its cards: layers are gathered within a machine,
+# and between machines nothing moves but the gradients of the adapters and a few numbers.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -22,6 +22,7 @@ FREE = {
     "local_rank", "log_with", "logging_steps", "sample_freq", "save_freq", "save_steps", "save_total_limit", "check",
     "reward_gate", "audit", "audit_prompts", "sample_max_new_tokens", "per_device_eval_batch_size",
     "reward_timeout", "data_cache", "inspect_rows", "best_of", "best_of_prompts", "write_best", "bad_answers",
+    "shard_base", "link_gbps",
 }  # fmt: skip
 PATHS = {
     "model_name", "base_model_name", "tokenizer_name", "dataset_name", "eval_dataset_name", "sft_model_lora_path",

@@ -27,6 +27,12 @@ class BaichuanConfig(LlamaConfig):
         name: how for name, how in LlamaConfig.base_model_tp_plan.items() if not name.startswith("layers.*.self_attn")
     }
 
+    # Ours can: the parts of `W_pack` are exchanged as activations (rlhf/models/tensor_parallel.py).
+    packed_tp_plan: ClassVar[dict] = {
+        "layers.*.self_attn.W_pack": "packed_thirds",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
     vocab_size: int = 64000
     max_position_embeddings: int = 4096
     pad_token_id: int | None = 0

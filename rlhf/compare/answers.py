@@ -8,21 +8,21 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from rlhf.artefacts import averaging
 from rlhf.compare.arguments import BASE, terms_of
+from rlhf.compare.processors import GumbelSampler, RepetitionPenalty
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.loading import load_base
 from rlhf.models.lora import add_lora, put_lora, score_head_of
 from rlhf.models.scoring import score
+from rlhf.models.tensor_parallel import prepare, sampler_of
 
 # With a space, so that no version can have the same name.
 REWARD_MODEL = "reward model"
@@ -65,60 +65,24 @@ class Answer:
         return ", ".join(parts)
 
 
-class GumbelSampler(LogitsProcessor):
-    """Last processor of a greedy `generate`: adds each row's own Gumbel noise, so that the argmax is a random draw.
-
-    Without seeds it adds nothing, and the answers are greedy.
-    """
-
-    def __init__(self, seeds: list[int] | None):
-        self.generators = None
-        if seeds is not None:
-            # A source for each row, so that no answer depends on the rows beside it.
-            self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        # The argmax of NaN would be some token, and the answer would look like one.
-        if scores.isnan().any():
-            raise FloatingPointError("the logits are not finite: this adapter (or the base) holds broken weights")
-        if self.generators is None:
-            return scores
-
-        # Drawn on the CPU: one seed gives one sequence of numbers whatever the device.
-        draws = []
-        for generator in self.generators:
-            draw = torch.empty(scores.shape[1])
-            draws.append(draw.exponential_(generator=generator))
-        # Minus the logarithm of an exponential draw is Gumbel noise; a draw of 0 would make it infinite.
-        noise = torch.stack(draws).clamp_min(1e-30).log()
-        return scores - noise.to(scores.device)
-
-
-class RepetitionPenalty(LogitsProcessor):
-    """transformers' repetition penalty over the real tokens alone, so that a row does not depend on its padding."""
-
-    def __init__(self, penalty: float, padding: list[int]):
-        """`padding`: columns in front of each row that hold no token."""
-        self.usual = RepetitionPenaltyLogitsProcessor(penalty)
-        self.padding = padding
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = [
-            self.usual(input_ids[row : row + 1, start:], scores[row : row + 1])
-            for row, start in enumerate(self.padding)
-        ]
-        return torch.cat(rows)
-
-
 class Versions:
     """One base in memory with every adapter on it; `use(name)` makes one of them answer."""
 
     def __init__(
-        self, base_dir: str, prompt_format: PromptFormat, writing: AnswerSettings, dtype: torch.dtype, device: str
+        self,
+        base_dir: str,
+        prompt_format: PromptFormat,
+        writing: AnswerSettings,
+        dtype: torch.dtype,
+        device: str,
+        mesh=None,
     ):
         self.prompt_format = prompt_format
         self.writing = writing
-        self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device)
+        self.model: PreTrainedModel | PeftModel = load_base(base_dir, dtype, device=device, mesh=mesh)
+        # Over a base in shards: decode where they lie, by a twin of the model with all its adapters.
+        self.in_place = False
+        self.twin: PreTrainedModel | None = None
         # Beside the model, because an adapter on a language model has no place for a score head.
         self.score_heads: dict[str, nn.Linear] = {}
         # A base directory's own sampling settings would otherwise fill in whatever is left unset.
@@ -217,13 +181,23 @@ class Versions:
         """New token ids of each row; after the stop token they are padding."""
         input_ids, attention_mask = self._padded(queries, left=True)
         with self.use(name) as model:
-            rows = model.generate(
+            rows = self._sampler(model).generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 logits_processor=self._processors(queries, seeds),
             )
         # `generate` gives the prompts back in front of the answers.
         return rows[:, input_ids.shape[1] :].tolist()
+
+    def _sampler(self, model: PreTrainedModel) -> PreTrainedModel:
+        """What writes the answers of the version that is active now: the model, or its twin."""
+        if not self.in_place:
+            return model
+        if self.twin is None:
+            self.twin = sampler_of(model)
+            self.twin.generation_config = model.generation_config
+        prepare(self.twin)
+        return self.twin
 
     def _scores(self, rows: list[list[int]], name: str) -> list[float]:
         """Scores of a reward model, which is one more adapter on the same base."""

@@ -157,11 +157,12 @@ def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
 
 # ---- the model ----
 def load_versions(
-    args, base_dir: str, prompt_format: PromptFormat, settings: answers.AnswerSettings
+    args, base_dir: str, prompt_format: PromptFormat, settings: answers.AnswerSettings, mesh=None
 ) -> answers.Versions:
-    """The base once, with every adapter that the flags name on it."""
+    """The base once, with every adapter that the flags name on it; in shards over a `mesh`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    versions = answers.Versions(base_dir, prompt_format, settings, loading.pick_dtype(args.bf16), device)
+    versions = answers.Versions(base_dir, prompt_format, settings, loading.pick_dtype(args.bf16), device, mesh)
+    versions.in_place = mesh is not None and args.decode == "auto"
     for name, path in args.versions.items():
         if path is not None:
             versions.add(name, path)

@@ -44,7 +44,8 @@ def remedies(args, kind: str) -> Iterator[dict]:
             yield {"forward_batch_size": FEW_ROWS}
         if args.merged_sft_model_path:
             yield {"merged_sft_model_path": None}
-    if not args.load_in_4bit:
+    # Quantised weights cannot be cut.
+    if not args.load_in_4bit and args.shard_base == "0":
         yield {"load_in_4bit": True}
     if kind == "ppo" and args.batched_gen:
         yield {"batched_gen": False}

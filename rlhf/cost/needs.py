@@ -3,6 +3,7 @@
 import torch
 
 from rlhf.arguments import LoraArguments
+from rlhf.cost.cuts import count_of, in_shards
 from rlhf.cost.memory import MemoryNeeds, PpoSizes, Precision, ppo_needs, trainer_needs
 from rlhf.cost.skeleton import Base, adapter_parameters, stored_adapter
 
@@ -75,7 +76,8 @@ def memory_of(args, base: Base, kind: str, precision: Precision | None = None) -
     trained = trained_of(args, base, kind)
     if kind != "ppo":
         tokens = args.per_device_train_batch_size * SIDES[kind] * args.max_length
-        return trainer_needs(base.shape, precision, trained, tokens, args.gradient_checkpointing, head=kind == "sft")
+        needs = trainer_needs(base.shape, precision, trained, tokens, args.gradient_checkpointing, head=kind == "sft")
+        return in_shards(needs, base, precision.size, count_of(args))
 
     # Left out, it is what fits; one row is what a start falls back to.
     mini_batch = args.mini_batch_size or 1
@@ -92,4 +94,5 @@ def memory_of(args, base: Base, kind: str, precision: Precision | None = None) -
     )
     # A merged reference is a second model in memory.
     bases = 2 if args.merged_sft_model_path else 1
-    return ppo_needs(base.shape, precision, adapters_of(args, base, kind), trained, sizes, bases)
+    needs = ppo_needs(base.shape, precision, adapters_of(args, base, kind), trained, sizes, bases)
+    return in_shards(needs, base, precision.size, count_of(args))

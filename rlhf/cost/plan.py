@@ -17,6 +17,7 @@ from rlhf.cost.hours import (
 from rlhf.cost.limits import Card
 from rlhf.cost.memory import CARDS_GB, GIB, MemoryNeeds
 from rlhf.cost.needs import SIDES, adapters_of, head_of, memory_of
+from rlhf.cost.shards import shard_lines
 from rlhf.cost.skeleton import Base
 from rlhf.data.reading import load_rows
 
@@ -129,7 +130,9 @@ def in_words(plan: Plan, first: str, step_lines: list[str], steps: float | None)
     lines = [first, *memory_lines(plan, needs), *step_lines]
     if kind in TUTORIAL:
         lines.append(TUTORIAL[kind])
-    return "\n".join([*lines, *card_lines(plan), *disk_lines(args, base, kind, steps)])
+    cards = {size: card_of(size) for size in CARDS_GB}
+    shared = shard_lines(args, base, kind, plan.lengths, cards)
+    return "\n".join([*lines, *card_lines(plan), *shared, *disk_lines(args, base, kind, steps)])
 
 
 def number(parameters: int, trained: bool = False) -> str:

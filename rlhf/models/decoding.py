@@ -1,7 +1,7 @@
 """Decoding one token per row at a time: a cache that grows in place, or static shapes in a CUDA graph on a GPU.
 
-Both decoders offer `prefill`, `next` and `keep`. `every`: tokens between two checks for finished rows (a check
-synchronises the GPU). `shrink`: the share of unfinished rows at or below which finished rows are removed.
+Both decoders offer `prefill`, `goes_on`, `next` and `keep`. `every`: tokens between two checks for finished rows (a
+check synchronises the GPU). `shrink`: the share of unfinished rows at or below which finished rows are removed.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from rlhf.models.forward import accepts, forward, parts_by_length, position_ids
 from rlhf.models.fusing import cache_kernels, kernels_available
 from rlhf.models.kernels import BY_ROW
+from rlhf.run.stopping import received
 
 # A multiple that attention kernels like, for the room of a static cache.
 ROOM_MULTIPLE = 64
@@ -26,6 +27,11 @@ def decoder_of(model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, to
     """
     kind = StaticDecoder if static and query_ids.is_cuda and supports_static_cache(model) else GrowingDecoder
     return kind(model, query_ids, query_mask, total)
+
+
+def goes_on(ended: Tensor) -> bool:
+    """Return True if a row [B] has not ended yet, and no signal came."""
+    return bool((~ended).any()) and not received()
 
 
 def supports_static_cache(model: PreTrainedModel) -> bool:
@@ -113,6 +119,7 @@ class GrowingDecoder:
     """For any model on any device: attention over the tokens so far, rows dropped as soon as they have ended."""
 
     every = 1
+    goes_on = staticmethod(goes_on)
 
     def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
         self.model = model
@@ -122,8 +129,8 @@ class GrowingDecoder:
 
     def prefill(self) -> tuple[Tensor, Tensor]:
         """Logits [B, V] and hidden [B, H] after the queries, the short ones apart from the long ones."""
-        parts = parts_by_length(self.mask.sum(1))
-        if len(parts) == 1 or not all(type(layer) is RoomyLayer for layer in self.cache.layers):
+        parts = self.query_parts()
+        if len(parts) == 1:
             return next_logits(self.model, self.query_ids, self.mask, self.cache)
 
         outputs = []
@@ -138,6 +145,12 @@ class GrowingDecoder:
 
         order = torch.cat(parts).argsort()
         return tuple(torch.cat(results)[order] for results in zip(*outputs, strict=True))
+
+    def query_parts(self) -> list[Tensor]:
+        """Row indices of each forward that `prefill` makes."""
+        if all(type(layer) is RoomyLayer for layer in self.cache.layers):
+            return parts_by_length(self.mask.sum(1))
+        return [torch.arange(len(self.mask), device=self.mask.device)]
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and hidden states after one more token [B] per row."""
@@ -185,6 +198,7 @@ class StaticDecoder:
 
     every = 8
     shrink = 0.5
+    goes_on = staticmethod(goes_on)
 
     def __init__(self, model: PreTrainedModel, query_ids: Tensor, query_mask: Tensor, total: int):
         self.model = model

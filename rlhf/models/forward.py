@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rlhf.models.kernels import BY_ROW
+from rlhf.models.shards import abandoned_on_error
 
 
 # ---- running ----
@@ -183,7 +184,8 @@ def _keeps_rows_apart(backbone: PreTrainedModel, ids: Tensor, alone: Tensor) -> 
     mask = torch.ones_like(ids).bool()
     mask[1, 4:] = False
     try:
-        difference = (_states(backbone, pack(backbone, ids, mask).inputs) - alone).norm(dim=1)
+        with abandoned_on_error(backbone):
+            difference = (_states(backbone, pack(backbone, ids, mask).inputs) - alone).norm(dim=1)
     except (TypeError, ValueError, IndexError, RuntimeError):
         # Takes no further arguments, or looks into the mask: there are as many ways as architectures.
         return False
@@ -210,7 +212,7 @@ def mlp_only_at(backbone: nn.Module, pick):
     those that nobody asks for. That spares two thirds of a layer for every prompt token, forward and backward.
     """
     # Without such a part all places are computed, which costs time and changes nothing.
-    part = _last_mlp(backbone)
+    part = last_mlp(backbone)
     if part is None:
         yield
         return
@@ -237,7 +239,7 @@ def mlp_only_at(backbone: nn.Module, pick):
             part.forward = replaced
 
 
-def _last_mlp(backbone: nn.Module) -> nn.Module | None:
+def last_mlp(backbone: nn.Module) -> nn.Module | None:
     """The feed-forward part of the last layer, where there is one that takes hidden states and nothing else."""
     layers = getattr(backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList):

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import rms_norm, silu
 
 # Relative and absolute difference of two results that may be rounding.
@@ -162,14 +163,19 @@ class MLPForward:
         return part.down_proj(gpu_kernels().silu_times(part.gate_proj(x), part.up_proj(x)))
 
 
+def _is_here(weight: Tensor) -> bool:
+    """Return True if this process holds the whole weight."""
+    return not weight.is_meta and weight.numel() > 0 and not isinstance(weight, DTensor)
+
+
 @torch.no_grad()
 def fuse_mlps(model: nn.Module) -> int:
     """Let feed-forward parts with SwiGLU activate in one kernel, those that a trial finds to be that; how many are."""
     count = 0
     for part in model.modules():
         linears = [getattr(part, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        # Under ZeRO-3 a weight is elsewhere until its layer runs.
-        if not all(isinstance(one, nn.Linear) and not one.weight.is_meta and one.weight.numel() for one in linears):
+        # Under ZeRO-3, and in shards, a weight is elsewhere until its layer runs.
+        if not all(isinstance(one, nn.Linear) and _is_here(one.weight) for one in linears):
             continue
         gate, up, down = linears
         # A weight of four bits is held as whole numbers, and computes in half precision.

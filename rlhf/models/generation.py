@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 
 from rlhf.data.batches import collate_prompts
 from rlhf.data.prompt_format import PromptFormat
-from rlhf.models.decoding import decoder_of
 from rlhf.models.linear import cast_once
+from rlhf.models.shared_decoding import decoder_of
 from rlhf.ppo import selective_logprobs, token_entropy
-from rlhf.run.stopping import received
 
 
 @dataclass(frozen=True)
@@ -164,6 +163,16 @@ def generate(
     return _without_rest(out, sampling.pad_token_id)
 
 
+def take_part(model: PreTrainedModel, sampling: Sampling, device) -> None:
+    """Take part in the sampling of other processes that share the base in shards, without a row of one's own."""
+    nothing = torch.zeros(0, 1, device=device)
+    queries = nothing.long()
+    total = nothing.expand(0, sampling.max_new_tokens)
+    _sample(
+        model, None, Rollout(queries, queries.bool(), total.long(), total.bool(), total, total, total), sampling, None
+    )
+
+
 def _sample(model: PreTrainedModel, values_of, out: Rollout, sampling: Sampling, generator) -> None:
     """Fill in what is sampled, token by token, until every row has ended."""
     rows, total = out.mask.shape
@@ -183,10 +192,10 @@ def _sample(model: PreTrainedModel, values_of, out: Rollout, sampling: Sampling,
         if t == total - 1:
             break
         if (t + 1) % decoder.every == 0:
-            going = (~ended).nonzero().squeeze(1)
             # What is sampled under a signal is thrown away; the caller asks all processes whether to stop.
-            if len(going) == 0 or received():
+            if not decoder.goes_on(ended):
                 break
+            going = (~ended).nonzero().squeeze(1)
             if len(going) <= decoder.shrink * len(alive) and len(going) < len(alive):
                 alive = alive[going]
                 chosen = chosen[going]

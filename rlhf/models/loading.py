@@ -22,7 +22,8 @@ from transformers.modeling_layers import GenericForSequenceClassification
 import rlhf.baichuan  # noqa: F401 (registers the native Baichuan with the Auto classes)
 from rlhf.artefacts.damage import refused
 from rlhf.artefacts.files import nearest, read_object
-from rlhf.models.fusing import fuse
+from rlhf.models import shards
+from rlhf.models.fusing import fuse, fuse_mlps, kernels_available
 from rlhf.run.environment import read_launch
 
 # Sizes in a config.json above which it is damaged or malicious: a skeleton of them alone would fill the memory.
@@ -92,12 +93,13 @@ def pick_dtype(bf16: bool) -> torch.dtype:
 
 
 def load_base(
-    model_dir: str, dtype: torch.dtype, head: str = "causal", device=None, four_bit: bool = False
+    model_dir: str, dtype: torch.dtype, head: str = "causal", device=None, four_bit: bool = False, mesh=None
 ) -> PreTrainedModel:
     """The base with a language model head ("causal") or a one-number score head ("score"), in an explicit dtype.
 
     transformers obeys the checkpoint's own dtype (often float16) unless told otherwise. With four_bit only the layers'
     matrices are quantised: heads, embeddings and norms stay as they are, and nothing is cast to float32 for training.
+    With `mesh`, of `shards.base_mesh`, this process reads its own parts of the layers, and no process holds them all.
     """
     config = read_config(model_dir)
     # A mixture's router would hand its logits to a loss that we do not have.
@@ -107,6 +109,15 @@ def load_base(
     if head == "score":
         auto = score_model_class(config)
         config.num_labels = 1
+    if mesh is not None:
+        kind = auto if head == "score" else MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        auto = shards.placing_class(kind, mesh)
+        options["distributed_config"] = shards.PLACED
+        device = shards.device_of(mesh)
+    if device is not None and torch.device(device).type == "cuda" and not four_bit:
+        # Straight to the card: the host holds one tensor at a time.
+        options["device_map"] = {"": device}
+        device = None
     if four_bit:
         options |= _in_four_bits(dtype, device)
         device = None
@@ -124,9 +135,21 @@ def load_base(
             # On a CPU bitsandbytes repacks a matrix at its first use in eval(); from then on it passes no gradient.
             module.support_avx512bf16_for_cpu = False
 
-    model = model if device is None else model.to(device)
+    # Where there are shards, every part is in its place already.
+    if mesh is not None and mesh.device_type == "cpu":
+        shards.own_memory(model)
+    model = model if device is None or mesh is not None else model.to(device)
     fuse(model)
+    # A layer in shards is whole, and can be tried, one at a time.
+    for layer in shards.gathered_layers(model) if kernels_available() else ():
+        fuse_mlps(layer)
     return model
+
+
+def base_as_asked(args, model_dir: str, head: str = "causal") -> PreTrainedModel:
+    """The base of a Trainer stage by its flags: precision, 4 bits, shards; see `load_base`."""
+    mesh = shards.base_mesh(args.shard_base)
+    return load_base(model_dir, pick_dtype(args.bf16), head=head, four_bit=args.load_in_4bit, mesh=mesh)
 
 
 def read_config(model_dir: str) -> PretrainedConfig:

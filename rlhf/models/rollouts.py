@@ -16,6 +16,23 @@ def by_length(rollout: Rollout, rows_at_once: int) -> list[Tensor]:
     return list(order.split(rows_at_once))
 
 
+def by_tokens(rows: Tensor, lengths: Tensor, limit: int) -> list[Tensor]:
+    """Row indices [N], the shortest first, cut where rows padded to the longest would hold more than `limit` tokens.
+
+    Args:
+        lengths: [B] long, tokens of every row. limit: a row that is longer has a pass of its own.
+    """
+    rows = rows[lengths[rows].argsort(stable=True)]
+    sizes: list[int] = []
+    # In rising order, the row that comes next is the longest of its pass.
+    for length in lengths[rows].tolist():
+        if sizes and (sizes[-1] + 1) * length <= limit:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return list(rows.split(sizes))
+
+
 def join(parts: list[Rollout], pad_token_id: int) -> Rollout:
     """Several rollouts as one, padded to the widest query (on the left) and response (on the right)."""
     joined = {}

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from rlhf.artefacts.files import write_json
@@ -91,12 +92,17 @@ def in_use() -> dict[str, str]:
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
     """Choose the ways of the products of a model's large weights."""
-    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    weights = [_shape_of(module.weight) for module in model.modules() if type(module) is nn.Linear]
     large = [weight for weight in weights if _is_large(weight)]
     views = large + [weight.T for weight in large]
     shapes = {_key(kind, view): view for kind, view in product(USUAL, views)}
     known = _known(shapes) if shapes else {}
     use({key: known[key] for key in shapes if known[key] != USUAL[key.split()[0]]})
+
+
+def _shape_of(weight: Tensor) -> Tensor:
+    """The weight; of one in shards, which is whole while its layer runs, zeros of its shape, which take no memory."""
+    return torch.zeros(weight.shape) if isinstance(weight, DTensor) and weight.is_cpu else weight
 
 
 def _is_large(weight: Tensor) -> bool:

@@ -9,10 +9,11 @@ from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.forward import backbone_of
 from rlhf.models.loading import load_base, pick_dtype
 from rlhf.models.lora import add_lora, score_head_of
+from rlhf.models.shards import base_mesh
 from rlhf.reward import benchmark, best_of
 from rlhf.reward.audit import row_scorer
-from rlhf.reward.audit_report import audit_model
-from rlhf.run.launch import say
+from rlhf.reward.audit_report import audit_model, publish
+from rlhf.run.launch import rank_and_size, say
 
 
 def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict, eval_rows: Sequence[dict]) -> None:
@@ -26,7 +27,7 @@ def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict,
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # A language model with the score head beside it, as in PPO.
-    model = load_base(model_dir, pick_dtype(args.bf16), device=device)
+    model = load_base(model_dir, pick_dtype(args.bf16), device=device, mesh=base_mesh(args.shard_base))
     model, rest = add_lora(model, folder, "reward", trainable=False)
     head = score_head_of(rest, folder).to(model.device)
     backbone = backbone_of(model.get_base_model())
@@ -39,7 +40,10 @@ def audit_adapter(args, model_dir: str, prompt_format: PromptFormat, base: dict,
         more["subsets"] = benchmark.by_subset(score_rows, eval_rows)
     if args.best_of:
         more["best_of_n"] = best_of.run(args, model, head, prompt_format, eval_rows)
-    audit_model(args, backbone, head, prompt_format, eval_rows, folder, more)
+    results = audit_model(args, backbone, head, prompt_format, eval_rows, more)
+    if rank_and_size()[0]:
+        return
+    publish(results, folder)
     for name, part in more.get("subsets", {}).items():
         say(f"{name}: right on {part['share']:.1%} of {part['n']:,} questions")
     say(f"audit written to {folder}/audit.md")

@@ -25,13 +25,12 @@ TERMINAL_LINES = 12
 
 # ---- running ----
 def audit_model(
-    args, backbone, head, prompt_format: PromptFormat, eval_rows: Sequence[dict], folder: str, more: dict | None = None
-) -> dict[str, float]:
-    """Attack a reward model on held-out prompts; audit.json, .md and .png in `folder`, the verdict in the log.
+    args, backbone, head, prompt_format: PromptFormat, eval_rows: Sequence[dict], more: dict | None = None
+) -> dict:
+    """Attack a reward model on held-out prompts; returns the results, of `audit`. Collective over a base in shards.
 
     Args:
         more: further results for the report, "subsets" and "best_of_n".
-    Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
     """
     # A scorer of this model, and the pairs to try it on.
     device = next(head.parameters()).device
@@ -51,7 +50,14 @@ def audit_model(
     results |= {"length_calibration": length_file.calibrate(results["points"])} | (more or {})
     if "best_of_n" in results:
         results["verdict"]["notes"].append(best_of_report.sentence(results["best_of_n"]))
+    return results
 
+
+def publish(results: dict, folder: str | Path) -> dict[str, float]:
+    """Leave an audit in the directory of its adapter: audit.json, .md and .png; the verdict in the log.
+
+    Returns: what run.json keeps of it: audit_pass (1 or 0) and for each attack the share that the real answer wins.
+    """
     # The adapter's hash lets a later stage see that the audit is of another state of the adapter.
     write_audit(results | {"adapter": adapter_hash(folder), "config": adapter_config_hash(folder)}, folder)
     say(table(results))

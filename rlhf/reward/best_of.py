@@ -28,7 +28,7 @@ from rlhf.models.lora import add_lora, score_head_of
 from rlhf.reward import best_of_report
 from rlhf.reward.audit import row_scorer
 from rlhf.reward.best_of_n import curve, turning_point
-from rlhf.run.launch import say
+from rlhf.run.launch import rank_and_size, say
 from rlhf.run.pictures import attempt
 from rlhf.run.progress import shown
 from rlhf.run.stopping import explain_out_of_memory, stop_if_agreed
@@ -81,6 +81,9 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
     # 2. The curve, and what it means.
     found = summary(scores, judged)
     texts = [[prompt_format.decode(ids) for ids in own] for own in answers]
+    # All processes that share a base come to the same; the first one writes.
+    if rank_and_size()[0]:
+        return found
     _write(Path(args.reward_model_lora_path), found, prompts, texts, scores, judged)
     if args.write_best:
         ended = [[ids[-1] in prompt_format.stop_ids for ids in own] for own in answers]

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 
 from rlhf.data.batches import collate_prompts
+from rlhf.models import generation
 from rlhf.models.generation import Rollout, generate
 from rlhf.models.rollouts import by_length, join
+from rlhf.models.shards import mesh_of, missing
+from rlhf.models.shared_decoding import idle
 from rlhf.ppo import gae, group_advantages, token_rewards, whiten
 from rlhf.rl.loop import PPOLoop, global_moments
 from rlhf.rl.roles import critic_values, role_logprobs
@@ -22,11 +25,14 @@ def sample_responses(loop: PPOLoop, prompts: list[dict], generator: torch.Genera
     at_once = len(prompts) if loop.args.batched_gen else 1
     batches = torch.arange(len(prompts), device=ids.device).split(at_once)
     flags = "--batch_size or --output_max_length, or give --batched_gen False"
+    spare = missing(mesh_of(loop.roles.model), len(batches))
     with explain_out_of_memory("sampling", ids.shape, flags):
         parts = [
-            generate(loop.roles.model, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
+            generate(loop.sampler, loop.roles.values, ids[rows], mask[rows], loop.sampling, generator)
             for rows in batches
         ]
+        for _ in range(spare):
+            generation.take_part(loop.sampler, loop.sampling, ids.device)
 
     # Sampling takes longest, so a signal is answered right after it, by all ranks together.
     stop_if_agreed(loop.accelerator.device)
@@ -37,10 +43,25 @@ def sample_responses(loop: PPOLoop, prompts: list[dict], generator: torch.Genera
 def score_responses(loop: PPOLoop, rollout: Rollout, role: str = "reward") -> Tensor:
     """[B] float32: the reward model's (or the judge's) own score of each row, on the token ids themselves."""
     scores = torch.empty(len(rollout.mask), device=rollout.mask.device)
-    for rows in by_length(rollout, loop.args.forward_batch_size):
+    batches = by_length(rollout, loop.args.forward_batch_size)
+    spare = missing(mesh_of(loop.roles.model), len(batches))
+    for rows in batches:
         part = rollout.rows(rows)
         scores[rows] = loop.roles.scores(part.input_ids, part.attention_mask, role)
+    for _ in range(spare):
+        idle(loop.roles.model)
     return scores
+
+
+def take_part(loop: PPOLoop, reward_models: int) -> None:
+    """Do the share of a process without a prompt in what `sample_responses` and `score_responses` do on others."""
+    mesh = mesh_of(loop.roles.model)
+    for _ in range(missing(mesh, 0)):
+        generation.take_part(loop.sampler, loop.sampling, loop.accelerator.device)
+    stop_if_agreed(loop.accelerator.device)
+    for _ in range(reward_models):
+        for _ in range(missing(mesh, 0)):
+            idle(loop.roles.model)
 
 
 def recomputes(loop: PPOLoop) -> bool:

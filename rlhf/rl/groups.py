@@ -11,9 +11,8 @@ from torch import Tensor
 from rlhf.models.generation import Rollout
 from rlhf.models.rollouts import join
 from rlhf.rl import rewards
-from rlhf.rl.experience import sample_responses
+from rlhf.rl.experience import sample_responses, take_part
 from rlhf.rl.loop import PPOLoop, seeded
-from rlhf.run.stopping import stop_if_agreed
 
 # Times that a step asks fresh prompts before it takes its groups as they are.
 ROUNDS = 3
@@ -45,7 +44,7 @@ def replace_dead_groups(loop: PPOLoop, step: int, batch: Batch) -> Batch:
         if not loop.accelerator.reduce(dead.sum(), "sum"):
             break
         if not dead.any():
-            stop_if_agreed(loop.accelerator.device)
+            take_part(loop, len(rewards.members(loop)))
             continue
 
         fresh = _spare_prompts(loop, step, round_number, int(dead.sum()))

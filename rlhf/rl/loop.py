@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf.data.prompt_format import PromptFormat
 from rlhf.models.generation import Sampling
@@ -32,6 +33,8 @@ class PPOLoop:
     optimizer: torch.optim.Optimizer
     kl_controller: FixedKLController | AdaptiveKLController
     guard: CollapseGuard
+    # The policy's twin that decodes on the shards of the base where they lie (rlhf/models/tensor_parallel.py).
+    twin: PreTrainedModel | None = None
     functions: list[RewardFunction] = field(default_factory=list)
     # What length alone adds to the score of each reward adapter; empty without --length_calibration.
     calibrations: list[LengthCalibration] = field(default_factory=list)
@@ -53,6 +56,11 @@ class PPOLoop:
     def tokenizer(self):
         """The tokenizer of the prompt format."""
         return self.prompt_format.tokenizer
+
+    @property
+    def sampler(self) -> PreTrainedModel:
+        """What samples: the policy, or its twin."""
+        return self.roles.model if self.twin is None else self.twin
 
     @property
     def processes(self) -> int:

@@ -126,6 +126,7 @@ def load_roles(
     more_rewards: dict | None = None,
     critic: str | None = "head",
     four_bit: bool = False,
+    mesh=None,
 ) -> Roles:
     """Load the base once and put the SFT adapter (as policy and as reference) and the reward adapter on it.
 
@@ -137,11 +138,11 @@ def load_roles(
         more_rewards: role -> directory of the further reward adapters of an ensemble.
         critic: "head" on the policy's hidden states, "adapter" for one with an adapter of its own (which starts as
             the reward model, as in Ouyang et al. 2022, arXiv:2203.02155), or None.
-        four_bit: hold the base in 4 bits (and a merged reference as well).
+        four_bit: hold the base in 4 bits (and a merged reference as well). mesh: hold both in shards over it.
     Raises: ValueError where an adapter does not fit the base or the reward adapter has no score head.
     """
     # 1. The base, and on it the adapters of the roles.
-    base = load_base(base_dir, dtype, device=device, four_bit=four_bit)
+    base = load_base(base_dir, dtype, device=device, four_bit=four_bit, mesh=mesh)
     # A policy that goes on comes from its checkpoint, and the reference from the SFT directory all the same.
     if policy_dir or sft_dir:
         model, _ = add_lora(base, policy_dir or sft_dir, "policy", trainable=True)
@@ -165,7 +166,7 @@ def load_roles(
     # 3. A merged reference, a second model beside the base.
     reference = None
     if merged_sft_dir is not None:
-        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit)
+        reference = load_base(merged_sft_dir, dtype, device=device, four_bit=four_bit, mesh=mesh)
         reference.eval().requires_grad_(False)
 
     # 4. Both models compute in fewer passes from here on: fused linear layers, packed rows.
@@ -211,8 +212,7 @@ def save_critic(roles: Roles, output_dir: str | Path) -> None:
     if roles.value_head is None:
         return
 
-    weights = roles.value_head.state_dict()
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in roles.value_head.state_dict().items()}
     save_file(tensors, Path(output_dir) / VALUE_HEAD_FILE)
     refuse_written(Path(output_dir) / VALUE_HEAD_FILE, "the value head")
     follow_umask(Path(output_dir) / VALUE_HEAD_FILE)

@@ -6,6 +6,8 @@ change what is optimised, and every decision is taken on reduced values at a poi
 """
 
 import signal
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +16,8 @@ from transformers import Adafactor
 
 from rlhf.models.forward import scatter_by_mask
 from rlhf.models.generation import Rollout, Sampling
+from rlhf.models.rollouts import by_tokens
+from rlhf.models.shards import mesh_of, missing
 from rlhf.ppo import policy_loss, value_loss
 from rlhf.rl.roles import Roles, response_hidden, response_logprobs
 from rlhf.rl.state import copy_weights, restore_weights
@@ -106,8 +110,7 @@ class Learner:
             while batches:
                 # Those up to the next optimizer step, which the epoch before may have begun.
                 due = args.gradient_accumulation_steps - self.pending
-                for rows in self.passes(rollout, batches[:due]):
-                    part = rollout.rows(rows)
+                for part in self.parts(rollout, batches[:due]):
                     with explain_out_of_memory("the update", part.input_ids.shape, self.bound):
                         totals = totals + self.backward(part)
                 self.pending += len(batches[:due])
@@ -124,11 +127,21 @@ class Learner:
             self.step()
         return self.metrics(totals) | {"skipped": self.skipped, "epochs": epoch + 1}
 
-    def passes(self, rollout: Rollout, batches: list[Tensor]) -> list[Tensor]:
-        """Row indices of the backward passes of some mini-batches: their own, or cut by --tokens_per_backward."""
+    def parts(self, rollout: Rollout, batches: list[Tensor]) -> Iterator[Rollout]:
+        """The rows of each backward pass of some mini-batches: their own, or cut by --tokens_per_backward."""
         limit = self.args.tokens_per_backward
-        lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
-        return by_tokens(torch.cat(batches), lengths, limit) if limit else batches
+        spare = 0
+        if limit:
+            lengths = rollout.query_mask.sum(1) + rollout.mask.sum(1)
+            batches = by_tokens(torch.cat(batches), lengths, limit)
+            spare = missing(mesh_of(self.roles.model), len(batches))
+        for rows in batches:
+            yield rollout.rows(rows)
+
+        # Of a base in shards all processes make as many: nothing is learnt from a row that counts nowhere.
+        for _ in range(spare):
+            row = rollout.rows(torch.zeros(1, dtype=torch.long, device=rollout.mask.device))
+            yield replace(row, learn=torch.zeros_like(row.mask))
 
     def metrics(self, totals: Tensor) -> dict[str, float]:
         """Means over real tokens of all ranks of SUMS, the largest ratio, and the mean gradient norm."""
@@ -253,20 +266,3 @@ def mini_batches(rollout: Rollout, size: int, accumulation: int, generator: torc
         order = lengths[window].argsort(stable=True)
         batches += window[order].split(size)
     return batches
-
-
-def by_tokens(rows: Tensor, lengths: Tensor, limit: int) -> list[Tensor]:
-    """Row indices [N], the shortest first, cut where rows padded to the longest would hold more than `limit` tokens.
-
-    Args:
-        lengths: [B] long, tokens of every row. limit: a row that is longer has a pass of its own.
-    """
-    rows = rows[lengths[rows].argsort(stable=True)]
-    sizes: list[int] = []
-    # In rising order, the row that comes next is the longest of its pass.
-    for length in lengths[rows].tolist():
-        if sizes and (sizes[-1] + 1) * length <= limit:
-            sizes[-1] += 1
-        else:
-            sizes.append(1)
-    return list(rows.split(sizes))

@@ -33,11 +33,12 @@ LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of its launcher: its number from 0, how many there are, its number on this machine."""
+    """This process among those of its launcher: its number from 0, how many there are, and both on this machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     # True where a launcher started it; else this script may start processes itself.
     launched: bool = False
 
@@ -76,7 +77,9 @@ def read_launch(nproc: int = 0) -> Launch:
             f"the environment has WORLD_SIZE={size} without {missing[0]}: a launcher sets them together; unset "
             "WORLD_SIZE and RANK, or start with torchrun"
         )
-    return Launch(rank, size, given["LOCAL_RANK"], launched=True)
+    # A launcher that leaves it out has all processes on one machine.
+    local_size = _number("LOCAL_WORLD_SIZE") if os.environ.get("LOCAL_WORLD_SIZE") else size
+    return Launch(rank, size, given["LOCAL_RANK"], local_size, launched=True)
 
 
 def refuse_unusable() -> None:

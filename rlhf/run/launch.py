@@ -18,6 +18,7 @@ from rlhf.artefacts.files import NO_ROOM, is_too_large, limit_of_files
 from rlhf.artefacts.resume import finished_run
 from rlhf.run import workers
 from rlhf.run.environment import read_launch
+from rlhf.run.sharing import processes_a_copy
 from rlhf.run.startup import hand_signals_back, looks_only, prepare
 from rlhf.run.stopping import Collapse, Interrupted, listen
 from rlhf.run.terminal import printable, shortened
@@ -34,9 +35,10 @@ MENDABLE = (ValueError, OSError, FloatingPointError, MemoryError, Collapse)
 
 
 def require_optional(args) -> None:
-    """Refuse a flag whose package is not installed, or a DeepSpeed configuration that cannot work.
+    """Refuse a flag without its package, a DeepSpeed configuration that cannot work, shards that do not add up.
 
-    Raises: ValueError in one sentence, with the command that installs the package; those of `check_deepspeed`.
+    Raises: ValueError in one sentence, with the command that installs the package; those of `check_deepspeed` and of
+        `processes_a_copy`.
     """
     for (flag, only), (package, version) in NEEDED.items():
         value = getattr(args, flag, None)
@@ -48,6 +50,7 @@ def require_optional(args) -> None:
 
     if getattr(args, "deepspeed", None):
         check_deepspeed(args.deepspeed)
+    processes_a_copy(args.shard_base)
 
 
 def check_deepspeed(file: str) -> None:
@@ -152,6 +155,10 @@ def run_main(main, args) -> None:
         print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
+        if workers.lost_another(error):
+            script = os.path.basename(sys.argv[0])
+            print(f"{script}: error: another process of this run has ended, and this one with it", file=sys.stderr)
+            sys.exit(1)
         # Errors that a user can mend. Any other is a bug, and keeps its traceback.
         if not isinstance(error, MENDABLE) and not is_out_of_memory(error):
             raise

@@ -64,8 +64,11 @@ def start(processes: int) -> int:
         # Unbuffered, so that the lines of several workers do not come late.
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if code < 0:
+            # It could say nothing itself.
+            print(f"process {rank} was ended by {signal.Signals(-code).name}; the others end too", file=sys.stderr)
         # torch gives -n for a process that signal n has ended, where a shell says 128 + n.
         return code if code > 0 else 128 - code
     except SignalException as stop:
@@ -74,6 +77,16 @@ def start(processes: int) -> int:
     finally:
         shutil.rmtree(meeting, ignore_errors=True)
     return 0
+
+
+def lost_another(error: Exception) -> bool:
+    """Return True if an error says that another process of this run is gone, in whichever words."""
+    from torch.distributed import DistError
+
+    gone = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed")
+    return isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in gone)
+    )
 
 
 def meet() -> None:

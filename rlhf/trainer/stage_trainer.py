@@ -14,6 +14,7 @@ from rlhf.artefacts.run_json import write_run
 from rlhf.data.batches import LengthGroupedSampler
 from rlhf.models.forward import forked_rng
 from rlhf.models.loading import pick_dtype
+from rlhf.models.shards import in_ddp, mesh_of
 from rlhf.run.stopping import explain_out_of_memory
 from rlhf.trainer.log import CHECKPOINT_PREFIX
 
@@ -94,6 +95,19 @@ class StageTrainer:
         # An evaluation draws random numbers of its own: training goes on as if there had been none.
         with forked_rng():
             return super().evaluate(*args, **kwargs)
+
+    def _move_model_to_device(self, model, device):
+        # A base in shards was read to where it belongs.
+        if mesh_of(model) is None:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        model = super()._wrap_model(model, training, dataloader)
+        if not training or model is not self.model or mesh_of(model) is None or not self.accelerator.use_distributed:
+            return model
+        # accelerate wraps no base in shards: all that it does here is autocast.
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        return in_ddp(model, **self.accelerator.ddp_handler.to_kwargs())
 
     def floating_point_ops(self, inputs):
         """Return 0: nobody reads the count, and making it walks over all modules at every step."""

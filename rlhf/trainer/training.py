@@ -20,10 +20,14 @@ from rlhf.data.batches import LengthGroupedSampler
 from rlhf.data.cache import Prepare, Prepared, prepared
 from rlhf.data.inspection import inspect_rows
 from rlhf.data.prompt_format import PromptFormat
+from rlhf.models.forward import backbone_of
+from rlhf.models.shards import mesh_of, trained_from_first
+from rlhf.reward.audit_report import audit_model
 from rlhf.run.launch import rank_and_size, say
 from rlhf.run.stopping import Interrupted
 from rlhf.trainer.best import OutOfPatience
 from rlhf.trainer.log import CHECKPOINT_PREFIX, StageLog
+from rlhf.trainer.stage_trainer import is_zero3
 
 # What trainer_state.json holds, of the fields that training goes on by.
 STATE_KINDS = {
@@ -237,3 +241,18 @@ def final_evaluation(trainer) -> None:
             "the trained model's evaluation loss is not finite: no adapter is written; train again with a lower "
             "--learning_rate, or go on from an earlier checkpoint"
         )
+
+
+def audit_of(args, model, prompt_format: PromptFormat, eval_rows: Sequence[dict]) -> dict | None:
+    """The audit of the trained model, made by the first process, or by all where they share the base; or None."""
+    inner = model.get_base_model()
+    in_shards = mesh_of(inner) is not None
+    if not args.audit or not eval_rows or (rank_and_size()[0] and not in_shards):
+        return None
+    if is_zero3():
+        say("no audit: under ZeRO-3 one process alone cannot make it; --audit_only True can, later")
+        return None
+    if in_shards:
+        # The first process alone has put the best evaluation's weights back.
+        trained_from_first(model)
+    return audit_model(args, backbone_of(inner), inner.score, prompt_format, eval_rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from stages import words
-from transformers import Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 
 import reward_modeling
 import rl_training
@@ -28,15 +28,20 @@ H200 = hours.card_of(141)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Directories with nothing but the config.json of baichuan-7B and of Qwen3-8B."""
+    """Directories with nothing but the config.json of baichuan-7B, of Qwen3-8B and of Llama-3.3-70B."""
     folder = tmp_path_factory.mktemp("configs")
     sizes = {"hidden_size": 4096, "num_attention_heads": 32}
     BaichuanConfig(**sizes, intermediate_size=11008, num_hidden_layers=32).save_pretrained(folder / "baichuan")
     Qwen3Config(
         **sizes, intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8, head_dim=128, vocab_size=151936
     ).save_pretrained(folder / "qwen")
+    LlamaConfig(
+        hidden_size=8192, num_attention_heads=64, num_key_value_heads=8, intermediate_size=28672, num_hidden_layers=80,
+        vocab_size=128256,
+    ).save_pretrained(folder / "llama")  # fmt: skip
     names = ("baichuan-inc/baichuan-7B", "models/baichuan-7B")
-    return dict.fromkeys(names, str(folder / "baichuan")) | {"Qwen/Qwen3-8B": str(folder / "qwen")}
+    known = dict.fromkeys(names, str(folder / "baichuan")) | {"Qwen/Qwen3-8B": str(folder / "qwen")}
+    return known | {"meta-llama/Llama-3.3-70B-Instruct": str(folder / "llama")}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +169,7 @@ def script_commands(tmp_path) -> list[tuple[int, str, list[str]]]:
     named = []
     for file in sorted((ROOT / "scripts").glob("train_*.sh")):
         notes.write_text("", encoding="utf-8")
-        size = int(re.search(r"one card of (\d+)\s+(?:# )?GB", file.read_text(encoding="utf-8"))[1])
+        size = int(re.search(r"(?:one card|eight cards) of (\d+)\s+(?:# )?GB", file.read_text(encoding="utf-8"))[1])
         environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "DATA": "pairs.jsonl", "RUNS": str(tmp_path)}
         if file.name == "train_all.sh":
             environment.pop("DATA")
@@ -202,7 +207,7 @@ def test_every_command_of_the_pages_fits_the_card_it_names_or_24_gb(page, folder
 
 def test_every_command_of_the_scripts_fits_the_card_it_names(folders, bases, tmp_path):
     commands = script_commands(tmp_path)
-    assert [stage for _, stage, _ in commands].count("rl_training") == 3
+    assert [stage for _, stage, _ in commands].count("rl_training") == 4
     assert "merge_lora" not in {stage for _, stage, _ in commands}
     for size, stage, flags in commands:
         assert fits(size, stage, flags, folders, bases), (size, stage, flags)

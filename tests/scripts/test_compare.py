@@ -13,8 +13,9 @@ import compare
 from rlhf.artefacts.files import write_json
 from rlhf.artefacts.run_json import load_run
 from rlhf.compare import inputs
-from rlhf.compare.answers import Answer, AnswerSettings, GumbelSampler, Versions, row_seeds
+from rlhf.compare.answers import Answer, AnswerSettings, Versions, row_seeds
 from rlhf.compare.html_page import write_html
+from rlhf.compare.processors import GumbelSampler
 from rlhf.compare.tables import best_scores, summarize, write_csv, write_markdown
 from rlhf.data.choose_format import text_format
 from rlhf.data.control_tokens import encode

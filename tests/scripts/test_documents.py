@@ -19,6 +19,7 @@ PAGES = (
     "ppo",
     "experiments",
     "running",
+    "scale",
     "speed",
     "flags",
     "design",

@@ -1,0 +1,148 @@
+"""A LoRA adapter merged into the files of its base, one tensor after the other: a model of any size, file by file.
+
+    W  <-  W + scaling * B @ A        in float32, added in the dtype of the result, as peft's safe merge does it
+
+A file of the base becomes a file of the same name, so that no more of the model than that file is ever in memory.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+
+from rlhf.artefacts.adapters import read_adapter
+from rlhf.models.loading import read_config
+
+# How peft names what an adapter holds, and fields of its configuration that make more of it than one plain product.
+PREFIX = "base_model.model."
+UNUSUAL = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication")
+
+
+@dataclass(frozen=True)
+class FileMerge:
+    """An adapter, and the files of the base that it goes into.
+
+    model: the base without weights, with all its settings. files: of the base, in the order of their names. deltas:
+    name of a weight -> (A [r, in], B [out, r]), float32.
+    """
+
+    model: PreTrainedModel
+    files: list[Path]
+    deltas: dict[str, tuple[Tensor, Tensor]]
+    scaling: float
+    transposed: bool
+
+    @classmethod
+    def of(cls, base_dir: str, adapter_dir: str) -> "FileMerge | None":
+        """For plain LoRA on matrices that the files hold under the model's own names; None for anything else."""
+        config, weights = read_adapter(adapter_dir)
+        model = _without_weights(base_dir)
+        if any(getattr(config, name, None) for name in UNUSUAL) or getattr(model.config, "norm_head", False):
+            return None
+        files = sorted(Path(base_dir).glob("*.safetensors"))
+        held = list(chain.from_iterable(map(names_in, files)))
+        known = model.state_dict().keys()
+        pairs = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
+        deltas = {}
+        for pair in pairs:
+            ends = [weights.get(f"{pair}.lora_{end}.weight") for end in "AB"]
+            if None not in ends and all(end.dim() == 2 for end in ends):
+                deltas[f"{pair.removeprefix(PREFIX)}.weight"] = tuple(end.float() for end in ends)
+        plain = len(held) == len(set(held)) and set(held) <= known and deltas.keys() <= set(held)
+        if not deltas or not plain or 2 * len(deltas) != len(weights):
+            return None
+        root = config.r**0.5 if config.use_rslora else config.r
+        return cls(model, files, deltas, config.lora_alpha / root, config.fan_in_fan_out)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return True if the model takes half of this machine's memory at most, so that it can run as well."""
+        if torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory
+        else:
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return 2 * dtype.itemsize * sum(p.numel() for p in self.model.parameters()) <= total
+
+    def delta(self, name: str) -> Tensor | None:
+        """What the adapter adds to a weight, float32; None where it adds nothing."""
+        if name not in self.deltas:
+            return None
+        a, b = self.deltas[name]
+        change = b @ a
+        return (change.T if self.transposed else change) * self.scaling
+
+    def write(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write the merged files, and their index where there are several. Raises: ValueError for a broken weight."""
+        index = {}
+        size = 0
+        for file in self.files:
+            tensors = {}
+            for name, tensor in stored_in(file):
+                tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+                change = self.delta(name)
+                if change is not None and change.shape != tensor.shape:
+                    shapes = f"{list(tensor.shape)}, and the adapter's {list(change.shape)}"
+                    raise ValueError(f"the adapter does not fit this base: {name} is {shapes}")
+                tensors[name] = tensor if change is None else tensor.add_(change.to(dtype))
+                if not tensors[name].isfinite().all():
+                    raise ValueError(f"{name} of {file} is not finite after the merge: base or adapter is broken")
+            save_file(tensors, folder / file.name, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, file.name)
+            size += sum(tensor.nbytes for tensor in tensors.values())
+
+        self.model.config.dtype = dtype
+        self.model.config.save_pretrained(folder)
+        self.model.generation_config.save_pretrained(folder)
+        if len(self.files) > 1:
+            content = {"metadata": {"total_size": size}, "weight_map": index}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def distance(self, folder: Path) -> float:
+        """Largest distance of a written matrix from base + adapter in float32: root mean square over that of it."""
+        largest = 0.0
+        for file in self.files:
+            with safe_open(folder / file.name, framework="pt", backend="pread") as written:
+                for name, tensor in stored_in(file):
+                    exact = tensor.float()
+                    change = self.delta(name)
+                    exact = exact if change is None else exact.add_(change)
+                    off = (written.get_tensor(name).float() - exact).norm() / exact.norm().clamp(min=1e-30)
+                    # Written so that NaN counts as the largest.
+                    largest = max(largest, off.item()) if off.isfinite() else float("inf")
+        return largest
+
+
+def _without_weights(base_dir: str) -> PreTrainedModel:
+    """The base on the meta device, with the settings that it has when it is loaded and saved."""
+    config = read_config(base_dir)
+    # As `load_base` leaves it.
+    config.get_text_config().output_router_logits = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.config.architectures = [type(model).__name__]
+    model.config.use_cache = True
+    if (Path(base_dir) / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base_dir)
+    return model
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors of a safetensors file."""
+    with safe_open(file, framework="pt") as stored:
+        return list(stored.keys())
+
+
+def stored_in(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a safetensors file, one after the other, each in memory of its own."""
+    # Mapped pages of a whole file would stay in memory beside what is made of them.
+    with safe_open(file, framework="pt", backend="pread") as stored:
+        for name in list(stored.keys()):
+            yield name, stored.get_tensor(name)
