@@ -98,6 +98,7 @@ def tokenizer_dir(args: ScriptArguments, base_dir: str, run: dict | None) -> str
     """Where the tokenizer of the training is: beside the adapter, where --tokenizer_name chose it."""
     if args.tokenizer_name:
         return args.tokenizer_name
+    # Every stage saves the tokenizer of its training beside the adapter.
     other = run is not None and run["arguments"].get("tokenizer_name")
     return args.lora_path if other else base_dir
 
@@ -126,6 +127,7 @@ def load_pair(base_dir: str, lora_path: str | None, dtype: str, device: str):
         config, weights = adapters.read_adapter(lora_path)
     head = "score" if config is not None and config.task_type == "SEQ_CLS" else "causal"
     model = loading.load_base(base_dir, getattr(torch, dtype), head=head, device=device).eval()
+    # `load_base` switched it off for training, and this configuration is saved for serving.
     model.config.use_cache = True
     # A new score head is random, but it is replaced by the adapter's below.
     damage.refuse_nonfinite(model.state_dict(), f"base {base_dir}")
@@ -223,6 +225,7 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
     if by_file is None and args.lora_path is not None:
         # Not every kind of LoRA is a change of weights.
         with damage.refused(f"adapter {args.lora_path} on this base", "it cannot be merged"):
+            # Safe: peft refuses weights that come out as NaN.
             model = model.merge_and_unload(safe_merge=True)
 
     # 3. Save, and load what was saved: only that proves the files right.
@@ -238,6 +241,7 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
         else:
             merged = to_llama.to_llama(model) if llama else model
             if head == "causal":
+                # A model that only scores never stops, as it generates nothing.
                 set_stop_tokens(merged, record)
             merged.save_pretrained(folder)
             # Only one model at a time has to fit.
@@ -259,6 +263,7 @@ def merge_into(args: ScriptArguments, target: Path) -> None:
 def set_stop_tokens(model: PreTrainedModel, record: dict | None) -> None:
     """Let generation_config stop at every token that ended an answer in training, the trained one first."""
     if record is not None:
+        # A single one as a number, the form in which every reader of the file knows it.
         stops = record["stop_ids"]
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
     # A base may sample with settings that transformers refuses to save beside greedy decoding.
@@ -300,6 +305,7 @@ def how_to_serve(target: Path, head: str, record: dict | None, native: bool) -> 
 def probe(model) -> Tensor:
     """Logits, or scores, on 8 rows of 24 fixed token ids: float32 on the CPU."""
     generator = torch.Generator().manual_seed(0)
+    # From 3 on, as the first ids are control tokens in most vocabularies.
     ids = torch.randint(3, model.config.vocab_size, (8, 24), generator=generator).to(model.device)
     return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.float().cpu()
 

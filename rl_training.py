@@ -88,6 +88,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
     times = [clock()]
 
     # 1. Sample
+    # Sampling refuses train mode, and dropout would make the recorded log-probabilities those of other models.
     loop.roles.train(False)
     prompts = next_prompts(loop, step)
     rollout = experience.sample_responses(loop, prompts, loop.generator(step, "rollout"))
@@ -95,12 +96,14 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 
     # 2. Score under every role
     parts = rewards.raw_parts(loop, rollout, prompts)
+    # Before reference and critic look at the batch: what is replaced would be computed for nothing.
     if args.drop_dead_groups:
         rollout, _, parts = groups.replace_dead_groups(loop, step, (rollout, prompts, parts))
     raw_scores = rewards.raw_score(loop, parts)
     experience.record_logprobs(loop, rollout)
     numbers = {"log-probability": rollout.logprobs, "value": rollout.values, "score": raw_scores}
     numbers |= {"reference log-probability": rollout.ref_logprobs}
+    # Before any mean over the batch: whitening would carry one NaN into every advantage.
     guard.refuse_non_finite(accelerator, numbers)
 
     # 3. Rewards and advantages
@@ -149,6 +152,7 @@ def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) 
         more_rewards=members,
         dtype=loading.pick_dtype(args.bf16),
         device=device,
+        # The shape of a fresh policy, where there is no SFT adapter to go on from.
         new_adapter=args,
         merged_sft_dir=args.merged_sft_model_path,
         policy_dir=start,
@@ -201,9 +205,11 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
     """Run the steps from `done` to the end, log each, save every save_freq-th; return the last step's metrics."""
     args = loop.args
     total = loop.total_steps
+    # Steps after the checkpoint are cut off here, because they are run once more.
     log = MetricsLog(args.output_dir, args.log_with, asdict(args), done) if loop.accelerator.is_main_process else None
     eta = Eta(total, done)
     last = {"step": done} | (log.last if log else {})
+    # A resumed run brings them along in its checkpoint.
     loop.last_good = loop.last_good or state.loop_weights(loop)
     try:
         for step in range(done, total):
@@ -213,6 +219,7 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
                 record, samples = train_step(loop, step)
                 reason = evaluate_and_guard(loop, record, samples)
             except stopping.Interrupted as stop:
+                # The steps before this one are done, and this one is given up.
                 raise stopping.Interrupted(
                     stop.signum, state.save_interrupted(loop, start, run, last | {"step": step})
                 ) from None
@@ -233,6 +240,7 @@ def train(loop: PPOLoop, done: int, run: dict) -> dict:
     finally:
         if log:
             log.close()
+            # Also where an error ends the run: its curves are then the first to look at.
             pictures.attempt(charts.draw_run, args.output_dir)
             # A finished run has its report once its result is saved.
             if last["step"] < total or "guard" in last:
@@ -254,10 +262,12 @@ def evaluate_and_guard(loop: PPOLoop, record: dict, samples: list[dict]) -> str 
     args = loop.args
     step = record["step"]
     if step == 1:
+        # Beside the first step, so that one file holds what later evaluations are compared with.
         record |= {f"eval_start/{name.removeprefix('eval/')}": value for name, value in loop.baseline.items()}
 
     guarded = args.on_collapse != "off"
     reason = loop.guard.check_step(record) if guarded else None
+    # A step that is given up is not worth an evaluation.
     if reason is None and args.eval_freq and step % args.eval_freq == 0:
         evaluated, answers = evaluation.evaluate(loop)
         record |= evaluated
@@ -299,8 +309,10 @@ def main(args: ScriptArguments) -> None:
 
     # 3. Data; from here on the output directory is ours.
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    # A look at the data claims nothing: the directory may be another run's.
     writes = accelerator.is_main_process and not args.inspect_data
     old = starting.claim(args) if writes else []
+    # The other ranks read on once the directory is this run's.
     accelerator.wait_for_everyone()
     bad_rows = Path(args.output_dir) / "bad_rows.jsonl"
     prompts, eval_prompts, funnel = load_prompts(args, prompt_format, bad_rows if writes else None)
@@ -309,6 +321,7 @@ def main(args: ScriptArguments) -> None:
     if args.eval_freq and len(eval_prompts) < accelerator.num_processes:
         raise ValueError(f"{len(eval_prompts)} held-out prompts for {accelerator.num_processes} processes are too few")
     run["data"] = reading.fingerprints(prompts, eval_prompts) | funnel.as_dict()
+    # Asked again: a path that is spelled otherwise can only be told by what it holds.
     if launch.already_finished(args, "ppo", run):
         return
 
@@ -316,6 +329,8 @@ def main(args: ScriptArguments) -> None:
     start = checkpoint.to_resume(args.resume_from_checkpoint, args.output_dir)
     resume.refuse_changes(start, args, run, accelerator.num_processes)
     loop = make_loop(args, accelerator, prompt_format, (prompts, eval_prompts), start)
+    # Only here, when all inputs are read and the models are in memory: a start that fails leaves the earlier run
+    # whole.
     output_dir.clear(old)
     launch.say(prompt_format.describe(), funnel.table(), *chosen, metrics.batch_sizes(loop))
 

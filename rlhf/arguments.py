@@ -20,6 +20,7 @@ OPTIMIZERS = (
     "schedule_free_adamw", "schedule_free_sgd", "apollo_adamw", "apollo_adamw_layerwise", "stable_adamw",
 )  # fmt: skip
 
+# Each has its opener under the same name in rlhf/run/trackers.py, where all else is optional to install.
 TRACKERS = ("wandb", "tensorboard", "swanlab")
 
 
@@ -34,19 +35,15 @@ class CommonArguments(ShardFlags):
     overwrite_output_dir: bool = flag(
         False, help="clear what an earlier run left in output_dir", group="artefacts", resume="free"
     )
+    # Text and no switch, because it takes a path as well: the spellings of a switch are sorted out below.
     resume_from_checkpoint: str | None = flag(
-        None,
-        help="True: go on from the newest complete checkpoint in output_dir, or start fresh; or the path of one",
-        group="artefacts",
-        resume="free",
-    )
+        None, help="True: go on from the newest complete checkpoint in output_dir, or start fresh; or the path of one",
+        group="artefacts", resume="free",
+    )  # fmt: skip
     allow_changes: bool = flag(
-        False,
-        help="resume although flags, data or processes differ; the rest of the run is then not exact",
-        group="artefacts",
-        resume="free",
-        expert=True,
-    )
+        False, help="resume although flags, data or processes differ; the rest of the run is then not exact",
+        group="artefacts", resume="free", expert=True,
+    )  # fmt: skip
     save_total_limit: int | None = flag(
         None, help="number of checkpoints to keep; none: all", group="artefacts", resume="free", expert=True
     )
@@ -61,28 +58,25 @@ class CommonArguments(ShardFlags):
         False, help="hold the base's matrices in 4 bits (NF4); needs bitsandbytes", group="machine"
     )
     gradient_checkpointing: bool = flag(False, help="recompute activations in backward: less memory", group="machine")
+    # Free on a resume, for it only says who starts the processes: their number itself is in a checkpoint's manifest,
+    # and is compared there.
     nproc: int = flag(
         0, help="processes to start; 0 means one for each visible GPU, one on a CPU", group="machine", resume="free"
     )
+    # Older launchers append it to the command line, where argparse would refuse what it does not know.
     local_rank: int = flag(
-        -1,
-        help="set by launchers; LOCAL_RANK is what counts",
-        group="machine",
-        aliases=["--local-rank"],
-        resume="free",
-        expert=True,
-    )
+        -1, help="set by launchers; LOCAL_RANK is what counts", group="machine", aliases=["--local-rank"],
+        resume="free", expert=True,
+    )  # fmt: skip
     # ---- run ----
     seed: int = flag(0, help="seed of everything random")
     log_with: str | None = flag(
         None, help="tracker beside metrics.jsonl: wandb, tensorboard or swanlab", resume="free"
     )
     on_non_finite: str = flag(
-        "stop",
-        help="when a loss, gradient or score is NaN or Inf: stop, or skip that step, unlearnt, and count it",
-        choices=["stop", "skip"],
-        expert=True,
-    )
+        "stop", help="when a loss, gradient or score is NaN or Inf: stop, or skip that step, unlearnt, and count it",
+        choices=["stop", "skip"], expert=True,
+    )  # fmt: skip
     inspect_data: bool = flag(False, help="print the data funnel and three rendered rows, then exit")
     plan: bool = flag(
         False,
@@ -106,15 +100,18 @@ class CommonArguments(ShardFlags):
     )
 
     def __post_init__(self):
+        # Spellings of no; the empty text is what a script makes of a variable that is not set.
         if self.resume_from_checkpoint in ("False", "false", "None", ""):
             self.resume_from_checkpoint = None
 
+        # One spelling from here on: a resume asks for "True", and takes anything else for a path.
         if self.resume_from_checkpoint in ("true", "1"):
             self.resume_from_checkpoint = "True"
 
         if self.log_with in ("none", "None", ""):
             self.log_with = None
 
+        # Here and not by `choices`, which would refuse "none".
         if self.log_with not in (None, *TRACKERS):
             raise ValueError(f"--log_with {self.log_with} is unknown: use {' or '.join(TRACKERS)}, or leave it out")
 
@@ -124,6 +121,7 @@ class CommonArguments(ShardFlags):
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"--save_total_limit {self.save_total_limit} must be at least 1, or be left out")
 
+        # numpy is seeded with it too, and takes 32 bits without a sign.
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed {self.seed} must be from 0 to {2**32 - 1}")
 
@@ -136,6 +134,7 @@ class CommonArguments(ShardFlags):
         if self.nproc < 0:
             raise ValueError(f"--nproc {self.nproc} is negative: give the number of processes, or 0 to have it found")
 
+        # Each class checks its own flags and hands on: the last of the chain, `Flags`, looks at the numbers of all.
         super().__post_init__()
 
 
@@ -144,6 +143,7 @@ class LoraArguments(Flags):
     """Shape of a new adapter. The defaults are those of the SFT stage; the reward stage overrides them."""
 
     lora_rank: int = flag(8, help="rank r of the adapter", group="adapter", aliases=["--lora_r"])
+    # The scale alpha / r is 4 at the defaults: whoever raises the rank alone lowers it, unless --use_rslora is on.
     lora_alpha: float = flag(32, help="alpha: the update is scaled by alpha / r", group="adapter")
     lora_target_models: str | None = flag(
         None,
@@ -152,6 +152,7 @@ class LoraArguments(Flags):
         group="adapter",
         aliases=["--lora_target_modules"],
     )
+    # Kalajdzievski 2023, arXiv:2312.03732: under alpha / r the gradients of high ranks shrink as the rank grows.
     use_rslora: bool = flag(
         False, help="scale the update by alpha / sqrt(r), which keeps high ranks stable", group="adapter", expert=True
     )
@@ -168,15 +169,16 @@ class TrainerFlags(Flags):
 
     # ---- artefacts ----
     model_name: str = flag(
-        "baichuan-inc/baichuan-7B",
-        help="base: directory or hub id",
-        group="artefacts",
-        aliases=["--base_model_name", "--model_path", "--model_name_or_path"],
-        resume="path",
-    )
+        "baichuan-inc/baichuan-7B", help="base: directory or hub id", group="artefacts",
+        aliases=["--base_model_name", "--model_path", "--model_name_or_path"], resume="path",
+    )  # fmt: skip
     # ---- adapter ----
+    # Not among the flags of `LoraArguments`, which PPO has too: there a dropout would give the sampled tokens other
+    # log-probabilities in the update, and the ratio would not start at 1.
     lora_dropout: float = flag(0.1, help="dropout on the adapter's input while training", group="adapter", expert=True)
     # ---- training ----
+    # A resumed run may be longer only under a constant schedule: any other would have had other learning rates from
+    # the first step on.
     num_train_epochs: float = flag(1.0, help="passes over the training rows", group="training", resume="longer")
     max_steps: int = flag(
         -1, help="optimizer steps in total; above 0 it overrides num_train_epochs", group="training", resume="longer"
@@ -224,18 +226,16 @@ class TrainerFlags(Flags):
         10, help="steps between printed lines (metrics.jsonl has every step)", resume="free", expert=True
     )
     deepspeed: str | None = flag(
-        None,
-        help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed",
-        group="machine",
-        resume="path",
-        expert=True,
-    )
+        None, help="DeepSpeed configuration (scripts/deepspeed/zero2.json); needs deepspeed",
+        group="machine", resume="path", expert=True,
+    )  # fmt: skip
 
     def __post_init__(self):
         # A name that transformers has dropped since the tutorial.
         if self.optim == "adamw_hf":
             self.optim = "adamw_torch"
 
+        # Here and not by `choices`, for --help would then list some fifty names.
         for name, known in (("optim", OPTIMIZERS), ("lr_scheduler_type", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)} is unknown: use one of {', '.join(known)}")
@@ -255,15 +255,20 @@ class TrainerFlags(Flags):
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout} must be in [0, 1)")
 
+        # Handed on as `warmup_steps`, which transformers takes for a share below 1 and for a number of steps from
+        # there on.
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio} must be in [0, 1)")
 
+        # A rate above 1 is a slip of the hand, such as 1e5 for 1e-5.
         if not 0 < self.learning_rate <= 1:
             raise ValueError(f"--learning_rate {self.learning_rate} must be above 0 and at most 1")
 
+        # -1 is transformers' own word for no limit.
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError(f"--max_steps {self.max_steps} must be at least 1, or -1 to go by num_train_epochs")
 
+        # With --max_steps the epochs count for nothing, whatever they are.
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise ValueError(f"--num_train_epochs {self.num_train_epochs} must be above 0")
 

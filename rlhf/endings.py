@@ -29,6 +29,7 @@ def say_end(made: str, quality: str | None, args, script: str, **flags: str | li
 def next_command(args, script: str, **flags: str | list[str] | None) -> str:
     """The command of a stage that goes on from this one, with the flags that both must agree in."""
     words = ["python", script]
+    # The other scripts read these settings from the adapter's run.json.
     carried = _carried(args) if script in TRAINING else {}
     for name, value in (flags | carried).items():
         if value is not None:

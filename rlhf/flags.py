@@ -53,11 +53,13 @@ def flag(
         expert: shown by `--help_all` only.
         kwargs: passed to `argparse.add_argument` (`choices`, `metavar`, ...).
     """
+    # argparse formats a help text with %, and a bare percent sign would end --help in a traceback.
     metadata = {"help": help.replace("%", "%%"), "group": group, "resume": resume, "expert": expert, **kwargs}
 
     if aliases:
         metadata["aliases"] = aliases
     if isinstance(default, list):
+        # One list for all instances would carry a change from one to the next, so dataclasses refuse it.
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -77,6 +79,7 @@ class Flags:
         """Refuse numbers that no computation could use, in any flag. Raises: ValueError naming the flag."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            # In Python True and False are integers.
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if not math.isfinite(value):
@@ -136,6 +139,7 @@ class _HelpAll(Action):
 def _boolean(text: str) -> bool:
     """The value of a switch. Raises: ArgumentTypeError for any other word."""
     for value, words in ((True, "yes true t y 1"), (False, "no false f n 0")):
+        # argparse's own type=bool would take every word for True, "False" among them.
         if text.lower() in words.split():
             return value
     raise ArgumentTypeError(f"{text!r} is neither True nor False")
@@ -143,6 +147,7 @@ def _boolean(text: str) -> bool:
 
 def _value_settings(field: dataclasses.Field, hint: Any) -> dict:
     """What `argparse.add_argument` has to know of a flag's value: its type, its default, how many words it takes."""
+    # `float | None` and `list[str]` name their kind among their arguments.
     kinds = getattr(hint, "__args__", (hint,))
     kind = next(kind for kind in kinds if kind in METAVARS)
     settings = {"type": _boolean if kind is bool else kind, "metavar": METAVARS[kind]}
@@ -166,6 +171,8 @@ class _GroupedParser(ArgumentParser):
     """Parser of a dataclass of `flag` fields: its help grouped by `group`, without the flags marked as `expert`."""
 
     def __init__(self, cls: type, **settings):
+        # An abbreviation that is unique today may not be so after the next new flag: old commands have to parse for
+        # ever.
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormat, **settings)
         hints = get_type_hints(cls)
         headings = {name: self.add_argument_group(name) for name in GROUPS}
@@ -179,17 +186,21 @@ class _GroupedParser(ArgumentParser):
         own = {name: field.metadata.get(name) for name in ("group", "expert", "aliases")}
         given = {name: value for name, value in field.metadata.items() if name not in (*own, "resume")}
         settings = _value_settings(field, hint) | given
+        # Without a metavar argparse lists the choices.
         if "choices" in given and "metavar" not in given:
             del settings["metavar"]
         heading = headings["required" if settings.get("required") else own["group"] or "run"]
+        # A name without an underscore is the same with dashes, and stands once.
         names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}", *(own["aliases"] or [])])
         action = heading.add_argument(*names, **settings)
         if own["expert"]:
             self.hidden[action] = action.help
+            # Hidden from --help alone; the flag itself parses like any other.
             action.help = SUPPRESS
 
         # A switch that is on can be put out by --no_x as well.
         if hint is bool and field.default is True:
+            # Its own default counts for nothing: argparse takes that of the first flag of a `dest`.
             off = (f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}")
             heading.add_argument(*off, action="store_false", dest=field.name, default=False, help=SUPPRESS)
 
@@ -203,6 +214,7 @@ class _GroupedParser(ArgumentParser):
             if not name.startswith("--") or " " in word or name in self._option_string_actions:
                 continue
             known = [option for option in self._option_string_actions if "-" not in option[2:]]
+            # Compared with underscores throughout, and with the two dashes in front put back.
             near = get_close_matches(name.replace("-", "_").replace("__", "--", 1), known, n=1)
             self.error(f"unrecognized arguments: {name}; {f'did you mean {near[0]}?' if near else 'see --help'}")
 
@@ -229,9 +241,11 @@ def parse(cls: type[Arguments], argv: list[str] | None, description: str | None)
     """
     parser = build_parser(cls, description)
     words = sys.argv[1:] if argv is None else argv
+    # Before argparse, whose own complaint would be the missing required flags, and the mistyped one may be among them.
     parser.refuse_unknown(words)
     namespace = parser.parse_args(words)
     try:
+        # Combinations are refused by the dataclass, whoever makes one: a test or another script needs no command line.
         return cls(**vars(namespace))
     except ValueError as error:
         parser.error(str(error))

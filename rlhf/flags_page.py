@@ -13,11 +13,14 @@ SCRIPTS = (*TRAINING_SCRIPTS, "merge_lora", "compare", "playground")
 def _rows(script: str) -> dict[str, tuple[str, str]]:
     """Flag name -> (default as the table shows it, help) of one script."""
     rows = {}
+    # Importing a script does nothing but define, so that its flags can be read without running it.
     for field in dataclasses.fields(importlib.import_module(script).ScriptArguments):
         required = field.default is REQUIRED and field.default_factory is REQUIRED
         shown = "required" if required else ""
         if field.default not in (REQUIRED, None):
+            # A new line would end the row of the table.
             shown = f"`{field.default}`".replace("\n", "\\n")
+        # A bar would end the cell of the table, and `%%` is argparse's way to write one percent sign.
         meaning = field.metadata["help"].replace("%%", "%").replace("|", "\\|")
         rows[field.name] = (shown, meaning)
     return rows
@@ -27,6 +30,7 @@ def sections() -> list[tuple[tuple[str, ...], dict[str, tuple[str, str]]]]:
     """(scripts, rows) of each table: flags that stages have in common with one default and help stand once."""
     rest = {script: _rows(script) for script in SCRIPTS}
     tables = []
+    # From the widest group to single scripts: what an earlier table has shown is taken out of the later ones.
     for scripts in (TRAINING_SCRIPTS, TRAINING_SCRIPTS[:2], *((script,) for script in SCRIPTS)):
         first = rest[scripts[0]]
         shared = {name: row for name, row in first.items() if all(rest[other].get(name) == row for other in scripts)}

@@ -28,6 +28,8 @@ def masked_moments(x: Tensor, mask: Tensor) -> Tensor:
 def moments_of(sums: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance (0 for one element) from the count, sum and sum of squares of `masked_moments`."""
     count, total, squares = sums
+    # In float64 all along: squares less count * mean^2 cancels where the spread is small beside the mean, and what
+    # float32 would leave is rounding. So would a variance below 0.
     mean = total / count
     return mean, ((squares - count * mean * mean) / (count - 1).clamp(min=1)).clamp(min=0)
 
@@ -70,8 +72,11 @@ def token_rewards(
     """
     if not mask.any(-1).all():
         raise ValueError("token_rewards: a response has no real token")
+    # k1 is signed, and its mean under the policy that sampled is the KL itself: cut at 0 it would charge for noise.
     kl = torch.where(mask, old_logprobs - ref_logprobs, 0)
     rewards = -kl_coef * kl
+    # A real token counts its place and padding 0, so that the largest entry is the last real token, whatever lies
+    # between.
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1, keepdim=True)
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype)), kl
 
@@ -100,14 +105,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    cliprange: float,
-    n_tokens: float | Tensor | None = None,
-    cliprange_high: float | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, cliprange: float,
+    n_tokens: float | Tensor | None = None, cliprange_high: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Clipped surrogate objective, signed so that lower is better.
 
         loss = mean over real tokens of max(-A * ratio, -A * clip(ratio, 1 - cliprange, 1 + cliprange_high))
@@ -141,13 +141,9 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    cliprange_value: float,
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, cliprange_value: float,
     n_tokens: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Half the squared error of the critic, with steps beyond `cliprange_value` from the old values not rewarded.
 
         loss = 0.5 * mean over real tokens of max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
@@ -211,6 +207,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
         pieces = (tensor.split(ROWS_AT_ONCE) for tensor in (logits, ids[:, None], grad[:, None], out))
         for part, own, weight, target in zip(*pieces, strict=True):
             probs = part.float().softmax(-1)
+            # In place over one piece: the softmax becomes -weight * softmax, plus the weight at the id itself.
             target.copy_(probs.mul_(-weight).scatter_add_(-1, own, weight))
         return out, None
 
@@ -246,6 +243,7 @@ def group_advantages(scores: Tensor, group_size: int, kind: str, scale_by_std: b
         others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
         return (groups - others).flatten()
     if kind == "grpo":
+        # Where all scores of a group are equal the deviation is 0, and the 1e-4 below keeps 0 / 0 from being NaN.
         centred = groups - groups.mean(1, keepdim=True)
         return (centred / (groups.std(1, keepdim=True) + 1e-4) if scale_by_std else centred).flatten()
     raise ValueError(f"group_advantages: unknown kind {kind!r}, use rloo or grpo")
@@ -276,5 +274,6 @@ class AdaptiveKLController:
 
     def update(self, kl: float, n_steps: int) -> None:
         """Move the price after `n_steps` responses whose mean KL (nats a response) was `kl`."""
+        # `n_steps` and the horizon both count responses, so that the price moves alike however the batch is cut.
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_steps / self.horizon

@@ -92,6 +92,18 @@ def test_long_functions_have_paragraphs():
     assert len(dense) <= 0.1 * len(long), dense
 
 
+def is_comment(line: str) -> bool:
+    """Return True for a comment that is for a reader: no heading of a section, no mark for a tool."""
+    said = line.strip()
+    return said.startswith("#") and not said.startswith(("# ----", "# noqa", "# fmt"))
+
+
+def test_the_code_says_why():
+    lines = [line for path in [*ROOMS, *SCRIPTS] for line in path.read_text(encoding="utf-8").splitlines()]
+    comments = sum(map(is_comment, lines))
+    assert comments >= 0.08 * len(lines), f"{comments} comments on {len(lines)} lines"
+
+
 def test_a_line_holds_one_statement():
     lines, tuples = 0, 0
     for path in [*ROOMS, *SCRIPTS]:

@@ -208,6 +208,7 @@ def check_saved(model: PeftModel, output_dir: str) -> None:
 
     Raises: ValueError naming the tensor that is missing or differs.
     """
+    # Read back from the file: what the model has in memory proves nothing about it.
     saved = load_file(Path(output_dir) / ADAPTER_FILE)
     # The trained tensors under the names that peft gives them in a file.
     expected = get_peft_model_state_dict(model)

@@ -142,6 +142,7 @@ def _sync(path: Path) -> None:
 def _entry(file: Path) -> dict:
     """The size and hash of a file, as a manifest lists them."""
     with file.open("rb") as content:
+        # Read in pieces: a file may be larger than what memory is left beside a model.
         digest = hashlib.file_digest(content, "sha256")
     return {"size": file.stat().st_size, "sha256": digest.hexdigest()}
 
@@ -195,6 +196,7 @@ def read_manifest(folder: Path) -> dict:
 def why_incomplete(folder: Path) -> str | None:
     """The reason why a checkpoint folder cannot be used, or None when every file is as its manifest says."""
     try:
+        # Whatever is wrong with it, an older checkpoint will be taken.
         manifest = read_manifest(folder)
     except (OSError, ValueError) as error:
         return f"{MANIFEST} is missing or unreadable ({type(error).__name__})"
@@ -246,6 +248,7 @@ def listed_files(folder: Path | None):
         return
     listed = read_manifest(folder)["files"]
     present = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    # Nearly always there is nothing else, and the folder itself will do.
     if present <= {*listed, MANIFEST}:
         yield folder
         return

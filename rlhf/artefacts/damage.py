@@ -29,6 +29,7 @@ def refuse_nonfinite(weights: dict[str, torch.Tensor], owner: str) -> None:
 
 def refuse_other_shapes(optimizer: torch.optim.Optimizer) -> None:
     """Raises: ValueError where a loaded moment has another shape than its weight, or holds NaN or infinity."""
+    # PyTorch takes over moments of any shape: only the first step would fail, or broadcast them.
     for p, entry in optimizer.state.items():
         for key, value in entry.items():
             # A count of steps is a number.
@@ -58,6 +59,7 @@ def refuse_types(content: dict, file: Path, kinds: dict[str, type | tuple], requ
 
 def _is_of(value, kinds: tuple) -> bool:
     """Return True if a value read from JSON has one of these kinds; True and False are no numbers."""
+    # In Python True is an integer, and a count of True would pass for 1.
     if isinstance(value, bool):
         return bool in kinds
     if kinds == (float,):
@@ -75,6 +77,7 @@ def refused(what: str, mend: str = "copy, download or train it again"):
     """
     try:
         yield
+    # Their sentence is made at the end of the run: a full disk or a lack of memory is no damage of this file.
     except (OSError, MemoryError):
         raise
     except Exception as error:
@@ -91,6 +94,7 @@ def _cause(error: Exception) -> str:
     """The first line of an error, with its class where the words alone would say nothing."""
     if _is_unsafe(error):
         return "it holds more than tensors, and no code of it was run"
+    # Below the first line libraries give advice, and paths of their own files.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     why = lines[0][:200] if lines else ""
     # The message of a KeyError is a key, and of many others half a sentence.

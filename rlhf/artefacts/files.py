@@ -61,11 +61,13 @@ def write_json(path: Path | str, content: dict) -> None:
     path = Path(path)
     text = json.dumps(content, ensure_ascii=False, indent=2, default=str)
     # In the same folder, for only within one file system is a rename a single step.
+    # The process's number keeps two writers of one file apart.
     part = path.with_name(f".{path.name}.{TOKEN}{os.getpid()}")
     try:
         part.write_text(text + "\n", encoding="utf-8")
         os.replace(part, path)
     finally:
+        # Gone after the rename; what is left of it after an error is half a file.
         part.unlink(missing_ok=True)
 
 

@@ -52,12 +52,15 @@ def base_fingerprint(model_dir: str) -> dict:
 
 def same_base(theirs: dict, ours: dict) -> dict[str, tuple]:
     """The fields in which two fingerprints differ: name -> (theirs, ours). One of an older version lacks some."""
+    # What an older version did not record cannot differ from it.
     names = [name for name in ours if name in theirs or name not in LATER_FIELDS]
     return {name: (theirs.get(name), ours[name]) for name in names if theirs.get(name) != ours[name]}
 
 
 def _config_hash(config: dict) -> str:
     """Hash over everything in a configuration that may change what is computed."""
+    # What is not known to be harmless counts: a new field of transformers refuses an adapter rather than let it pass
+    # unseen.
     counted = {name: value for name, value in config.items() if name not in BOOKKEEPING}
     return _hash_of(counted)
 
@@ -75,9 +78,11 @@ def _rows_hash(model_dir: Path, tensors: int = 64, rows: int = 4) -> str:
             with safe_open(file, "pt") as shard:
                 part = shard.get_slice(name)
                 length = part.get_shape()[0] if part.get_shape() else 0
+                # Slices of one row, so that of a file of gigabytes no more than these bytes are read.
                 sampled = [part[place : place + 1] for place in _places(length, rows)]
         else:
             sampled = [tensor[place : place + 1] for place in _places(len(tensor) if tensor.dim() else 0, rows)]
+        # Name and count go in as well, or rows moved from one tensor to the next would give the same stream of bytes.
         digest.update(f"{name} {len(sampled)}".encode())
         for row in sampled:
             digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
@@ -168,6 +173,8 @@ def tokenizer_fingerprint(tokenizer) -> str:
     """Hash over the vocabulary, the special ids and how a probe text is split."""
     # Two tokenizers of one vocabulary may still differ in their rules: digits, line ends, full-width marks.
     probe = tokenizer("问：1+1等于几？\n\n答：2。 Hello, world!", add_special_tokens=False)["input_ids"]
+    # With the id that we pad with, not its own pad token: many tools save a tokenizer with EOS for padding, and it is
+    # the same tokenizer all the same.
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, padding_id(tokenizer)]
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     content = json.dumps([vocabulary, specials, probe])
@@ -206,6 +213,7 @@ def parent_entry(path) -> dict:
     """
     folder = Path(path)
     content = adapter_hash(folder)
+    # A merged reference is a whole model, not an adapter.
     if content is None and (folder / "config.json").is_file():
         content = _weights_hash(folder)
     return {"path": str(path), "adapter": content, "config": adapter_config_hash(folder)}
@@ -214,4 +222,5 @@ def parent_entry(path) -> dict:
 def same_parent(entry: dict, path) -> bool:
     """Return True if a directory holds what an entry of `parent_entry` (of any version) recorded."""
     now = parent_entry(path)
+    # Versions that recorded no config are believed by the weights alone.
     return all(now[name] == entry[name] for name in ("adapter", "config") if name in entry)

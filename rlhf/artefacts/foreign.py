@@ -45,6 +45,7 @@ def refuse_unshareable(config: PeftConfig, weights: dict[str, Tensor], owner: st
     refuse_absurd_ranks(config, weights, owner)
     refuse_slow_patterns(config, weights, owner)
 
+    # A way to initialise that takes its part out of the base would change what every other role computes.
     init = config.init_lora_weights
     if not any(init is known or init == known for known in HARMLESS_INITS):
         raise ValueError(
@@ -53,12 +54,15 @@ def refuse_unshareable(config: PeftConfig, weights: dict[str, Tensor], owner: st
         )
 
     # A score head is read by itself; any other saved module would take the place of the base's.
+    # Two names, because transformers calls the head of a classification model by either.
     saved = sorted(set(config.modules_to_save or ()) - {"score", "classifier"})
     if saved:
         raise ValueError(
             f"{owner} replaces whole modules of the base (modules_to_save {', '.join(saved)}): {MERGE_IT}"
         )
 
+    # Compared with peft's own defaults, not with a list of what is forbidden: a field that a later peft adds is
+    # refused until somebody has looked at what it does.
     defaults = {field.name: _default(field) for field in fields(LoraConfig)}
     for name, default in sorted(defaults.items()):
         value = getattr(config, name, default)
@@ -98,6 +102,7 @@ def other_layout(place: Path) -> str:
     files = [*place.glob("*/adapter_config.json"), *place.glob("*/*/adapter_config.json")]
     inner = [file.parent for file in files]
     if inner:
+        # By the numbers in the path: checkpoint-1000 comes after checkpoint-900.
         last = max(inner, key=lambda folder: [int(digits) for digits in re.findall(r"\d+", str(folder))])
         return f": give the adapter in it, {last}"
     if list(place.glob("*.gguf")):
@@ -112,18 +117,21 @@ def changes_embeddings(config: LoraConfig) -> bool:
     targets = config.target_modules or ()
     names = {targets} if isinstance(targets, str) else set(targets)
     names |= set(config.modules_to_save or ())
+    # wte is GPT-2's name, embed_out GPT-NeoX's, word_embeddings BLOOM's.
     return bool(names & {"embed_tokens", "lm_head", "wte", "embed_out", "word_embeddings"})
 
 
 def refuse_other_methods(config: PeftConfig, owner: str) -> None:
     """Raises: ValueError for an adapter of another method than LoRA."""
     if not isinstance(config, LoraConfig):
+        # An enumeration in memory, and plain text where a newer peft wrote a kind that this one does not know.
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{owner} is of type {kind}, but this project trains and reads LoRA adapters")
 
 
 def refuse_absurd_ranks(config: LoraConfig, weights: dict[str, Tensor], owner: str) -> None:
     """Refuse a rank that no stored tensor has, before layers of that rank are built. Raises: ValueError."""
+    # A is [r, in] and B is [out, r]: the rank is the smaller side of either.
     stored = max(
         (min(tensor.shape) for name, tensor in weights.items() if "lora_" in name and tensor.dim() > 1), default=0
     )
@@ -140,6 +148,7 @@ def refuse_slow_patterns(config: LoraConfig, weights: dict[str, Tensor], owner: 
     Raises: ValueError naming the field of adapter_config.json.
     """
     patterns = [(name, getattr(config, name)) for name in ("target_modules", "exclude_modules")]
+    # A list holds plain names, which cost nothing to compare.
     patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
     for name in ("rank_pattern", "alpha_pattern"):
         patterns += [(name, key) for key in getattr(config, name) or {}]
@@ -152,6 +161,7 @@ def refuse_slow_patterns(config: LoraConfig, weights: dict[str, Tensor], owner: 
         try:
             with within_seconds(PATTERN_SECONDS, computing=True):
                 for name in names:
+                    # No name ends so: an expression that backtracks has to try every way before it gives up.
                     re.fullmatch(pattern, f"{name}!")
         except (re.error, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"{owner}: {field} {pattern!r:.60} is no regular expression ({error})") from None

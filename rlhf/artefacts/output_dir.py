@@ -45,6 +45,7 @@ def lock(folder: Path) -> None:
 
     Raises: FileExistsError where another process holds it, with its number.
     """
+    # flock would refuse a second handle of our own as well.
     if real(folder) in _locks:
         return
 
@@ -163,6 +164,7 @@ def _refuse_input(flag: str, given: str | None, folder: Path, old: list[Path]) -
         return
     place = real(given)
     # An adapter that lies in the directory itself is made of its files.
+    # In Python & binds before |: the directory itself counts only where the input is that directory.
     doomed = {real(path) for path in old} | {real(folder)} & {place}
     if place in doomed or doomed & set(place.parents):
         raise ValueError(

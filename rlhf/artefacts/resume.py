@@ -26,6 +26,7 @@ def differences(then: dict, args, ignored: tuple[str, ...] = ("free",)) -> list[
     return [
         f"--{name} (was {value}, is {now[name]})"
         for name, value in then.items()
+        # A flag that only one of the two versions knows cannot have been changed by the user.
         if name in now and rules[name] not in ignored and now[name] != value
     ]
 
@@ -44,6 +45,7 @@ def _other_inputs(before: dict, run: dict) -> list[str]:
     if tokenizer is not None and before.get("tokenizer") != tokenizer_fingerprint(tokenizer):
         changed.append("the tokenizer")
 
+    # By name, argument and the hash of the file.
     if before.get("functions", []) != run.get("functions", []):
         changed.append("the reward functions")
     if before.get("length_calibration") != run.get("length_calibration"):
@@ -135,6 +137,7 @@ def _other_versions(before: dict) -> list[str]:
 
 def _refuse_other_stage(folder: Path, stage: str) -> None:
     """Refuse to resume in the directory of another stage, finished or not. Raises: ValueError."""
+    # An unfinished run has its run.json in the checkpoints alone.
     inner = sorted(path for path in folder.glob("*") if RUN_FOLDERS.fullmatch(path.name))
     for place in (folder, *inner):
         run = load_run(place)
@@ -159,6 +162,7 @@ def finished_run(args, stage: str, now: dict | None = None) -> dict | None:
 
     changes = differences(run["arguments"], args, ignored=("free", "path"))
     inputs = _other_inputs(run, now) if now is not None else []
+    # Another path may hold the same contents: that can be told once they are read, and this is asked again then.
     if now is None and not changes and _other_paths(run["arguments"], args):
         return None
     # A longer run goes on from the newest checkpoint, if there is one.

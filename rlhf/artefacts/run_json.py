@@ -67,6 +67,7 @@ def write_run(
         "command": command_of(stage, args),
         "base": base,
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        # Once more by itself, as versions wrote it that recorded nothing else of the format.
         "prompt_template": prompt_format and prompt_format["prompt_template"],
         "prompt_format": prompt_format,
         "special_ids": special_ids,
@@ -77,6 +78,7 @@ def write_run(
         "git_commit": _git_commit(),
     }
 
+    # Left out where there are none, as by versions that knew none: to a resume both are the same.
     if functions:
         run["functions"] = functions
     if length_calibration:
@@ -114,6 +116,7 @@ def library_versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """The commit of this code; None where there is no git, or no repository."""
+    # Of the directory of this code: a user's working directory may be another repository.
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
@@ -142,4 +145,5 @@ def load_run(adapter_dir: str | Path) -> dict | None:
         refuse_types(prompt_format, file, FORMAT_KINDS, required=FORMAT_NEEDED)
         if not all(type(token) is int for token in prompt_format["stop_ids"]):
             raise ValueError(f"{file}: its stop_ids are no token ids: it is damaged, or was changed by hand")
+    # Readers need not ask what an older version left out; its own fields win.
     return {"arguments": {}, "base": {}, "data": {}, "metrics": {}, "versions": {}} | run

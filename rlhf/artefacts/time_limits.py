@@ -29,5 +29,7 @@ def within_seconds(seconds: float, computing: bool = False):
     try:
         yield
     finally:
+        # The timer first: if it rang between these two lines, the handler of before would meet a signal that is not
+        # for it.
         signal.setitimer(timer, 0)
         signal.signal(number, before)

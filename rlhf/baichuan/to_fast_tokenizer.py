@@ -46,6 +46,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
     rules = []
     if spec.precompiled_charsmap:
         rules.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    # The kinds of pieces are constants of a piece's class.
     kinds = type(proto.pieces[0])
     symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
     altered = {symbol for symbol in symbols if any(rule.normalize_str(symbol) != symbol for rule in rules)}
@@ -59,6 +60,7 @@ def fast_tokenizer(processor: SentencePieceProcessor, **settings) -> PreTrainedT
         merges=_merges(proto),
         unk_token=proto.trainer_spec.unk_piece,
         byte_fallback=proto.trainer_spec.byte_fallback,
+        # sentencepiece gives a run of unknown characters a single <unk>.
         fuse_unk=True,
     )
 

@@ -31,6 +31,8 @@ def to_llama(model):
 
     Its rotary tables are left unfilled: save it and load it again to run it.
     """
+    # norm_head is of Baichuan2 alone: since loading, the rows of such a head have unit length, and a plain head
+    # computes the same.
     dropped = ("model_type", "architectures", "norm_head", "transformers_version")
     settings = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
     model_class = LlamaForSequenceClassification if hasattr(model, "score") else LlamaForCausalLM
@@ -39,6 +41,7 @@ def to_llama(model):
     with torch.device("meta"):
         llama = model_class(config)
 
+    # A classification model has no settings of generation.
     if model.can_generate():
         llama.generation_config = model.generation_config
     llama.load_state_dict(llama_weights(model.state_dict()), assign=True)

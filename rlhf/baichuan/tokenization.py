@@ -19,6 +19,7 @@ class BaichuanTokenizer(SentencePieceBackend):
         kwargs.pop("auto_map", None)
         # Without this, "</s>" written in a text would become the control token.
         kwargs.setdefault("split_special_tokens", True)
+        # In decoding it would take spaces before punctuation away, which the text may really hold.
         kwargs.setdefault("clean_up_tokenization_spaces", False)
         super().__init__(
             unk_token=unk_token, bos_token=bos_token, eos_token=eos_token, pad_token=pad_token or unk_token, **kwargs

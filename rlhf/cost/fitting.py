@@ -32,15 +32,18 @@ def remedies(args, kind: str) -> Iterator[dict]:
         yield {"gradient_checkpointing": True}
     # Fewer rows a pass and as many more passes: the optimizer step stays the same.
     name = "mini_batch_size" if kind == "ppo" else "per_device_train_batch_size"
+    # PPO's mini-batch may be left out, and one row is the least it can be.
     rows = getattr(args, name) or 1
     if kind == "ppo" and args.tokens_per_backward:
         yield {"tokens_per_backward": args.max_prompt_length + args.output_max_length}
         rows = 1
+    # Divisors alone: any other number would change how many rows an optimizer step sees, and with that the training.
     for size in divisors(rows)[1:]:
         yield {name: size, "gradient_accumulation_steps": args.gradient_accumulation_steps * rows // size}
 
     if kind == "ppo":
         if args.forward_batch_size > FEW_ROWS:
+            # Passes without gradient cost nothing but time where they are smaller.
             yield {"forward_batch_size": FEW_ROWS}
         if args.merged_sft_model_path:
             yield {"merged_sft_model_path": None}
@@ -55,6 +58,7 @@ def fitting_flags(args, base: Base, kind: str, limit: float) -> dict | None:
     """The fewest changes of flags by which the stage's peak is within `limit` bytes; None where none suffice."""
 
     def fits(changes: dict) -> bool:
+        # A copy, for the flags themselves must stay as they were given.
         return memory_of(replace(args, **changes), base, kind).peak() <= limit
 
     applied = [{}]

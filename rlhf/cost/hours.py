@@ -60,6 +60,7 @@ def assumed_lengths(args, kind: str) -> Lengths:
 def own_card(tflops: float) -> Card | None:
     """The card of --device_flops (1e12 a second), else this machine's; None where neither is known."""
     if tflops:
+        # Named after the flag, so that the table says where its numbers come from.
         return Card.of("--device_flops", tflops, tflops * BYTES_A_KILOFLOP / 1000)
     card = Card.of(this_card(), None, None)
     return card if card.flops and card.bandwidth else None
@@ -83,6 +84,7 @@ def row_seconds(args, base: Base, kind: str, card: Card, lengths: Lengths) -> fl
         return ppo_seconds(args, work, card, lengths) / args.batch_size
 
     length = lengths.query + lengths.answer
+    # A reward model has no output layer.
     heads = lengths.answer if kind == "sft" else 0
     flops = training_flops(work, [length] * SIDES[kind], heads * SIDES[kind], args.gradient_checkpointing)
     return flops / (card.flops * REACHED[kind])
@@ -102,6 +104,7 @@ def ppo_seconds(args, work: FlopCounts, card: Card, lengths: Lengths) -> float:
 
     costs["rollout"] = rollout
     seconds = {phase: cost.limit(card) / reached[phase] for phase, cost in costs.items()}
+    # Row by row, each rollout reads all weights once more.
     return seconds["rollout"] * args.batch_size / at_once + seconds["score"] + seconds["update"]
 
 
@@ -115,6 +118,7 @@ def disk_lines(args, base: Base, kind: str, steps: float | None) -> list[str]:
     every = args.save_freq if kind == "ppo" else args.save_steps
     words = f"disk: the base {half:.1f} GiB in half precision"
     if every and steps:
+        # --save_total_limit keeps the newest alone, however long the run.
         kept = int(steps // every)
         kept = min(kept, args.save_total_limit or kept)
         words += f"; {kept:,} checkpoints of {checkpoint:.2f} GiB: {kept * checkpoint:.1f} GiB"

@@ -11,6 +11,7 @@ from rlhf.cost.memory import BYTES_4BIT, Precision
 
 # Of the memory, 1e12 bytes a second, as the makers state it. The first name that the card's own contains counts.
 BANDWIDTH_TB = {
+    # As in PEAK_TFLOPS, a name that contains another stands before it.
     "H200": 4.8,
     "H100 PCIe": 2.0,
     "H100": 3.35,
@@ -98,6 +99,8 @@ def decoding_bytes(work: FlopCounts, precision: Precision, rows: Rows) -> float:
     steps = rows.answer - 1
     weights = steps * (body * work.body + precision.size * work.head)
     seen = sum(rows.query + t for t in range(1, rows.answer))
+    # Keys and values make the 2. Grouped queries keep fewer heads of them than `attention` counts: there this is too
+    # much.
     return weights + rows.count * seen * 2 * work.attention * precision.size
 
 
@@ -120,6 +123,7 @@ def ppo_costs(
     answers = rows.count * rows.answer
 
     # All tokens count as work, but of the rollout the arithmetic of the prompts alone takes time.
+    # The output layer makes one row of logits for each prompt.
     prefill = forward_flops(work, [rows.query] * rows.count, rows.count)
     sampled = forward_flops(work, lengths, answers)
     rollout = Cost(sampled, prefill, decoding_bytes(work, precision, rows))

@@ -101,6 +101,7 @@ def layer_bytes(shape: ModelShape, precision: Precision) -> int:
     """
     # Numbers, not bytes: they are kept in the precision of the weights, as those of the MLP are.
     attention = (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    # 12 are the 8 and 4 of the table's first two lines.
     return 12 * shape.hidden + precision.size * (attention + 3 * shape.intermediate)
 
 
@@ -147,6 +148,7 @@ class MemoryNeeds:
 
 def fused_head_bytes(shape: ModelShape, positions: int) -> int:
     """TRL's fused output layer: one float32 tile of logits, 4 * min(4096, positions) * min(32768, vocab)."""
+    # Both sizes are constants inside TRL: they are to be looked at when its version changes.
     return FP32 * min(4096, positions) * min(32768, shape.vocab)
 
 
@@ -194,6 +196,7 @@ def ppo_needs(
     length = sizes.query + sizes.response
     roles = {
         "base": weight_bytes(shape, precision),
+        # Only a merged reference is a second copy: all adapters share the one base.
         **({"merged reference": (bases - 1) * weight_bytes(shape, precision)} if bases > 1 else {}),
         **{f"{role} adapter": FP32 * parameters for role, parameters in adapters.items()},
         "gradients and optimizer": trained_bytes(trained),

@@ -60,6 +60,7 @@ def plan_trainer(args, script: str, sides: int) -> str:
 
 def trainer_steps(args, kind: str) -> tuple[int | None, list[str], float | None]:
     """(rows trained on in all, lines, steps) as far as the number of rows is known: a hub's are not counted."""
+    # As many as this command would start here: --nproc plans for a machine with another number of cards.
     ranks = processes(args)
     unit = UNITS[kind]
     batch = args.per_device_train_batch_size * ranks * args.gradient_accumulation_steps
@@ -78,6 +79,7 @@ def trainer_steps(args, kind: str) -> tuple[int | None, list[str], float | None]
         return None, [*lines, words], None
 
     rows_kind = "preference" if kind == "reward" else kind
+    # Read and not encoded, as a plan should take seconds: rows that will turn out too long still count.
     rows = len(load_rows(args.dataset_name, rows_kind, args.train_split, args=args)[0])
     rows = min(rows, args.train_subset) if args.train_subset > 0 else rows
     # Rounded up: the last step of an epoch may have fewer rows than the others.
@@ -91,6 +93,7 @@ def plan_ppo(args, script: str) -> str:
     base = Base.of(args.base_model_name, "--base_model_name")
     batch = args.batch_size * processes(args)
     steps = -(-args.steps // batch)
+    # --steps counts responses, and the last batch is a whole one.
     plan = Plan(args, base, "ppo", steps * batch, assumed_lengths(args, "ppo"))
     return in_words(plan, title(args, script, args.base_model_name), ppo_steps(args, base), steps)
 
@@ -110,6 +113,7 @@ def ppo_steps(args, base: Base) -> list[str]:
         f"steps: {steps:,}, {steps * batch:,} responses in total, {steps * updates:,} optimizer steps",
     ]
     if args.mini_batch_size is None:
+        # The mini-batch follows from the card where it is left out, so a plan for any card names one for each size.
         fitting = [f"{size} GB {rows_that_fit(args, base, size * 1e9)}" for size in CARDS_GB]
         lines.append(f"rows a backward pass, as many as fit a card of: {', '.join(fitting)}")
     return lines
@@ -118,6 +122,7 @@ def ppo_steps(args, base: Base) -> list[str]:
 # ---- words ----
 def title(args, script: str, base: str) -> str:
     """First line of the plan."""
+    # Of the base alone: adapters, heads and their gradients are float32 in any case.
     weights = "4-bit" if args.load_in_4bit else "bfloat16" if args.bf16 else "float32"
     checkpointing = "with" if args.gradient_checkpointing else "without"
     return f"plan of {script}: {base}, {weights} weights, {checkpointing} gradient checkpointing"
@@ -148,6 +153,7 @@ def memory_lines(plan: Plan, needs: MemoryNeeds) -> list[str]:
     parameters = {"base": number(plan.base.shape.parameters)}
     for role, size in adapters_of(plan.args, plan.base, plan.kind).items():
         name = role if plan.kind != "ppo" else f"{role} adapter"
+        # Reference, reward model and judge are frozen.
         parameters[name] = number(size, role in ("adapter", "policy", "value"))
     for name, size in head_of(plan.args, plan.base, plan.kind).items():
         parameters[name] = number(size, True)
@@ -173,6 +179,7 @@ def card_lines(plan: Plan) -> list[str]:
         f"  {'card':<24} {'GiB':>7} {name + 's/hour':>15} {'hours':>8}  flags that make it fit",
     ]
     own = own_card(plan.args.device_flops)
+    # The card at hand first, by its own limits; those below stand for their size.
     if own:
         lines.append(card_line(plan, own.name, own, memory_of_this_card(), ranks))
     for size in CARDS_GB:
@@ -183,6 +190,7 @@ def card_lines(plan: Plan) -> list[str]:
 
 def card_line(plan: Plan, words: str, card: Card, limit: float | None, ranks: int) -> str:
     """One card: the peak, the rate and the hours, as the flags are or as they make it fit."""
+    # Of a card whose memory is unknown the flags are taken as they are.
     changes = fitting_flags(plan.args, plan.base, plan.kind, limit or float("inf"))
     if changes is None:
         shorter = "--output_max_length and --max_prompt_length" if plan.kind == "ppo" else "--max_length"
@@ -190,6 +198,7 @@ def card_line(plan: Plan, words: str, card: Card, limit: float | None, ranks: in
 
     args = replace(plan.args, **changes)
     peak = gib(memory_of(args, plan.base, plan.kind).peak())
+    # As if no card ever waited for another.
     rate = ranks * 3600 / row_seconds(args, plan.base, plan.kind, card, plan.lengths)
     # Without the number of rows, only the rate is known.
     hours = f"{plan.rows / rate:.1f}" if plan.rows else "-"

@@ -30,6 +30,7 @@ class Base:
     @classmethod
     def of(cls, name: str, flag: str) -> "Base":
         """From a directory or hub id, given by `flag`. Raises: FileNotFoundError where it has no config.json."""
+        # Frozen, as a base is: `flop_counts` takes whatever needs a gradient for an adapter.
         model = skeleton(name, flag).requires_grad_(False)
         return cls(model, shape_of(model), flop_counts(model, model.config.get_text_config()))
 
@@ -62,9 +63,11 @@ def shape_of(model: nn.Module) -> ModelShape:
 
 def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str] | None) -> int:
     """Parameters of an adapter; `targets` as on the command line ('a|b', None: the usual ones) or in its config."""
+    # A configuration has its names as a list, and the flag as one text.
     names = lora_targets(model, targets if targets is None or isinstance(targets, str) else "|".join(targets))
     shapes = []
     for name, module in model.named_modules():
+        # As peft matches them: an expression has to fit the whole name, a word its end.
         if isinstance(names, str):
             taken = re.fullmatch(names, name) is not None
         else:
@@ -72,6 +75,7 @@ def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str]
         if taken and isinstance(module, nn.Linear):
             shapes.append((module.in_features, module.out_features))
         elif taken and isinstance(module, Conv1D):
+            # GPT-2's layer calls its input nx and its output nf.
             shapes.append((module.nx, module.nf))
     return lora_parameters(shapes, rank)
 
@@ -79,7 +83,10 @@ def adapter_parameters(model: nn.Module, rank: int, targets: str | Iterable[str]
 def stored_adapter(model: nn.Module, folder: str, default_rank: int) -> int:
     """Parameters of the adapter in a directory; of a usual one where the stage before has yet to write it."""
     if not (Path(folder) / "adapter_config.json").is_file():
+        # A command of a later stage can be planned before the earlier stages have run.
         return adapter_parameters(model, default_rank, None)
+    # Of a stored adapter the file decides: the flags may be those of another one.
     config, weights = read_adapter(folder)
     refuse_unshareable(config, weights, f"adapter {folder}")
+    # One rank for all: a rank_pattern, which adapters of this project never have, is not counted.
     return adapter_parameters(model, config.r, config.target_modules)

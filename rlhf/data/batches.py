@@ -80,6 +80,7 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # A generator of its own, seeded by a text: the same order on every process and after a resume.
         shuffler = random.Random(f"{self.seed} {self.epoch}")
+        # Shuffled from the same start each time: the order of an epoch must not depend on the epochs before it.
         order = list(range(len(self.lengths)))
         shuffler.shuffle(order)
 
@@ -101,6 +102,7 @@ class LengthGroupedSampler(Sampler[int]):
             longest = longest_rows.index(max(longest_rows))
             groups[0], groups[longest] = groups[longest], groups[0]
 
+        # One blank row stands at the end of the dataset, under the first number behind the real ones.
         blank = [len(self.lengths)] * self.blanks
         return chain(*groups, rest, blank)
 

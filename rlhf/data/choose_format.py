@@ -20,6 +20,7 @@ def choose_format(args, tokenizer, model_dir: str | Path) -> PromptFormat:
     chat_template = chat_template_of(args.chat_template, tokenizer)
     if template == AUTO:
         template = CHAT if chat_template else DEFAULT_TEMPLATE
+    # Refused and not replaced by a text: the model would be trained in one format and served in another.
     if template == CHAT and not chat_template:
         raise ValueError(
             f"--prompt_template chat: the tokenizer of {model_dir} has no chat template: give --chat_template FILE, "
@@ -30,6 +31,8 @@ def choose_format(args, tokenizer, model_dir: str | Path) -> PromptFormat:
             f"--chat_template_kwargs, but the tokenizer of {model_dir} has no chat template to take them: leave it out"
         )
 
+    # Settled from here on: run.json, a resume and the next stage see "chat" or a text, never "auto", which may come to
+    # something else with another tokenizer.
     args.prompt_template = template
     chosen = PromptFormat(
         tokenizer,
@@ -59,6 +62,8 @@ def stored_format(run: dict, tokenizer, model_dir: str | Path) -> PromptFormat:
         system_prompt=stored["system_prompt"],
         # A chat template without BOS and a tokenizer without one need nothing to be taken away.
         bos=stored["bos"] if tokenizer.bos_token_id is not None else None,
+        # All stop tokens at once, whoever named them then; the one that is trained on follows from the template as
+        # before.
         base_stop_ids=tuple(stored["stop_ids"]),
     )
 
@@ -70,9 +75,11 @@ def text_format(tokenizer, template: str = DEFAULT_TEMPLATE) -> PromptFormat:
 
 def generation_stop_ids(model_dir: str | Path) -> tuple[int, ...]:
     """Ids at which the base's own generation_config stops; none where it has no such file."""
+    # Chat versions often stop at two tokens, of which the tokenizer's config names only one.
     file = Path(model_dir) / "generation_config.json"
     if not file.is_file():
         return ()
     named = read_object(file).get("eos_token_id")
+    # transformers takes one id, or a list where several end an answer, as in chat versions of Llama 3.
     ids = named if isinstance(named, list) else [named]
     return tuple(token for token in ids if isinstance(token, int) and not isinstance(token, bool))

@@ -42,6 +42,7 @@ def _sign(label) -> int | None:
 
 # Two answers with a label that says which is better: columns of both, of the label, of the prompt; what the label says
 # (0: the first, 1: the second, None: neither).
+# In this order: PKU-SafeRLHF; SHP, whose label is 1 for the first answer; HelpSteer3; HelpSteer2; Chatbot Arena.
 LABELLED = (
     ("response_0", "response_1", "better_response_id", "prompt", {0: 0, 1: 1}.get),
     ("human_ref_A", "human_ref_B", "labels", "history", {1: 0, 0: 1}.get),
@@ -97,17 +98,20 @@ def find_format(columns: set[str], kind: str, named: dict[str, str | None]) -> F
             none is read); they must exist.
     Raises: ValueError naming the columns there are, and the flags that say which is which.
     """
+    # To find another column in place of a mistyped one would hide the mistake.
     for role, name in named.items():
         if name and name not in columns:
             raise ValueError(f"--{role}_field {name} is not among the columns {_listed(columns)}")
 
     # Columns by the names that the user gave, else by the usual ones.
     prompt = named.get("prompt") or first_of(PROMPT_FIELDS, columns)
+    # A prompt that the user named wins over a dialogue that is there too.
     dialogue = None if named.get("prompt") else first_of(DIALOGUE_FIELDS, columns)
     # "context" is too common a word to be taken for a dialogue where any other column fits.
     if kind in ("preference", "prompt") and not dialogue and not prompt:
         dialogue = first_of(("context",), columns)
 
+    # One column cannot be both: a user may have named one of these as the prompt.
     answer_names = [name for name in ANSWER_FIELDS if name != prompt]
     answer = named.get("answer") or first_of(answer_names, columns)
     chosen = named.get("chosen") or first_of(CHOSEN_FIELDS, columns)
@@ -143,6 +147,7 @@ def _settled(kind: str, asked: dict, answer, chosen, rejected, margin, columns: 
     if kind == "preference" and chosen and rejected:
         return Format(kind, **asked, chosen=chosen, rejected=rejected, margin=margin)
     if kind == "preference":
+        # Both answers and their label have to be there; the prompt may go by another name.
         known = [rule for rule in LABELLED if {*rule[:3]} <= columns]
         if known:
             prompt = known[0][3] if known[0][3] in columns else asked["prompt"]

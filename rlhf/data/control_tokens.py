@@ -56,6 +56,7 @@ class ControlTokens:
         added = tokenizer.added_tokens_decoder.items()
         self.ids = {token.content: index for index, token in added if token.special}
         for word, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True):
+            # Not every tokenizer lists its special tokens among the added ones.
             self.ids.setdefault(word, index)
         # Some templates end a turn with an added token that is not flagged as special.
         self._added = self.ids | {token.content: index for index, token in added}
@@ -95,6 +96,7 @@ class ControlTokens:
             return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
 
         ids: list[int] = []
+        # The pattern is one group, so that the control tokens come out between the pieces.
         for piece in self._pattern.split(text):
             if piece in self.ids:
                 ids.append(self.ids[piece])

@@ -91,17 +91,21 @@ def _joined_parts(content, field: str):
         return content
     if any(part.get("type") != "text" for part in content):
         raise Unusable(f"{field} holds more than text")
+    # A part whose text is none makes the whole content None, which `text_of` then names.
     texts = [part.get("text") for part in content]
     return "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
 
 
 def stored_list(text: str) -> list | None:
     """The list of messages whose text this is (JSON, or Python's own), or None."""
+    # Quick to rule out, as hardly any text begins so: the parsers would read every text of a data set to its end.
     if not re.match(r"\s*\[\s*\{", text):
         return None
+    # The second for tables that hold str() of a list; it reads values, and runs nothing.
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
+        # Deep nesting ends Python's parser in any of these ways.
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, list) and all(
@@ -118,6 +122,7 @@ def _hh_turns(text: str, default_role: str) -> list[Turn]:
     # One new line before a tag counts where no tag has two.
     tag = HH_TAG if len(HH_TAG.findall(text)) > 1 else BELLE_TAG
     pieces = tag.split(text)[1:]
+    # The tag is a group of the pattern, so that split gives roles and texts in turn.
     tagged = zip(pieces[::2], pieces[1::2], strict=True)
     dialogue = [(ROLES[tag], stripped(said)) for tag, said in tagged]
     # A prompt ends with an open "Assistant:", which the template's own end replaces.

@@ -29,6 +29,7 @@ def load_tokenizer(name_or_path: str):
 
     Raises: FileNotFoundError, ValueError, in one sentence, where it is missing or damaged.
     """
+    # No hub id has two slashes, or begins like a path.
     if not Path(name_or_path).exists() and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise FileNotFoundError(
             f"--tokenizer_name {name_or_path} does not exist{nearest(name_or_path)}: give a directory or a hub id"
@@ -36,6 +37,7 @@ def load_tokenizer(name_or_path: str):
     with refused(f"the tokenizer of {name_or_path}", "give a directory with all its files, or a hub id"):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        # `refused` lets errors of the system pass, and transformers raises one for any directory that it cannot read.
         except OSError as error:
             raise ValueError(str(error)) from error
         # Some damage shows at the first use only.
@@ -55,6 +57,8 @@ def sft_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int,
     for row, pairs in _encoded(prompt_format, rows, ("answer",), funnel):
         if _fits(pairs, max_length, row["where"], funnel):
             query_ids, answer_ids = pairs[0]
+            # The stop token is a target like any other: without a loss on it the model would not learn to end an
+            # answer.
             mask = [0] * len(query_ids) + [1] * len(answer_ids)
             kept.append({"input_ids": query_ids + answer_ids, "completion_mask": mask})
     return kept.rows()
@@ -70,6 +74,7 @@ def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_lengt
         if _fits(pairs, max_length, row["where"], funnel):
             # Both sides have the same query.
             (query_ids, chosen_ids), (_, rejected_ids) = pairs
+            # The texts stay beside the ids: degenerate answers for training and for the audit are made of them.
             ids = {"query_ids": query_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids}
             kept.append({**row, **ids})
     return kept.rows()
@@ -78,6 +83,7 @@ def preference_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_lengt
 def prompt_rows(prompt_format: PromptFormat, rows: Iterable[dict], max_length: int, funnel: Funnel) -> Rows:
     """{"prompt", "query_ids", "where"}, and "turns" of a dialogue; too long a query is dropped and counted."""
     kept = RowWriter()
+    # A prompt has no side, so its row comes with the ids of the query alone.
     for row, (query_ids,) in _encoded(prompt_format, rows, (), funnel):
         funnel.lengths.append(len(query_ids))
         if len(query_ids) > max_length:
@@ -146,6 +152,7 @@ def _chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
     size = 0
     for row in rows:
         chunk.append(row)
+        # A dialogue's turns are no text by themselves, but all of them stand in its prompt.
         size += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(chunk) == CHUNK_ROWS or size > CHUNK_CHARACTERS:
             yield chunk
@@ -158,12 +165,14 @@ def _chunks(rows: Iterable[dict]) -> Iterator[list[dict]]:
 def _fits(pairs: list[tuple[list[int], list[int]]], max_length: int, where: str, funnel: Funnel) -> bool:
     """Return True if one or two encoded answers to one query can be trained on, else count the row in `funnel`."""
     longest = max(len(query_ids) + len(answer_ids) for query_ids, answer_ids in pairs)
+    # Rows that are dropped count too, or --inspect_data could not say what a limit costs.
     funnel.lengths.append(longest)
     # The first reason that holds is counted: each test relies on those before it.
     reason = None
     if any(len(answer_ids) == 1 for _, answer_ids in pairs):
         # Characters that the tokenizer's normaliser removes, such as zero-width ones.
         reason = "answer without a token"
+    # A prompt as long as the limit is too long already: no token of an answer would fit.
     elif len(pairs[0][0]) >= max_length:
         reason = f"prompt longer than {max_length} tokens"
     elif longest > max_length:

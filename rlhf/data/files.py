@@ -44,6 +44,7 @@ def read_file(path: Path, label: str | None = None) -> Iterator[Located]:
     if suffix not in (*SUFFIXES, TEXT):
         raise ValueError(f"{label} is none of {', '.join(SUFFIXES)}: convert it to one of them")
 
+    # What a file is shows at its beginning, but for Parquet, which is checked by its reader.
     begin = b"" if suffix == ".parquet" else _begin_of(path, label)
     if path.stat().st_size == 0:
         raise ValueError(f"{label} is empty: check how it was made or downloaded")
@@ -119,6 +120,7 @@ def _lines(path: Path, label: str) -> Iterator[str]:
     for number, line in enumerate(_raw_lines(path, label)):
         # Editors on Windows put a mark at the start; it is no part of the text.
         content = line.removeprefix(codecs.BOM_UTF8) if number == 0 else line
+        # A carriage return stays: JSON takes it for space, and csv for a part of a line's end.
         yield content.removesuffix(b"\n").decode("utf-8", "surrogateescape")
     if line.endswith(b"\n"):
         yield ""
@@ -163,6 +165,7 @@ def _object(pairs: list[tuple[str, object]]) -> object:
 def _line_rows(lines: Iterator[str], label: str) -> Iterator[Located]:
     # Two lines ahead are known: the last one may be cut off, and a file of one may hold a whole table.
     ahead = deque(islice(lines, 3))
+    # A table of columns is one line, so only a file of one or two is looked at as such.
     is_long = len(ahead) > 2
     is_first = True
     number = 0
@@ -180,6 +183,7 @@ def _line_rows(lines: Iterator[str], label: str) -> Iterator[Located]:
             row = json.loads(line, object_pairs_hook=_object)
         # RecursionError: brackets nested by the thousand. ValueError: bad JSON, or a number of thousands of digits.
         except (ValueError, RecursionError) as error:
+            # Only the last line can have lost its end.
             is_cut = not ahead and _is_cut(line)
             reason = "the last line is cut off" if is_cut else not_utf8(line) or _not_json(error)
             yield where, BadRow(reason, line)
@@ -212,6 +216,7 @@ def _is_cut(line: str) -> bool:
 
 def _array_rows(text: str, label: str) -> Iterator[Located]:
     """Elements of one JSON array, each with the line on which it begins."""
+    # Element by element, because json.loads gives all of them or none, and no lines.
     decoder = json.JSONDecoder(object_pairs_hook=_object)
     gap = re.compile(r"[\s,]*")
     at = text.index("[") + 1

@@ -37,6 +37,7 @@ def examples(row, fmt: Format, template: str) -> list[dict]:
         return _with_answers(row, fmt, context, template)
 
     # What is left is a prompt, here or inside the chosen side of a preference.
+    # HH-style data keep the prompt inside the chosen side, as one text or as messages.
     if fmt.chosen and (not context or isinstance(row.get(fmt.chosen), list)):
         side = turns(_value(row, fmt.chosen), fmt.chosen, "assistant")
         context = _before_answer(side, context)
@@ -51,6 +52,8 @@ def _with_answers(row: dict, fmt: Format, context: list[Turn], template: str) ->
     value = _value(row, fmt.answer)
     if isinstance(value, list) and value and isinstance(value[0], dict):
         dialogue = turns(value, fmt.answer, "assistant")
+        # A list that begins with a question is the whole dialogue: with the prompt column in front its question would
+        # come twice.
         if dialogue[0][0] != "assistant":
             return _answered([*_systems(context), *dialogue], template)
 
@@ -73,6 +76,7 @@ def _before_answer(side: list[Turn], context: list[Turn]) -> list[Turn]:
     continues the prompt's.
     """
     before = side[:-1] if side and side[-1][0] == "assistant" else side
+    # A bare answer is a side that begins with the assistant.
     is_dialogue = bool(side) and side[0][0] != "assistant"
     if not is_dialogue:
         return context + before
@@ -119,6 +123,7 @@ def _sides(row: dict, fmt: Format) -> dict[str, tuple[str, object]]:
     if fmt.labelled:
         first, second, label, _, better = fmt.labelled
         winner = better(_value(row, label))
+        # A tie is no mistake in the data, and teaches nothing: it is counted, and stops no run.
         if winner is None:
             raise Unusable("neither answer is preferred")
         names = (first, second) if winner == 0 else (second, first)
@@ -130,6 +135,7 @@ def _sides(row: dict, fmt: Format) -> dict[str, tuple[str, object]]:
             raise BadRow(
                 f"field '{fmt.ranked}' must be a list of answers, the best first, or give chosen and rejected"
             )
+        # The best two, as LLaMA-Factory takes them; what is ranked below is in no pair.
         return {"chosen": (fmt.ranked, ranked[0]), "rejected": (fmt.ranked, ranked[1])}
     return {"chosen": (fmt.chosen, _value(row, fmt.chosen)), "rejected": (fmt.rejected, _value(row, fmt.rejected))}
 
@@ -150,9 +156,11 @@ def _preference(row: dict, fmt: Format, context: list[Turn], template: str) -> d
     if prompts["chosen"]["prompt"] != prompts["rejected"]["prompt"]:
         raise Unusable("chosen and rejected differ in their prompt")
 
+    # As texts; ids are compared once more when they are made, for different texts may have the same.
     if answers["chosen"] == answers["rejected"]:
         raise Unusable("chosen == rejected")
 
+    # Both sides have the same prompt by now.
     pair = prompts["chosen"] | answers
     if fmt.margin:
         pair["margin"] = _margin(row, fmt.margin)

@@ -59,6 +59,7 @@ class Funnel:
             lines.append(("+ expanded", self.expanded, "further answers or turns of the same rows"))
         for name, count in sorted(self.made.items()):
             lines.append((f"+ {name}", count, "made here, for training only"))
+        # The largest loss first, as it is the one to look at.
         for reason, count in self.dropped.most_common():
             lines.append((f"- {reason}", count, ", ".join(self.places[reason])))
         lines.append(("kept", self.kept, ""))
@@ -69,6 +70,7 @@ class Funnel:
 
     def _warnings(self) -> list[str]:
         """A line for a reason that takes more than half of the rows: data, flags and format hardly fit each other."""
+        # Without the rows made here, behind which the loss of half of the data could hide.
         half = (self.read + self.expanded) / 2
         return [
             f"! more than half of the rows are dropped: {reason} ({', '.join(self.places[reason])})"
@@ -102,6 +104,7 @@ class Funnel:
 def _openings(rows: Sequence[dict]) -> Iterator[str]:
     """The first question of each row's dialogue; all rows of one dialogue share it."""
     for opening, prompt in zip(column(rows, "opening"), column(rows, "prompt"), strict=True):
+        # The prompt of a single question is its own opening, and is not stored twice.
         yield prompt if opening is None else opening
 
 
@@ -120,6 +123,7 @@ def split_eval(rows: Sequence[dict], size: float, seed: int) -> tuple[Sequence[d
     # By hash and not by position, so that a prompt's rank does not depend on the other rows or their order.
     ranks = [_hash(f"{seed} {opening}") for opening in _openings(rows)]
     groups = Counter(ranks)
+    # Both sides need a prompt at least.
     if len(groups) < 2 or wanted >= len(rows):
         raise ValueError(
             f"{len(rows)} rows with {len(groups)} different prompts cannot give {wanted} evaluation rows: "
@@ -137,6 +141,7 @@ def split_eval(rows: Sequence[dict], size: float, seed: int) -> tuple[Sequence[d
 
     sides: tuple[list[int], list[int]] = ([], [])
     for number, rank in enumerate(ranks):
+        # False is 0, the side of training.
         sides[rank in aside].append(number)
     return pick(rows, sides[0]), pick(rows, sides[1])
 
@@ -151,6 +156,7 @@ def subset(rows: Sequence[dict], limit: int, seed: int, funnel: Funnel) -> Seque
     if limit < 0 or limit >= len(rows):
         return rows
 
+    # From the seed alone: the global source has been drawn from by now, and differently in each stage.
     drawn = set(random.Random(seed).sample(range(len(rows)), limit))
     for number, where in enumerate(column(rows, "where")):
         if number not in drawn:
@@ -206,6 +212,7 @@ def without_overlap(rows: Sequence[dict], evaluation: Sequence[dict], funnel: Fu
 
     Raises: ValueError where no training row is left.
     """
+    # Hashes of 32 bytes, for the prompts themselves may not fit into memory.
     prompts = {_hash(prompt) for prompt in column(evaluation, "prompt")}
     train = []
     for number, (prompt, where) in enumerate(zip(column(rows, "prompt"), column(rows, "where"), strict=True)):

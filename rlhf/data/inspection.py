@@ -40,6 +40,7 @@ def length_lines(rows: Rows, funnel: Funnel) -> list[str]:
     lengths = sorted(funnel.lengths)
     if not lengths:
         return []
+    # A length that some row has, not a mean of two.
     middle = lengths[len(lengths) // 2]
     high = lengths[min(len(lengths) - 1, len(lengths) * 95 // 100)]
     lost = [f"{sum(length > limit for length in lengths) / len(lengths):.1%} at {limit}" for limit in LIMITS]
@@ -64,6 +65,7 @@ def length_lines(rows: Rows, funnel: Funnel) -> list[str]:
 def _readable(prompt_format: PromptFormat, ids: list[int], mask: list[int]) -> str:
     """Text of a row; on a terminal its control tokens have a colour, which tells them from typed ones."""
     tokenizer = prompt_format.tokenizer
+    # In a file the codes of a colour would be rubbish.
     control = set(prompt_format.control.ids.values()) if sys.stdout.isatty() else set()
     text = ""
     for trained, tokens in groupby(zip(ids, mask, strict=True), key=lambda token: token[1]):

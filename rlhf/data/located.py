@@ -36,6 +36,7 @@ def first_sentence(error: Exception) -> str:
     """The first sentence of a library's message, which may run over many lines and quote the bytes of a file."""
     said = str(error).strip()
     first = said.splitlines()[0] if said else type(error).__name__
+    # Without a full stop, as it goes into a sentence of ours.
     return printable(first[:200].rstrip("."))
 
 

@@ -66,11 +66,14 @@ class PromptFormat:
         if bos and tokenizer.bos_token_id is None:
             raise ValueError("--bos True, but this tokenizer has no BOS token: leave the flag out")
 
+        # The order counts: the stop set needs the rendered template, and BOS is found by encoding with all that is
+        # above.
         self.space_in_answer = template != CHAT and self._glues_space()
         self._wanted_bos = bos
         end_of_turn = self._end_of_turn() if template == CHAT else None
         self.stop_ids = self._stop_set(end_of_turn, base_stop_ids, stop_tokens)
         self._adds_bos = self._tokenizer_adds_bos() if bos is None else bos
+        # Found by asking, for a chat template may write a BOS of its own.
         self.bos = self.query_ids([("user", PROBE)])[:1] == [tokenizer.bos_token_id]
 
     # ---- ids ----
@@ -108,6 +111,7 @@ class PromptFormat:
         query, whole = texts
         stop = self.stop_ids[0]
         query_ids = self.with_bos(known[query])
+        # None where the tokenizer merges across the border of query and answer.
         rest = after(query_ids, self.with_bos(known[whole]))
 
         if self.template != CHAT:
@@ -127,6 +131,7 @@ class PromptFormat:
     # ---- a text template ----
     def _texts(self, turns: list[Turn], answer: str) -> tuple[Marked, str]:
         """Texts of query and answer, with the mark of the control tokens that were typed in them."""
+        # Marked before the template is put round them: only what somebody typed may be broken.
         turns, answer, mark = self._with_marks(self._with_system(turns), answer)
         prompt = turns[0][1] if len(turns) == 1 else fold(merged_turns(turns), self.template)
         query = render(self.template, prompt)
@@ -141,6 +146,7 @@ class PromptFormat:
         """
         query = render(self.template, PROBE)
         query_ids = encode(self.tokenizer, query)
+        # One such word is enough: a query's ids must not depend on the word that its answer begins with.
         glued = any(after(query_ids, encode(self.tokenizer, query + word)) is None for word in FIRST_WORDS)
         return query.endswith(" ") and glued
 
@@ -155,6 +161,8 @@ class PromptFormat:
     def _rendered(self, turns: list[Turn], open_end: bool) -> str:
         """Text of turns in the chat template; `open_end`: with the opening of the answer that comes next."""
         messages = [{"role": role, "content": said} for role, said in turns]
+        # As text and not yet as ids: afterwards a control token that somebody typed would look like the template's
+        # own.
         settings = {"chat_template": self.chat_template, "add_generation_prompt": open_end, "tokenize": False}
         try:
             return self.tokenizer.apply_chat_template(messages, **settings, **self.kwargs)
@@ -172,6 +180,7 @@ class PromptFormat:
             text = self._rendered([("user", PROBE), ("assistant", PROBE)], open_end=False)
         except Unusable as error:
             raise ValueError(f"{error}: it takes no question with an answer; give --chat_template FILE") from None
+        # The last PROBE is the answer; the first control token behind it ends a turn.
         _, answer, tail = text.rpartition(PROBE)
         return self.control.first_in(tail) if answer else None
 
@@ -189,6 +198,7 @@ class PromptFormat:
         return ids[1:] if self._wanted_bos is False and begins else ids
 
     def _with_system(self, turns: list[Turn]) -> list[Turn]:
+        # A dialogue's own system message wins, wherever it stands.
         if self.system_prompt is None or any(role == "system" for role, _ in turns):
             return turns
         return [("system", self.system_prompt), *turns]
@@ -206,12 +216,14 @@ class PromptFormat:
         """Return the stop ids, the training stop first, the others by their ids. Raises: ValueError as `__init__`."""
         named = []
         for word in words:
+            # Here, other than in data, a control token written as text is meant as one.
             ids = self.tokenizer.encode(word, add_special_tokens=False, split_special_tokens=False)
             if len(ids) != 1:
                 raise ValueError(f"--stop_tokens {word!r} is no single token of this tokenizer: it has {len(ids)}")
             named += ids
 
         eos = self.tokenizer.eos_token_id
+        # The first of them is what training puts behind every answer.
         candidates = [token for token in (end_of_turn, eos, *named, *base) if token is not None]
         if not candidates:
             raise ValueError("the tokenizer has no EOS token: name its eos_token in its config, or give --stop_tokens")
@@ -224,6 +236,7 @@ class PromptFormat:
         """Return True if the tokenizer puts its BOS in front of a text by itself (Llama and Gemma, not Qwen)."""
         bos = self.tokenizer.bos_token_id
         usual = self.tokenizer.encode(PROBE)
+        # Some put it in front of a text even where nothing is to be added: then it is in every encoded text already.
         return bos is not None and usual[:1] == [bos] and encode(self.tokenizer, PROBE)[:1] != [bos]
 
     # ---- in words and in run.json ----
@@ -233,10 +246,12 @@ class PromptFormat:
         return {
             "prompt_template": self.template,
             "text": text,
+            # Sixteen digits are 64 bits: short enough for a sentence, and no two templates will share them.
             "sha256": hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16],
             "chat_template_kwargs": self.kwargs,
             "system_prompt": self.system_prompt,
             "bos": self.bos,
+            # A server's template has to end where the query ended in training (rlhf/data/served_template.py).
             "space_in_answer": self.space_in_answer,
             "stop_tokens": self.stop_tokens(),
             "stop_ids": list(self.stop_ids),

@@ -55,6 +55,7 @@ class Rows(Sequence[dict]):
     def __init__(self, batches: list[pa.RecordBatch], numbers: np.ndarray | None = None):
         self.batches = batches
         self.ends = np.cumsum([batch.num_rows for batch in batches], dtype=np.int64)
+        # Choosing, sorting and splitting make new numbers, eight bytes a row, and leave the batches alone.
         self.numbers = np.arange(self.ends[-1] if batches else 0) if numbers is None else numbers
 
     def __len__(self) -> int:
@@ -63,6 +64,7 @@ class Rows(Sequence[dict]):
     def __getitem__(self, index):
         if isinstance(index, slice):
             return Rows(self.batches, self.numbers[index])
+        # Integers of numpy and torch are indices as well; a float is refused.
         number = self.numbers[operator.index(index)]
         batch, place = self._place(number)
         return _dicts(self.batches[batch].slice(place, 1))[0]
@@ -74,11 +76,13 @@ class Rows(Sequence[dict]):
     def __eq__(self, other) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
+    # Rows compare by content, which may be gigabytes.
     __hash__ = None
 
     def __add__(self, rows: Iterable[dict]) -> "Rows":
         """These rows, and others behind them."""
         more = rows if isinstance(rows, Rows) else written(rows)
+        # Counted on from all rows of these batches, not from the chosen ones.
         behind = more.numbers + (self.ends[-1] if self.batches else 0)
         return Rows(self.batches + more.batches, np.concatenate([self.numbers, behind]))
 
@@ -94,6 +98,7 @@ class Rows(Sequence[dict]):
 
     def lengths(self, name: str) -> np.ndarray:
         """[N] int64: entries of a list column in each row, without looking at them."""
+        # Behind an empty array, as there may be no batch at all.
         counts = [batch.column(name).value_lengths().fill_null(0).to_numpy(False) for batch in self.batches]
         return np.concatenate([np.zeros(0, np.int64), *counts])[self.numbers]
 
@@ -103,6 +108,8 @@ class Rows(Sequence[dict]):
         import datasets
 
         columns = [pa.RecordBatch.from_arrays([batch.column(name) for name in names], names) for batch in self.batches]
+        # In memory by its class alone: the columns are still pages of the mapped file, which datasets would copy if it
+        # were given dicts.
         table = datasets.table.InMemoryTable(pa.Table.from_batches(columns))
         return datasets.Dataset(table).select(self.numbers)
 
@@ -116,6 +123,7 @@ class Rows(Sequence[dict]):
     @classmethod
     def load(cls, path: Path) -> "Rows":
         """Map rows that `save` wrote. Raises: OSError, ValueError, pyarrow.ArrowException where they are damaged."""
+        # A pickle among the numbers could run code.
         return cls(_mapped(f"{path}.arrow"), np.load(f"{path}.npy", allow_pickle=False))
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -125,7 +133,10 @@ class Rows(Sequence[dict]):
 
     def _runs(self) -> Iterator[tuple[pa.RecordBatch, pa.Array]]:
         """Each run of rows that lie in one batch, as that batch and their places in it."""
+        # `ends` holds the first number behind each batch, so a row with exactly that number lies in the next:
+        # side="right".
         holders = np.searchsorted(self.ends, self.numbers, side="right")
+        # No batch has the number -1, so the first row begins a run too.
         starts = np.flatnonzero(np.diff(holders, prepend=-1))
         for start, end in zip(starts, np.append(starts, len(holders))[1:], strict=True):
             batch = self.batches[holders[start]]
@@ -146,6 +157,7 @@ class RowWriter:
         self.file = None
 
     def append(self, row: dict) -> None:
+        # `_batch` asks for the columns of the schema and for no others: one more would be lost without a word.
         unknown = row.keys() - set(SCHEMA.names)
         if unknown:
             raise ValueError(f"a row has no column {', '.join(sorted(unknown))}")
@@ -165,6 +177,7 @@ class RowWriter:
     def _write(self) -> None:
         if self.file is None:
             handle, name = tempfile.mkstemp(prefix=f".{TOKEN}", suffix=".arrow", dir=scratch())
+            # pyarrow opens the file by its name once more.
             os.close(handle)
             self.path = Path(name)
             # Where reading stops at an error, nobody asks for the rows.
@@ -177,6 +190,7 @@ class RowWriter:
 
 def _mapped(file: str) -> list[pa.RecordBatch]:
     reader = pa.ipc.open_file(pa.memory_map(file))
+    # Views of the mapping: no byte is read before somebody looks at it.
     return [reader.get_batch(number) for number in range(reader.num_record_batches)]
 
 
@@ -212,6 +226,7 @@ def scratch() -> str:
 def _batch(rows: list[dict]) -> pa.RecordBatch:
     columns = {name: [row.get(name) for row in rows] for name in SCHEMA.names}
     columns["where"] = [where and os.fsencode(where) for where in columns["where"]]
+    # A table holds dates and decimals, for which JSON has no form: a reward function sees them as text.
     columns["columns"] = [cells and json.dumps(cells, default=str) for cells in columns["columns"]]
     return pa.RecordBatch.from_pydict(columns, SCHEMA)
 
@@ -236,6 +251,7 @@ def _values(array: pa.Array) -> list:
     if array.type != _IDS:
         return array.to_pylist()
     # Lists of ids go through numpy: one by one they take ten times as long.
+    # Not `array.values`, which gives the whole batch where this array is a slice of it.
     flat = array.flatten().to_numpy(zero_copy_only=False)
     ends = np.cumsum(array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
     lists = np.split(flat, ends[:-1])

@@ -8,6 +8,8 @@ import json
 from rlhf.data.template import CHAT
 
 # Folds a dialogue as rlhf/data/template.py does, with `bos`, `before`, `after`, `opening` and `stop` set before it.
+# The minus signs take away the new lines of this text, which a server would otherwise encode. A plain `set` inside
+# Jinja's loop is forgotten with each round, hence the namespace.
 FOLD = r"""{{- bos -}}
 {%- set ns = namespace(role='') -%}
 {%- for message in messages -%}
@@ -45,6 +47,7 @@ def served_template(record: dict, eos_token: str | None, bos_token: str | None) 
         settings = {"bos": bos, "before": before, "after": after, "opening": opening, "stop": eos_token or ""}
         text = FOLD
 
+    # Set in the template's own text: a server hands in messages and nothing else.
     lines = [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in settings.items()]
     if record["system_prompt"]:
         system = f"[{{'role': 'system', 'content': {_literal(record['system_prompt'])}}}]"

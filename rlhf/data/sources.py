@@ -45,6 +45,7 @@ def splits_of(source: str, config: str | None = None, flag: str = "--dataset_nam
     if path.is_file():
         return {"train": Again(read_file, path)}
 
+    # Before other directories, for what save_to_disk writes holds files as well.
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _saved_splits(path)
 
@@ -82,6 +83,7 @@ def _directory_splits(path: Path) -> dict[str, Again]:
     files: dict[str, list[Path]] = {}
     for file in files_under(path):
         inside = file.relative_to(path)
+        # Hidden files are a system's or the hub's own, and dataset_info.json tells of rows without holding any.
         hidden = any(part.startswith(".") for part in inside.parts) or file.name.startswith("dataset_info")
         if kind_of(file) in SUFFIXES and not hidden:
             files.setdefault(_split_of(inside), []).append(file)
@@ -124,6 +126,7 @@ def _split_of(file: Path) -> str:
     numbered = re.fullmatch(r"(\w+?)-\d{5}-of-\d{5}(-\w+)?\..*", file.name)
     if numbered:
         return numbered[1]
+    # Folders count as well as the name: test/part-1.jsonl says its split by the folder.
     words = re.split(r"[^a-z]+", str(file).lower())
     return next((word for word in words if word in SPLITS), "train")
 

@@ -13,6 +13,7 @@ from rlhf.data.located import Located, first_sentence, not_utf8, row_or_bad, twi
 def csv_rows(text: str, label: str) -> Iterator[Located]:
     # The default limit of 131,072 characters a cell would stop at a long answer; `strict` reports unclosed quotes.
     csv.field_size_limit(2**31 - 1)
+    # Without translation, which would change the ends of lines inside a cell.
     lines = list(io.StringIO(text, newline=""))
     mark, spaced = _delimiter(lines)
     reader = csv.reader(lines, strict=True, delimiter=mark, skipinitialspace=spaced)
@@ -43,12 +44,14 @@ def csv_rows(text: str, label: str) -> Iterator[Located]:
             header = _header(cells, reason, where) if cells else None
         elif reason or len(cells) not in (0, len(header)):
             yield where, BadRow(reason or f"{len(cells)} cells under {len(header)} column names", cells)
+        # A blank line is no row, and no mistake.
         elif cells:
             yield where, dict(zip(header, cells, strict=True))
 
 
 def _delimiter(lines: list[str]) -> tuple[str, bool]:
     """What separates the column names (a comma, or where there is none a semicolon or a tab); if a space follows."""
+    # By the column names alone: the texts below them hold marks of every kind.
     first = next((line for line in lines if line.strip()), "")
     mark = next((mark for mark in (",", ";", "\t") if mark in first), ",")
     return mark, f"{mark} " in first

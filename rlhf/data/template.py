@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlhf.data.dialogues import Turn, Unlearnt, Unusable
 
+# The tutorial's own. Later stages take it from run.json, so that a new default would change no trained adapter.
 DEFAULT_TEMPLATE = "问：{prompt}\n\n答："
 
 # Words that --prompt_template takes in place of a text.
@@ -22,6 +23,7 @@ CHAT = "chat"
 # ---- template ----
 def check_template(template: str) -> str:
     """Return `template` as it is. Raises: ValueError unless it is "auto", "chat" or holds {prompt} exactly once."""
+    # Without {prompt} every query would be the same, and with two of them a prompt would be asked twice.
     if template not in (AUTO, CHAT) and template.count("{prompt}") != 1:
         raise ValueError(f"--prompt_template {template!r} must contain {{prompt}} exactly once, or be auto or chat")
     return template
@@ -76,6 +78,7 @@ def merged_turns(dialogue: list[Turn]) -> list[Turn]:
 def up_to_last_question(dialogue: list[Turn]) -> list[Turn]:
     """The turns of a dialogue, without an answer at its end."""
     joined = joined_turns(dialogue)
+    # The policy answers by itself: what the data says there is another model's, or a person's.
     is_answered = joined and joined[-1][0] == "assistant"
     return joined[:-1] if is_answered else joined
 
@@ -94,6 +97,7 @@ def prompt_of(dialogue: list[Turn], template: str) -> dict:
     else:
         turns = joined_turns(dialogue)
         prompt = fold(dialogue, template)
+    # The turns of a single question would only say the prompt again.
     return {"prompt": prompt} if len(turns) == 1 else {"prompt": prompt, "turns": turns}
 
 
@@ -127,6 +131,7 @@ def transcript(turns: list[Turn]) -> str:
 
 def _with_question(dialogue: list[Turn]) -> list[Turn]:
     """The turns of a dialogue for a chat template: an empty system message left out. Raises: as `prompt_of`."""
+    # Many data sets have empty system messages, around which a template would write its markers all the same.
     turns = joined_turns([(role, said) for role, said in dialogue if said or role != "system"])
     # Systems apart, the same dialogues are usable as with a text template.
     _refuse_without_question([turn for turn in turns if turn[0] != "system"])
@@ -144,6 +149,7 @@ def opening(example: dict, template: str) -> str:
     """The first question of a dialogue, which all of its examples share; a prompt of one turn is its own opening."""
     if template != CHAT:
         return first_question(example["prompt"], template)
+    # With its system message, which may be what tells two dialogues apart.
     turns = turns_of(example)
     first = next(number for number, (role, _) in enumerate(turns) if role == "user")
     return transcript(turns[: first + 1])
@@ -153,4 +159,6 @@ def first_question(prompt: str, template: str) -> str:
     """The opening of a folded dialogue; a prompt of one turn is its own opening."""
     after = template.split("{prompt}")[1]
     # A template that ends with {prompt} leaves no mark between the turns.
+    # A question that holds this mark itself is cut short: it then shares its opening with others, and at worst they
+    # stay on one side of a split together.
     return prompt.split(after)[0] if after else prompt

@@ -29,6 +29,8 @@ def _write_kernel(
     b = row // heads
     h = row % heads
     d = tl.arange(0, DIM_ROOM)
+    # The column is loaded on the GPU: given as a number it would be frozen into a recorded graph, and every token
+    # would be written into the column of the first.
     at = (row.to(tl.int64) * room + tl.load(column)) * DIM + d
     tl.store(keys + at, tl.load(k + b.to(tl.int64) * k_b + h * k_h + d, mask=d < DIM), mask=d < DIM)
     tl.store(values + at, tl.load(v + b.to(tl.int64) * v_b + h * v_h + d, mask=d < DIM), mask=d < DIM)
@@ -56,28 +58,37 @@ def _attend_kernel(
     split = tl.program_id(1)
     b = row // heads
     h = row % heads
+    # Columns before it are a row's padding: they are skipped, and not only masked.
     start = tl.load(first + b)
     end = tl.load(column) + 1
+    # Splits share what is used so far, in whole blocks, so that the last ones may have no column at all.
     share = tl.cdiv(tl.cdiv(end - start, SPLITS), SIZE) * SIZE
     begin = start + split * share
     end = tl.minimum(end, begin + share)
 
+    # Rows are the query heads that share these keys; those beyond GROUP only fill up the matrix units.
     g = tl.arange(0, QUERIES)
     d = tl.arange(0, DIM_ROOM)
     real = (g[:, None] < GROUP) & (d[None, :] < DIM)
+    # Loaded once, and used for every block of keys.
     x = tl.load(q + b.to(tl.int64) * q_b + (h * GROUP + g[:, None]) * q_h + d[None, :], mask=real, other=0.0)
 
+    # A split without columns keeps the values from here, and weighs exp(-1e30 - top) = 0 in the join.
     # The softmax so far: the largest score, the sum of exponentials relative to it, and the weighted values.
     top = tl.full([QUERIES], -1e30, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     sum_v = tl.zeros([QUERIES, DIM_ROOM], tl.float32)
     store = row.to(tl.int64) * room * DIM
+    # The sums so far are scaled down whenever a larger score comes, so that one pass over the keys is enough. (Milakov
+    # and Gimelshein 2018, arXiv:1805.02867)
     for n in range(begin, end, SIZE):
         c = n + tl.arange(0, SIZE)
         seen = (c[:, None] < end) & (d[None, :] < DIM)
         at = store + c[:, None] * DIM + d[None, :]
         k = tl.load(keys + at, mask=seen, other=0.0)
+        # By default Triton multiplies float32 as TF32, whose ten bits would show beside PyTorch's attention.
         s = tl.dot(x, tl.trans(k), input_precision="ieee") * scale
+        # Keys past the end were loaded as zeros, and a score of 0 would take its part of the softmax.
         s = tl.where(c[None, :] < end, s, -float("inf"))
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.exp(s - higher[:, None])
@@ -87,6 +98,7 @@ def _attend_kernel(
         total = total * shrink + tl.sum(p, 1)
         top = higher
 
+    # One part alone is the result; several go to the join as they are, not yet divided, in float32.
     head = row * GROUP + g
     if SPLITS == 1:
         at = head.to(tl.int64)[:, None] * DIM + d[None, :]
@@ -105,6 +117,7 @@ def _join_kernel(tops, sums, parts, out, DIM: tl.constexpr, DIM_ROOM: tl.constex
     s = tl.arange(0, SPLITS)
     d = tl.arange(0, DIM_ROOM)
     top = tl.load(tops + head * SPLITS + s)
+    # Relative to the largest of all, so that no exponential overflows.
     weight = tl.exp(top - tl.max(top, 0))
     total = tl.sum(weight * tl.load(sums + head * SPLITS + s), 0)
     at = (head * SPLITS + s[:, None]) * DIM + d[None, :]
@@ -115,6 +128,7 @@ def _join_kernel(tops, sums, parts, out, DIM: tl.constexpr, DIM_ROOM: tl.constex
 def splits_for(rows: int, room: int) -> int:
     """How often the columns of `rows` rows and heads are split, a power of two: a few rows would leave a GPU idle."""
     splits = 1
+    # By the room, not by the tokens so far: a recorded graph plays every token with one and the same grid.
     while rows * splits < PROGRAMS and splits * 2 * COLUMNS <= room:
         splits *= 2
     return splits
@@ -137,6 +151,8 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor, first: Tensor, colu
     tops, sums = torch.empty(2, rows * heads * splits if splits > 1 else 1, device=q.device)
     parts = torch.empty(rows * heads * splits * dim if splits > 1 else 1, device=q.device)
 
+    # Query heads that share keys are the rows of one matrix product, and read these keys once. (Ainslie et al. 2023,
+    # arXiv:2305.13245)
     group = heads // kv_heads
     sizes = {"DIM": dim, "DIM_ROOM": max(FEWEST, triton.next_power_of_2(dim)), "SPLITS": splits}
     _attend_kernel[(rows * kv_heads, splits)](

@@ -39,9 +39,11 @@ def supports_static_cache(model: PreTrainedModel) -> bool:
     attention = model.config._attn_implementation
     if not getattr(model, "_can_compile_fullgraph", False) or attention not in ("sdpa", BY_ROW):
         return False
+    # Other kinds choose their frequencies in Python by the longest position, and a recording would freeze the choice.
     rope = getattr(model.config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
         return False
+    # Layers with a window have a class of their own: the one mask of `StaticDecoder` would not serve them.
     layers = StaticCache(config=model.config, max_cache_len=1).layers
     return all(type(layer) is StaticLayer for layer in layers)
 
@@ -56,10 +58,12 @@ def next_logits(
             takes it. more: for the model's attention.
     """
     if positions is None:
+        # Of the new tokens alone: keys in the cache are rotated already.
         positions = position_ids(mask)[:, -tokens.shape[1] :]
         mask = mask.long()
     inputs = {"position_ids": positions} if accepts(type(model), "position_ids") else {}
     inputs |= {"attention_mask": mask, "past_key_values": cache, "use_cache": True} | more
+    # The last column is every row's newest token, as padding is on the left.
     return forward(model, (slice(None), -1), tokens, **inputs)
 
 
@@ -84,6 +88,7 @@ class RoomyLayer(DynamicLayer):
     def make_room(self, key_states: Tensor, value_states: Tensor, rows: int) -> None:
         """Memory for that many rows of keys and values like these."""
         self.lazy_initialization(key_states, value_states)
+        # Zeros, not memory as it is found: a masked column has weight 0, and 0 times a NaN in it would still be NaN.
         self.stores = [x.new_zeros(rows, x.shape[1], self.room, x.shape[3]) for x in (key_states, value_states)]
 
     def show(self, end: int) -> tuple[Tensor, Tensor]:
@@ -227,6 +232,7 @@ class StaticDecoder:
 
     def next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and hidden states after one more token [B] per row; the next call overwrites them."""
+        # Into the memory that the recording reads: it would never see a tensor of another address.
         self.tokens.copy_(tokens[:, None])
         if self.graph is None and self.warm and tokens.is_cuda:
             self.record()
@@ -251,6 +257,7 @@ class StaticDecoder:
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """Logits and hidden states of the newest tokens, one column and one position on."""
+        # In place and on the GPU, so that these two additions are part of what is recorded.
         self.column += 1
         self.positions += 1
         more = {"columns": (self.first, self.column)} if self.by_column else {}
@@ -268,5 +275,6 @@ class StaticDecoder:
             layer.keys = layer.keys[rows]
             layer.values = layer.values[rows]
             layer.batch_size = len(rows)
+        # The rows have new addresses now, and a recording is of the old ones.
         self.graph = None
         self.warm = False

@@ -140,6 +140,7 @@ def pack(backbone: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -
         # Of four dimensions, so that transformers makes no mask [N, N] that nobody would look at.
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=real.device),
     }
+    # Exclusive sums: each row begins where all the rows before it end.
     return Packed(inputs, lengths.cumsum(0) - lengths)
 
 
@@ -166,6 +167,7 @@ def enable_packing(backbone: PreTrainedModel) -> bool:
     # Different tokens all over, so that a row which sees its neighbour has other hidden states.
     ids = torch.arange(14, device=next(backbone.parameters()).device).view(2, 7) % text.vocab_size
     training = backbone.training
+    # Dropout alone would tell two passes of one row apart.
     backbone.eval()
 
     try:
@@ -224,6 +226,7 @@ def mlp_only_at(backbone: nn.Module, pick):
         output = usual(x[pick][None])
         # Some mixtures of experts give back what their router found, too.
         states, *rest = output if isinstance(output, tuple) else (output,)
+        # The residual is added to these zeros, and nobody asks for the sum.
         y = states.new_zeros(x.shape)
         y[pick] = states[0]
         return (y, *rest) if isinstance(output, tuple) else y

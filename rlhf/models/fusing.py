@@ -20,6 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 2e-3}
 
 def fuse(model: nn.Module) -> None:
     """Let norms, rotary embedding and feed-forward parts of `model` compute in one kernel each, where there is one."""
+    # PyTorch has a norm in one kernel of its own, so norms gain without triton too.
     fuse_norms(model)
     if kernels_available():
         fuse_rotary(model)
@@ -80,6 +81,7 @@ def fuse_norms(model: nn.Module) -> int:
 
     for module in model.modules():
         weight = getattr(module, "weight", None)
+        # The name only says what is worth a trial; the trial decides.
         known = type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
         # Under ZeRO-3 a weight is elsewhere until its layer runs.
         if not known or weight is None or weight.is_meta or weight.dim() != 1 or weight.dtype not in TOLERANCE:
@@ -122,6 +124,7 @@ def fuse_rotary(model: nn.Module) -> int:
     count = 0
     for source in sources - {None}:
         usual = getattr(source, "apply_rotary_pos_emb", None)
+        # Put there for an earlier model of this process: once is enough.
         if isinstance(usual, Rotary):
             count += 1
         elif usual is not None and _rotates_as_llama(usual):
@@ -132,6 +135,8 @@ def fuse_rotary(model: nn.Module) -> int:
 
 def _rotates_as_llama(usual) -> bool:
     """Return True if a function rotates a trial as the kernel does; there are kinds that interleave the halves."""
+    # A generator of its own, so that the trial moves no random number of the run. Its angles are no cosines on
+    # purpose: tables whose halves repeat would let a kernel pass that mixes the halves up.
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 3, 5, 16), (2, 1, 5, 16), (2, 5, 16), (2, 5, 16))
     q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -159,6 +164,7 @@ class MLPForward:
         """[..., H] of x [..., H]."""
         if not x.is_cuda:
             return self.usual(x)
+        # Through the projections' own forwards, so that adapters and 4-bit weights inside them go on counting.
         part = self.part
         return part.down_proj(gpu_kernels().silu_times(part.gate_proj(x), part.up_proj(x)))
 
@@ -173,6 +179,7 @@ def fuse_mlps(model: nn.Module) -> int:
     """Let feed-forward parts with SwiGLU activate in one kernel, those that a trial finds to be that; how many are."""
     count = 0
     for part in model.modules():
+        # Before adapters are put on: peft's wrappers are no nn.Linear, and their parts would be passed over.
         linears = [getattr(part, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         # Under ZeRO-3, and in shards, a weight is elsewhere until its layer runs.
         if not all(isinstance(one, nn.Linear) and _is_here(one.weight) for one in linears):
@@ -181,6 +188,7 @@ def fuse_mlps(model: nn.Module) -> int:
         # A weight of four bits is held as whole numbers, and computes in half precision.
         dtype = gate.weight.dtype if gate.weight.is_floating_point() else torch.bfloat16
         x = torch.linspace(-1, 1, 2 * gate.in_features, dtype=dtype, device=gate.weight.device).view(2, -1)
+        # Its largest output sets the bound; of zeros alone, or in a dtype without tolerance, a trial proves nothing.
         usual = part(x)
         bound = TOLERANCE.get(dtype, 0.0) * usual.abs().max()
         if bound > 0 and bool(((down(silu(gate(x)) * up(x)) - usual).abs() <= bound).all()):

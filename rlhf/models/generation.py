@@ -91,6 +91,7 @@ class Rollout:
         Places count a row's real tokens from 0.
         """
         row, t = self.mask.nonzero(as_tuple=True)
+        # Less 1, for logits at a token predict the one after it: the query's last token predicts response token 0.
         return row, self.query_mask.sum(1)[row] - 1 + t
 
     def rows(self, index: Tensor) -> "Rollout":
@@ -101,6 +102,7 @@ class Rollout:
         for field in dataclasses.fields(self):
             tensor = getattr(self, field.name)
             if tensor is not None:
+                # Queries end in the same column and responses begin in the same one: each is cut at its other side.
                 keep = slice(-queries, None) if field.name.startswith("query") else slice(None, responses)
                 chosen[field.name] = tensor[index][:, keep]
         return Rollout(**chosen)
@@ -178,15 +180,22 @@ def _sample(model: PreTrainedModel, values_of, out: Rollout, sampling: Sampling,
     rows, total = out.mask.shape
     device = out.mask.device
     decoder = decoder_of(model, out.query_ids, out.query_mask, total, static=sampling.cuda_graphs)
+    # Rows leave the batch when they have ended: entry i is the row of `out` that row i of the batch writes to.
     alive = torch.arange(rows, device=device)
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
     logits, hidden = decoder.prefill()
 
     for t in range(total):
+        # Here all rows are at one place; when they are scored later, every token brings its own.
         logits = sampling.process(logits.float(), torch.full_like(alive, t))
+        # What is recorded is the probability before top-k and top-p: under the truncated one a token outside would
+        # have none, and its ratio in the update no meaning.
         chosen = _choose(logits, sampling, generator)
+        # `ended` still tells of the tokens before this one: a stop token is real itself, and what comes after it is
+        # not.
         _write(out, (alive, t), chosen, ~ended, logits)
         if values_of is not None:
+            # Of the hidden state that predicts token t, so the value is the one before this token, as `gae` takes it.
             out.values[alive, t] = values_of(hidden)
         ended = ended | is_stop(chosen, sampling.stop_ids)
         if t == total - 1:
@@ -217,8 +226,10 @@ def _without_rest(out: Rollout, pad_token_id: int) -> Rollout:
 
     Raises: FloatingPointError where the policy's logits were not finite.
     """
+    # Looked at once, after the last token: a look at every token would wait for the GPU as often.
     if not torch.isfinite(out.logprobs[out.mask]).all():
         raise FloatingPointError("the policy's logits are not finite: the update before this one broke it")
+    # Rows that had ended went on being sampled until they left the batch.
     out.response_ids = torch.where(out.mask, out.response_ids, pad_token_id)
     for name in ("logprobs", "values", "entropy"):
         setattr(out, name, torch.where(out.mask, getattr(out, name), 0))
@@ -231,12 +242,15 @@ def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | Non
         return logits.argmax(-1)
 
     if sampling.top_k > 0:
+        # A vocabulary may be smaller than k, of which topk makes an error.
         kth = logits.topk(min(sampling.top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
 
     if sampling.top_p < 1:
         ordered, index = logits.sort(descending=True)
         probs = ordered.softmax(-1)
+        # The mass before a token decides, not its own: the first token always stays, and so does the one that crosses
+        # top_p. (Holtzman et al. 2020, arXiv:1904.09751)
         ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= sampling.top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter(-1, index, ordered)
 

@@ -25,6 +25,7 @@ def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     # PyTorch's own attention pads heads of another size for the kernel, which is called directly here.
     if not query.is_cuda or query.shape[-1] % 8:
         return False
+    # Grouped queries: not every kernel takes keys of fewer heads.
     fewer = key.shape[1] != query.shape[1]
     return can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, True, fewer))
 
@@ -39,6 +40,7 @@ def flash_by_row(
     # The kernel takes tokens first, [N, heads, dim], the rows one after the other. The backward of an index would copy
     # each gradient into zeros; that of `squeeze` is a view.
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # Bounds and longest row stand twice, for queries and for keys; then dropout, causal, and no debug mask.
     output = torch.ops.aten._flash_attention_forward(
         query, key, value, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
     )
@@ -71,6 +73,7 @@ def attend_by_row(
     # One kernel for all rows where there is one, else one for each row.
     if not kwargs.get("dropout") and flash_takes(query, key, value):
         return flash_by_row(query, key, value, row_bounds, max(row_lengths), kwargs.get("scaling")), None
+    # Said aloud: transformers would otherwise judge by the length of the queries.
     kwargs["is_causal"] = True
     rows = zip(*(x.split(row_lengths, dim=2) for x in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None

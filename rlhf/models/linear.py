@@ -60,6 +60,7 @@ class _Frozen(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
+        # A frozen weight asks for no gradient, which would be a second product of the same size.
         return product(grad, ctx.saved_tensors[0].T), None, None
 
 
@@ -69,6 +70,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dropped: Tensor | None, weight: Tensor, bias, a: Tensor, b: Tensor, scaling: float):
         y, down = adapted(x, dropped, weight, bias, a, b, scaling)
+        # x A' is kept for the gradient of B: it is only r wide.
         ctx.save_for_backward(x if dropped is None else dropped, weight, a, b, down)
         ctx.scaling = scaling
         ctx.has_dropout = dropped is not None
@@ -86,6 +88,7 @@ class _Adapted(torch.autograd.Function):
                 grad_x.addmm_(up, a.to(grad.dtype))
         if ctx.needs_input_grad[1]:
             grad_dropped = up @ a.to(grad.dtype)
+        # An adapter for inference, such as the reference's, hands a gradient on and takes none.
         if not ctx.needs_input_grad[4]:
             return grad_x, grad_dropped, None, None, None, None, None
         grad_b = (down.T @ grad).mul_(ctx.scaling).T
@@ -119,6 +122,7 @@ class AdaptedForward:
         if base.weight.numel() == 0 or x.dtype != base.weight.dtype:
             return self.usual(x)
 
+        # A linear layer knows no rows and columns of a batch: one product over all tokens.
         flat = x.reshape(-1, x.shape[-1])
         dropped = None
         dropout = layer.lora_dropout[name]

@@ -54,6 +54,7 @@ def resolve_model(name: str, flag: str = "--model_name") -> str:
         read_config(str(name))
         return str(name)
 
+    # A mistyped path must not become a question to the hub: its error would be about the network.
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(
             f"{flag} {name} does not exist{nearest(name)}: give a model directory or a hub id (owner/name)"
@@ -86,6 +87,7 @@ def pick_dtype(bf16: bool) -> torch.dtype:
     """Dtype of the base weights: bfloat16 where asked and possible, float16 on a card without, float32 on a CPU."""
     if not bf16 or not torch.cuda.is_available():
         return torch.float32
+    # By default PyTorch says yes for cards that only emulate it.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16
     warnings.warn("this card has no bfloat16: using float16 instead", stacklevel=2)
@@ -119,15 +121,18 @@ def load_base(
         options["device_map"] = {"": device}
         device = None
     if four_bit:
+        # device_map places a quantised model while it loads, so it is not moved afterwards.
         options |= _in_four_bits(dtype, device)
         device = None
 
     with refused(f"the base {model_dir}", "install what it needs, or download it again"):
         model, loaded = auto.from_pretrained(model_dir, output_loading_info=True, **options)
+    # A score head is new on a base, and only on a base: a merged reward model brings its own.
     missing = sorted(name for name in loaded["missing_keys"] if not name.startswith(("score.", "classifier.")))
     if missing:
         raise ValueError(f"{model_dir} lacks weights of its model, {missing[0]} for one: is the download complete?")
 
+    # In training a cache is memory for nothing; sampling brings caches of its own.
     model.config.use_cache = False
 
     for module in model.modules():
@@ -159,6 +164,7 @@ def read_config(model_dir: str) -> PretrainedConfig:
         _refuse_strange(read_object(file), file)
     with refused(str(file), "copy or download it again"):
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    # A model that also sees images keeps the sizes of its decoder one level down.
     text = config.get_text_config()
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -221,6 +227,7 @@ def _learnt_positions(config: PretrainedConfig) -> int | None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     table = model.get_input_embeddings()
+    # wpe is GPT-2's name for the table, embed_positions OPT's.
     learnt = [
         # Some tables begin with rows for padding.
         module.num_embeddings - getattr(module, "offset", 0)
@@ -248,12 +255,15 @@ def score_model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 def _in_four_bits(dtype: torch.dtype, device) -> dict:
     """Arguments of `from_pretrained` for NF4 with double quantisation, on `device` or this process's own."""
     if device is None:
+        # A card for each process: left to itself, each would load onto the first one.
         device = read_launch().local_rank if torch.cuda.is_available() else "cpu"
+    # As in QLoRA: Dettmers et al. 2023, arXiv:2305.14314, section 3.
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        # The name is of 8 bits, but 4 bits heed it too: heads keep their precision.
         llm_int8_skip_modules=["lm_head", "score"],
     )
     return {"quantization_config": config, "device_map": {"": device}}
@@ -264,5 +274,6 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        # Attention has its dropout as a number, not as a module.
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0

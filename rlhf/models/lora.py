@@ -17,6 +17,7 @@ from rlhf.artefacts.time_limits import within_seconds
 from rlhf.models.linear import fuse_adapters
 
 # Every linear layer of the decoder blocks, as --lora_target_models has it.
+# Dettmers et al. 2023 (arXiv:2305.14314, section 4) found adapters on all of them to come close to full fine-tuning.
 ALL_LINEAR = "all-linear"
 
 
@@ -36,10 +37,13 @@ def lora_targets(model: PreTrainedModel, spec: str | None) -> list[str] | str:
     if spec == ALL_LINEAR:
         return _linear_in_blocks(model, linear)
 
+    # A dot could also be a regular expression's. Names are meant: they match the end of a module's name, an expression
+    # has to match the whole.
     pieces = [piece.strip() for piece in spec.replace(",", "|").split("|")]
     wanted = [piece for piece in pieces if piece]
     present = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if all(re.fullmatch(r"[\w.]+", piece) for piece in wanted):
+        # With the dot in front: proj is no match for q_proj, and attn.q_proj is one for layers.0.attn.q_proj.
         missing = [piece for piece in wanted if not any(f".{name}".endswith(f".{piece}") for name in linear)]
         if missing or not wanted:
             raise ValueError(f"--lora_target_models {spec}: no module {missing} in this model; it has {present}")
@@ -72,6 +76,7 @@ def _linear_in_blocks(model: PreTrainedModel, linear: list[str]) -> list[str]:
     # attention.
     if any(name.endswith(".experts") for name, _ in model.named_modules()):
         inside = [name for name in inside if "attn" in name or "attention" in name]
+    # peft matches a name at its end, so that one last name stands for the layer in every block.
     names = sorted({name.rsplit(".", 1)[-1] for name in inside})
     if not names:
         raise ValueError("--lora_target_models all-linear: no decoder blocks were recognised: name the modules")
@@ -84,6 +89,7 @@ def lora_config(args, model: PreTrainedModel, task_type: str | None, dropout: fl
     Raises: ValueError for a rank above the base's width.
     """
     width = model.config.get_text_config().hidden_size
+    # There the adapter has more parameters than the matrix that it stands in for.
     if args.lora_rank > width:
         raise ValueError(f"--lora_rank {args.lora_rank} is more than the base's width of {width}")
     return LoraConfig(
@@ -153,7 +159,9 @@ def put_lora(
     # The stored weights replace whatever it would begin with.
     config.init_lora_weights = True
     config.task_type = None
+    # The score head is no module of a shared base: the caller reads it by `score_head_of`.
     config.modules_to_save = None
+    # With a dropout two passes over the same tokens would differ, and with them ratio and KL.
     config.inference_mode = not trainable
     config.lora_dropout = 0.0
     lora = lora_weights(weights)
@@ -216,6 +224,7 @@ def continue_adapter(model, adapter_dir: str) -> PeftModel:
     config, weights = read_adapter(adapter_dir)
     refuse_unshareable(config, weights, f"--previous_lora_weights {adapter_dir}")
     config.init_lora_weights = True
+    # An adapter of PPO names no task (see `add_lora`): the one that is saved again says what it is for.
     config.task_type = "CAUSAL_LM"
     config.inference_mode = False
     with refused(f"--previous_lora_weights {adapter_dir} on this base"):

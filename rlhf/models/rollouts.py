@@ -38,9 +38,11 @@ def join(parts: list[Rollout], pad_token_id: int) -> Rollout:
     joined = {}
     for field in dataclasses.fields(Rollout):
         tensors = [getattr(part, field.name) for part in parts]
+        # What a later phase fills in is in none of the parts yet.
         if any(tensor is None for tensor in tensors):
             continue
         width = max(tensor.shape[1] for tensor in tensors)
+        # Elsewhere 0, which in a mask is False.
         value = pad_token_id if field.name.endswith("_ids") else 0
         left = field.name.startswith("query")
         joined[field.name] = torch.cat([_pad(tensor, width, value, left) for tensor in tensors])

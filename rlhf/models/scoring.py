@@ -23,8 +23,10 @@ def score(backbone: nn.Module, head: nn.Module, input_ids: Tensor, attention_mas
 
 def last_states(backbone: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """[B, H]: the hidden state of the last real token of each row."""
+    # Real tokens alone, or with padding on the right, at which no real token looks.
     packed = pack(backbone, input_ids, attention_mask)
     rows = torch.arange(len(input_ids), device=input_ids.device)
+    # Places count real tokens, so this is the last one wherever the padding is.
     return hidden_at(backbone, packed, rows, attention_mask.sum(1) - 1)
 
 
@@ -38,8 +40,10 @@ def score_in_parts(backbone: nn.Module, head: nn.Module, input_ids: Tensor, atte
     """
     if input_ids.is_cuda and backbone.config._attn_implementation == BY_ROW:
         return score(backbone, head, input_ids, attention_mask)
+    # In as many parts on every process: under ZeRO-3 each forward pass is a meeting of all of them.
     parts = parts_by_length(attention_mask.sum(1))
     scores = torch.cat([score(backbone, head, input_ids[rows], attention_mask[rows]) for rows in parts])
+    # The argsort of a permutation is its inverse.
     return scores[torch.cat(parts).argsort()]
 
 

@@ -41,6 +41,8 @@ def untrained_tokens(model: PreTrainedModel, prompt_format: PromptFormat) -> lis
     """
     tokenizer = prompt_format.tokenizer
     wanted = prompt_format.marker_ids()
+    # A token has to look unused in all of them: what training read shows in the input's rows, what it wrote in the
+    # output's.
     matrices = {}
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = getattr(layer, "weight", None)
@@ -69,6 +71,7 @@ def looks_unused(weight: Tensor, wanted: list[int], unused: list[int], vocabular
     if len(unused) < MIN_UNUSED:
         return None
     apart = set(unused) | set(wanted)
+    # Evenly over the ids: they are in the order in which a tokenizer learnt them, frequent ones first.
     step = max(1, vocabulary // SAMPLED)
     ordinary = [token for token in range(0, min(vocabulary, len(weight)), step) if token not in apart]
 

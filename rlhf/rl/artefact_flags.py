@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from rlhf.flags import Flags, flag
 
+# A directory of PPO's own: under the shared default it would lie among the other stages' runs.
 OUTPUT_DIR = "runs/ppo"
 
 
@@ -48,6 +49,8 @@ class ArtefactFlags(Flags):
         super().__post_init__()
         if self.save_freq is not None and self.save_freq < 1:
             raise ValueError(f"--save_freq {self.save_freq} must be at least 1, or be left out")
+        # Without an adapter to start from the policy is a fresh one on the base, and no other model can be its
+        # reference.
         if self.merged_sft_model_path and not self.sft_model_lora_path:
             raise ValueError(
                 "--merged_sft_model_path is the reference of a policy that starts from an SFT adapter: give "

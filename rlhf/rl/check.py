@@ -98,6 +98,7 @@ def _check_scores(roles: Roles, role: str, rollout: Rollout, sampling: Sampling)
     # 1. A few rows together, with three pad tokens more on each side.
     rows = torch.arange(min(4, len(rollout.mask)), device=rollout.mask.device)
     together = rollout.rows(rows)
+    # Three on each side: positions that count padding shift by it, and a pool at the last column lands in it.
     pads = torch.full((len(rows), 3), sampling.pad_token_id, device=rollout.mask.device)
     unreal = torch.zeros_like(pads, dtype=torch.bool)
     padded_ids = torch.cat([pads, together.input_ids, pads], 1)
@@ -195,6 +196,7 @@ def _check_spread(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> None:
     if scores.std() > needed:
         return
 
+    # What helps depends on what is at fault: a transform that flattens the scores, or a KL penalty that drowns them.
     raw = _gathered(loop, torch.cat([rewards.raw_score(loop, part) for part in parts]))
     mean, std = scores.mean().item(), scores.std().item()
     reason = f"a sigmoid needs {SATURATED}"
@@ -221,6 +223,7 @@ def check_start(loop: PPOLoop, fresh: bool) -> None:
     """Refuse to start on a defect that would make PPO silently wrong; a few seconds on a few answers."""
     prompts = next_prompts(loop, 0)[:CHECKED_ROWS]
     loop.roles.train(False)
+    # Drawn for a purpose of its own, so that the run samples the same without the check.
     rollout = sample_responses(loop, prompts, loop.generator(0, "check"))
     for warning in check_run(loop.roles, loop.tokenizer, rollout, loop.sampling, fresh):
         warnings.warn(warning, stacklevel=2)

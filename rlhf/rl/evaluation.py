@@ -62,6 +62,7 @@ def evaluate(loop: PPOLoop) -> tuple[dict[str, float], list[dict]]:
 def _held_out_prompts(loop: PPOLoop) -> list[dict]:
     """This rank's held-out prompts, as many on every rank so that metrics can be gathered; a few are left over."""
     shared = len(loop.eval_prompts) // loop.processes * loop.processes
+    # Dealt out like cards, so that each rank has its part of every topic of a sorted file.
     return loop.eval_prompts[loop.accelerator.process_index : shared : loop.processes]
 
 

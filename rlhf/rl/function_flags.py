@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from rlhf.flags import Flags, at_least, flag
 
+# Under standardize a part of the score counts in standard deviations of the SFT model's own answers, measured once
+# before the first step: only so do weights compare parts of different scales.
 TRANSFORMS = ("raw", "sigmoid", "standardize")
 
 
@@ -15,6 +17,7 @@ class FunctionFlags(Flags):
         [],
         help="functions that score answers: FILE.py:FUNCTION, or overlong, repetition, exact_answer, pattern=REGEX",
         group="reward",
+        # A resumed run may find the file elsewhere: run.json compares the contents by their sha256.
         resume="path",
     )
     reward_weights: list[float] = flag(
@@ -37,18 +40,23 @@ class FunctionFlags(Flags):
     reward_timeout: float = flag(
         0.0, help="seconds that a function may take for one batch; 0: any", group="reward", resume="free", expert=True
     )
+    # Yu et al. 2025 (DAPO, arXiv:2503.14476), section 3.2: where all answers of a group score alike, all its
+    # advantages are 0 and its rollouts teach nothing.
     drop_dead_groups: bool = flag(
         False,
         help="replace groups whose answers all have one score by fresh prompts (rloo, grpo)",
         group="update",
         expert=True,
     )
+    # Section 3.4 there: the score of a cut answer says more of the limit than of the answer.
     mask_truncated: bool = flag(
         False, help="learn nothing from answers that were cut at the maximum length", group="update", expert=True
     )
+    # Liu et al. 2025 (arXiv:2503.20783): the division gives most weight to prompts whose answers hardly differ.
     scale_by_std: bool = flag(
         True, help="divide grpo's advantages by the deviation within the group", group="update", expert=True
     )
+    # Section 3.1 of DAPO: under one bound for both sides a rare token can hardly gain probability, and entropy falls.
     cliprange_high: float | None = flag(
         None, help="clip range of the ratio above 1; none: --cliprange", group="update", expert=True
     )

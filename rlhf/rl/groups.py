@@ -27,6 +27,7 @@ def dead_groups(scores: Tensor, group_size: int) -> Tensor:
         scores: [B] float32, the answers to a prompt next to each other.
     """
     groups = scores.view(-1, group_size)
+    # Not equality: one answer scored in two batches may differ in its last digit.
     return (groups.max(1).values - groups.min(1).values) < 1e-6
 
 
@@ -53,6 +54,7 @@ def replace_dead_groups(loop: PPOLoop, step: int, batch: Batch) -> Batch:
         alive = (~dead).repeat_interleave(size).nonzero().flatten()
         kept = [rollout.rows(alive)] if len(alive) else []
         batch = (
+            # The answers to a prompt stay next to each other, which `group_advantages` relies on.
             join([*kept, sampled], loop.sampling.pad_token_id),
             [*(prompts[row] for row in alive.tolist()), *fresh],
             {name: torch.cat([part[alive], scored[name]]) for name, part in parts.items()},
@@ -73,6 +75,7 @@ def _spare_prompts(loop: PPOLoop, step: int, round_number: int, count: int) -> l
 
 def describe_groups(loop: PPOLoop, scores: Tensor) -> dict[str, float]:
     """{"groups/dead_frac"}: the share of this batch's groups from which nothing is learnt, over all ranks."""
+    # Every answer alone would be a group of one score, and so a dead one.
     if loop.args.group_size == 1:
         return {}
     dead = dead_groups(scores, loop.args.group_size).float().mean()

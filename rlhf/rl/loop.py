@@ -108,6 +108,7 @@ def next_prompts(loop: PPOLoop, step: int) -> list[dict]:
     """
     # 1. Which places this rank has in the endless sequence of passes, as (pass, place within it).
     size = loop.args.batch_size // loop.args.group_size
+    # The ranks' slices of a step lie side by side, so that no prompt comes twice in a pass.
     first = (step * loop.processes + loop.accelerator.process_index) * size
     places = [divmod(place, len(loop.prompts)) for place in range(first, first + size)]
 

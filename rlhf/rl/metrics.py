@@ -84,6 +84,7 @@ def _distinct_2(accelerator: Accelerator, rollout: Rollout) -> float:
     for ids, length in zip(rollout.response_ids.tolist(), rollout.lengths().tolist(), strict=True):
         # No pair reaches from one answer into the next.
         bigrams += pairwise(ids[:length])
+    # Li et al. 2016, arXiv:1510.03055, who call it distinct-2.
     share = len(set(bigrams)) / max(1, len(bigrams))
     shares = accelerator.gather(torch.tensor([share], device=rollout.mask.device))
     return shares.mean().item()

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf.artefacts.time_limits import within_seconds
 from rlhf.reward import functions
 
+# Names that --reward_functions takes without a file.
 READY = ("overlong", "repetition", "exact_answer", "pattern")
 
 
@@ -62,6 +63,8 @@ def load_functions(specs: list[str]) -> list[RewardFunction]:
 
 
 def _load(spec: str) -> RewardFunction:
+    # Only what stands before the first "=" is searched for the colon: a regular expression behind it may hold both
+    # signs.
     place, equals, text = spec.partition("=")
     file, colon, name = place.rpartition(":")
     if not colon:
@@ -79,15 +82,20 @@ def _load(spec: str) -> RewardFunction:
 
     function = getattr(module, name, None)
     if not callable(function):
+        # What the file imports is among them: it is a hint, and not a list to choose from.
         own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(
             f"--reward_functions {spec}: {path} has no function {name}; it has {', '.join(own) or 'none'}"
         )
+    # All of the file, not the function alone: what the function calls may stand anywhere in it.
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # By the sign and not by the text: an empty text behind "=" is a fourth argument too.
     call = (lambda *batch: function(*batch, text)) if equals else function
     return RewardFunction(name, text if equals else None, call, digest)
 
 
+# The functions are loaded twice, for run.json and for the loop: the user's code must not run a second time for that.
+# The contents are part of the key, so that a file which was changed meanwhile is not taken from here.
 @lru_cache
 def _run(path: Path, contents: bytes, spec: str) -> ModuleType:
     """The module that a file of these contents defines, run once. Raises: ValueError naming where it fails."""
@@ -97,6 +105,7 @@ def _run(path: Path, contents: bytes, spec: str) -> ModuleType:
     module = importlib.util.module_from_spec(source)
     try:
         source.loader.exec_module(module)
+    # Code of the user's own may raise anything, and all of it is the user's to mend.
     except Exception as error:
         raise ValueError(f"--reward_functions {spec}: {path} cannot be run ({_cause(error, path)})") from error
     return module
@@ -121,12 +130,15 @@ def call_function(
     except Exception as error:
         raise ValueError(f"{name} failed: {_cause(error)}") from error
 
+    # Tensors, arrays and columns of a table alike; of a tensor on a GPU this is the one copy.
     if torch.is_tensor(scores) or hasattr(scores, "tolist"):
         scores = scores.tolist()
     if not isinstance(scores, list | tuple) or len(scores) != len(responses):
         given = f"{len(scores)} scores" if isinstance(scores, list | tuple) else type(scores).__name__
         raise ValueError(f"{name} gave {given} for {len(responses)} responses: it has to give one for each")
     for row, score in enumerate(scores):
+        # True and False are scores: right or wrong is what such functions often say. NaN is not, as it would spread to
+        # every mean of the batch without a word.
         if score is not None and not (isinstance(score, bool | int | float) and math.isfinite(score)):
             raise ValueError(f"{name} gave {score!r:.60} for row {row} ({responses[row]!r:.60}): not a finite number")
     return torch.tensor([math.nan if score is None else float(score) for score in scores])
@@ -134,8 +146,10 @@ def call_function(
 
 def _cause(error: Exception, path: Path | None = None) -> str:
     """An error of the user's own code in a few words: kind, text, file and line."""
+    # The deepest frame may lie inside a library: the last one in the user's file is the line to mend.
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if path is None or frame.filename == str(path)]
     place = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
+    # An error may quote a whole response.
     words = " ".join(str(error).split())[:160]
     return f"{type(error).__name__}{': ' if words else ''}{words}{place}"

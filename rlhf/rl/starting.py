@@ -55,8 +55,10 @@ def settle(args) -> list[str]:
 
     chosen = []
     for name, choose in CHOICES.items():
+        # What the command gives is never touched.
         if getattr(args, name) not in (None, "auto"):
             continue
+        # A default that changed between two versions must not change a run that goes on.
         value, reason = (stored[name], "as the run began") if stored else choose(args)
         setattr(args, name, value)
         chosen.append(f"--{name} {value}: {reason}")
@@ -69,6 +71,7 @@ def _stored_arguments(args) -> dict:
         return {}
     folders = [Path(args.resume_from_checkpoint)]
     if args.resume_from_checkpoint == "True":
+        # Looked through from the end: a finished run's own run.json first, then the newest checkpoint's.
         folders = [*numbered(args.output_dir, "step_"), Path(args.output_dir)]
 
     # All directories of a run have the same flags; whether a checkpoint is whole is asked later.
@@ -171,6 +174,7 @@ def say_start(loop: PPOLoop) -> None:
         say(f"policy: goes on from {args.sft_model_lora_path}")
     else:
         say(f"policy: a fresh adapter of rank {args.lora_rank} on the base, which is the reference")
+        # A base with a chat template is taken for a chat model, which has learnt both.
         if args.prompt_template != CHAT:
             warnings.warn(
                 "no SFT adapter and no chat template: a base that was never taught to answer learns little from a "
@@ -189,6 +193,7 @@ def measure_start(loop: PPOLoop, fresh: bool) -> None:
             raise ValueError("the checkpoint was made without a standardized score: go on as it began")
         loop.reward_stats = evaluation.measure_sft_scores(loop)
 
+    # A resumed run has this from its checkpoint, and its policy is the SFT model no longer.
     if args.eval_freq and fresh:
         loop.baseline = evaluation.evaluate(loop)[0]
     if args.check:
@@ -207,6 +212,7 @@ def prepare(args, prompt_format: PromptFormat, bad_rows_file: Path | None) -> Pr
         rows, funnel = reading.load_rows(
             args.dataset_name, "prompt", args.train_split, args=args, bad_rows_file=bad_rows_file
         )
+    # Counted in the funnel like any other row that is left aside.
     held_out = subset(held_out, args.eval_prompts, args.seed, funnel)
 
     prompts = encoding.prompt_rows(prompt_format, rows, args.max_prompt_length, funnel)

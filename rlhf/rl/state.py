@@ -61,6 +61,7 @@ class Snapshot:
 
 def snapshot(loop: PPOLoop) -> Snapshot:
     """Copy all that a step may change, so that `restore` can undo the step; the run itself stays as it is."""
+    # Deep, as the guard's memory goes on growing in place.
     return Snapshot(loop_weights(loop), copy.deepcopy(_state(loop)))
 
 
@@ -106,6 +107,7 @@ def save_checkpoint(loop: PPOLoop, name: str, run: dict, metrics: dict) -> None:
         copies = 6 if rolls_back else 3
         min_bytes = copies * sum(p.nbytes for p in loop.roles.trainable().values())
         publish(Path(loop.args.output_dir), name, write, about, min_bytes)
+        # best/ has no number: the best policy so far is never rotated away.
         rotate(loop.args.output_dir, "step_", loop.args.save_total_limit)
     # The others wait, or one of them could look for the folder before it is there.
     loop.accelerator.wait_for_everyone()
@@ -136,6 +138,7 @@ def save_interrupted(loop: PPOLoop, start: Snapshot, run: dict, metrics: dict) -
 def resume(loop: PPOLoop, folder: Path) -> int:
     """Put back the state of a checkpoint (its weights are loaded already); returns the steps that are done."""
     state = load_state(folder, loop.optimizer)
+    # Exactly as many steps as asked for are fine: then only the end of the run is left to do.
     if state["step"] > loop.total_steps:
         raise ValueError(
             f"--steps {loop.args.steps} asks for {loop.total_steps} steps, but {state['step']} are done: ask for more"
@@ -177,6 +180,7 @@ def roll_back(loop: PPOLoop, reason: str) -> None:
 
     Raises: Collapse (exit code 3) with the reason.
     """
+    # `rollbacks` counts over resumes as well: a run that collapses again and again is to end.
     if loop.args.on_collapse == "stop" or loop.rollbacks == loop.args.max_rollbacks:
         raise Collapse(
             f"stopped by the guard: {reason}; no final adapter was written, earlier step_<n> and best/ are in "
@@ -212,5 +216,6 @@ def restore_weights(parameters: list[nn.Parameter], optimizer, copies: Copies) -
     weights, state = copies
     for p, saved in zip(parameters, weights, strict=True):
         p.copy_(saved)
+    # The groups of the optimizer stay as they are, for the learning rate is set anew in every step.
     # The optimizer may keep and change the very tensors it is given.
     optimizer.load_state_dict(optimizer.state_dict() | {"state": copy.deepcopy(state)})

@@ -78,6 +78,7 @@ def save_last_good(folder: Path, good: Copies) -> None:
     """Write the copies of weights and optimizer state (of `copy_weights`) that `roll_back` would put back."""
     weights, optimizer_state = good
     parameters = {f"parameter.{index}": tensor.cpu().contiguous() for index, tensor in enumerate(weights)}
+    # One file for both, so that neither can be of another step than the other.
     save_file(parameters | _flat(optimizer_state), folder / GOOD_FILE)
 
 

@@ -69,8 +69,10 @@ def read_launch(nproc: int = 0) -> Launch:
     if not 0 <= rank < size:
         raise ValueError(f"the environment has RANK={rank}, WORLD_SIZE={size}: ranks count from 0; unset both")
     if size == 1:
+        # torchrun with one process: a plain run but for the card, which it may have chosen.
         return Launch(local_rank=given.get("LOCAL_RANK", 0), launched=nproc <= 1)
 
+    # Several processes need a card each, and an address at which they meet.
     missing = [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise ValueError(
@@ -94,6 +96,7 @@ def refuse_unusable() -> None:
         )
     encoding = sys.getfilesystemencoding()
     try:
+        # The first character of the usual prompt; any Chinese one would tell.
         "\u95ee".encode(encoding)
     except UnicodeEncodeError:
         # Bytes of UTF-8 would be taken for other letters, or for none.
@@ -112,6 +115,8 @@ def leave_aside() -> list[str]:
     """
     aside = []
     for name in LEFT_ASIDE:
+        # Taken out and not only ignored, as accelerate reads them by itself, and so do processes that are started from
+        # here.
         value = os.environ.pop(name, None)
         if value is not None and value not in NOTHING:
             aside.append(f"{name}={value} in the environment is left aside: the flags decide")

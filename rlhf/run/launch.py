@@ -42,6 +42,7 @@ def require_optional(args) -> None:
     """
     for (flag, only), (package, version) in NEEDED.items():
         value = getattr(args, flag, None)
+        # None stands for any value of the flag.
         if value and only in (None, value) and find_spec(package) is None:
             raise ValueError(
                 f"--{flag} {value} needs the package {package}, which is not installed: "
@@ -99,6 +100,7 @@ def already_finished(args, stage: str, run: dict | None = None) -> bool:
     Raises: ValueError naming what differs where output_dir holds the finished run of another command.
     """
     inspects = args.inspect_data or getattr(args, "audit_only", False)
+    # Looking at the data changes nothing, in a finished run's directory either.
     if inspects or not finished_run(args, stage, run):
         return False
     say(f"{args.output_dir} is finished: --overwrite_output_dir True trains it again")
@@ -117,6 +119,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch|accelerate)\..*")
     # peft looks whether the vocabulary was enlarged, which nothing here does.
     warnings.filterwarnings("ignore", message="Could not find a config file in")
+    # Everybody's warnings: a line of a library's source says nothing to whoever trains.
     warnings.showwarning = _one_sentence
 
 
@@ -151,6 +154,7 @@ def run_main(main, args) -> None:
     except Interrupted as stop:
         _say_how_to_go_on(stop)
         sys.exit(128 + stop.signum)
+    # Merging and comparing do not listen for signals: there is nothing of theirs to resume.
     except KeyboardInterrupt:
         print(f"{os.path.basename(sys.argv[0])}: stopped by SIGINT", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -165,6 +169,7 @@ def run_main(main, args) -> None:
         if os.environ.get("RLHF_TRACEBACK"):
             traceback.print_exc()
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence(error, args)}", file=sys.stderr)
+        # A collapse has a code of its own, for a script to tell it from a mistake in the command.
         sys.exit(3 if isinstance(error, Collapse) else 1)
 
 
@@ -199,7 +204,9 @@ def _say_how_to_go_on(stop: Interrupted) -> None:
     if rank:
         return
 
+    # The short name, for the same environment is active when the command is given again.
     python = os.path.basename(sys.executable)
+    # Other flags stay as they were typed: a resume refuses most that differ.
     words = [python, *_without_values(sys.argv), "--resume_from_checkpoint", "True"]
     command = shlex.join(words)
 

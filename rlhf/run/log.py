@@ -52,6 +52,7 @@ def plain(value):
 
 
 def _json_lines(rows: list[dict]) -> str:
+    # Chinese stays readable for whoever looks into the file.
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
@@ -75,6 +76,7 @@ class MetricsLog:
         # Steps after the checkpoint that a run goes on from will be written once more.
         records = _refuse_strange(_cut_back(self.file, done), self.file)
         _cut_back(self.samples, done if samples_done is None else samples_done)
+        # What a resumed run reports that has no step left to do.
         self.last = records[-1] if records else {}
 
         # A tracker is three functions, and without one they do nothing.
@@ -143,6 +145,7 @@ def read_lines(file: Path) -> list[dict]:
             rows.append(_record(line))
         except (ValueError, RecursionError) as error:
             # A crash may cut the last line, and nothing before it.
+            # A whole line ends with a new line, so what stands last has none.
             if number == len(lines):
                 break
             raise ValueError(
@@ -173,6 +176,7 @@ def _record(line: str) -> dict:
     row = json.loads(line)
     if not isinstance(row, dict):
         raise ValueError("no object")
+    # By the type itself, because True is an integer to isinstance.
     if type(row.get("step", 0)) is not int:
         raise ValueError(f"step {row['step']!r:.40}")
     return row

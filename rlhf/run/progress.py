@@ -27,8 +27,11 @@ class Progress:
         self.total = total
         self.unit = unit
         self.done = 0
+        # The clock of a machine may be set back while it works; this one only goes on.
         self.start = time.monotonic()
         self.stream = sys.stderr
+        # A file keeps every line that is written into it, so there each state is a line of its own, and they come less
+        # often.
         self.in_place = self.stream.isatty()
         # Only one of several processes may print.
         self.due = self.start + QUIET if read_launch().rank == 0 else float("inf")
@@ -75,5 +78,6 @@ def shown(items: Iterable, what: str, unit: str = "rows", total: int | None = No
         for item in items:
             yield item
             progress.advance()
+    # The caller may stop early, or an error may pass: what is printed next must begin at the left.
     finally:
         progress.close()

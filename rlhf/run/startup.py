@@ -46,10 +46,12 @@ def prepare(parse_args):
         sys.exit(1)
 
     workers.follow_parent()
+    # Before the libraries are imported, as most of them read their settings then.
     for left in leave_aside():
         if launch.rank == 0:
             print(left, flush=True)
 
+    # A process of a launcher is one of its workers and must start none itself, or each would start as many again.
     if launch.launched or looks_only(args) or wanted_processes(nproc) == 1:
         return args
     sys.exit(workers.start(wanted_processes(nproc)))
@@ -72,6 +74,7 @@ def wanted_processes(nproc: int) -> int:
 
 def _refuse_missing_packages() -> None:
     """Raises: ValueError where this Python has not the packages, which are usually in an environment of their own."""
+    # Asked without importing them, which would take the seconds that this file is there to save.
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ValueError(
@@ -102,5 +105,6 @@ def hand_signals_back() -> None:
 def _print_whatever_comes() -> None:
     """Let a terminal of GBK or ASCII show what it cannot print as an escape: a character must not end a training."""
     for stream in (sys.stdout, sys.stderr):
+        # Where Python is embedded, a stream may be any object.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

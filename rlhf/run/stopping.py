@@ -31,6 +31,7 @@ class Interrupted(Exception):
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher: together they count as one.
 SAME_WISH_SECONDS = 1.0
 
+# Schedulers and launchers send the first, a terminal's Ctrl-C the second.
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 # Number of the first signal; empty until it comes.
@@ -42,8 +43,10 @@ def listen() -> None:
     for signum in STOPS:
         signal.signal(signum, _note)
     reader, writer = os.pipe()
+    # Python asks for it: writing the signal's number must never wait for a reader.
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # A daemon, so that it keeps no finished process from ending.
     threading.Thread(target=_end_at_the_next, args=(reader,), daemon=True).start()
 
 
@@ -109,6 +112,7 @@ def explain_out_of_memory(what: str, shape: Iterable[int], flags: str):
     """
     try:
         yield
+    # RuntimeError as well: on a CPU a failed allocation has no class of its own.
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -68,6 +68,7 @@ def wrap(text: str, columns: int) -> list[str]:
         line = ""
         for piece in _pieces(paragraph, columns):
             width = display_width(line) + display_width(piece)
+            # A piece that is alone on its line may be too wide: it was cut before as far as it can be.
             if line and width > columns:
                 # The space between two words is lost where the line breaks there.
                 lines.append(line.rstrip())
@@ -80,6 +81,7 @@ def wrap(text: str, columns: int) -> list[str]:
 
 def _pieces(paragraph: str, columns: int) -> Iterator[str]:
     """Parts of a line that stay whole: a Latin word, or one other character; a word too long for a line is cut."""
+    # From ! to ~ is all of ASCII that leaves a mark, so a run of it is a word.
     for piece in re.findall(r"[!-~]+|[^!-~]", paragraph):
         if display_width(piece) <= columns:
             yield piece

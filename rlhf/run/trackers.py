@@ -61,6 +61,7 @@ def _open_wandb(output_dir: Path, config: dict):
         # No key, a dead host: metrics.jsonl is the truth, and the run must not wait for a tracker.
         why = str(error).partition("\n")[0]
         warnings.warn(f"wandb is offline ({why}); later: wandb sync {output_dir}/wandb/offline-run-*", stacklevel=4)
+        # What is logged offline lies in the run's directory until somebody sends it.
         run = wandb.init(mode="offline", **settings)
 
     def log(record: dict) -> None:

@@ -152,6 +152,7 @@ class StageLog(TrainerCallback):
         }
         if self.left_out:
             record["left_out"] = self.left_out
+        # A stage's own names are kept only where the Trainer has them: not every step does.
         self.log.write(record | {name: logs[name] for name in self.extra if name in logs})
 
         # metrics.jsonl has every step; the screen gets some of them.
@@ -180,7 +181,9 @@ class StageLog(TrainerCallback):
         rows = (state.epoch - self.epoch) * len(self.sampler.lengths)
         rates = {"tokens/s": round(tokens / seconds), "samples/s": rows / seconds}
 
+        # As if all were equally long: attention alone depends on that, and it is the smallest term.
         sequences = max(1, round(rows * self.sequences))
+        # A reward model has no output layer.
         head = tokens if self.sequences == 1 else 0
         flops = training_flops(self.work, [tokens / sequences] * sequences, head, self.flags.gradient_checkpointing)
         share = mfu(flops, seconds, this_card(), rank_and_size()[1])

@@ -24,7 +24,9 @@ def show(args, trainer, prompt_format: PromptFormat, rows: list[dict], log: Metr
         trained_from_first(trainer.model)
     step = trainer.state.global_step
     queries = [prompt_format.query_ids(turns_of(row)) for row in rows]
+    # Left so: the Trainer's next step puts the model back into train mode.
     trainer.model.eval()
+    # The language model with the adapter inside its layers, which is what `generate` asks for.
     base = trainer.model.get_base_model()
     answers = greedy_answers(base, prompt_format, queries, args.sample_max_new_tokens)
     if log is None:

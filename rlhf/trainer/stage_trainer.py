@@ -43,6 +43,8 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
         fp16=dtype == torch.float16,
         use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=args.gradient_checkpointing,
+        # With re-entrant checkpointing no gradient reaches adapters whose inputs, the frozen embeddings' outputs, need
+        # none.
         activation_checkpointing_kwargs={"use_reentrant": False},
         # Every adapter weight takes part in every step, so DDP need not search the graph for unused ones.
         ddp_find_unused_parameters=False,
@@ -55,7 +57,9 @@ def training_arguments(args, config_class, evaluates: bool, **extra):
         # A NaN must be seen: the Trainer would otherwise log the mean of the losses before it.
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
+        # Trackers are fed by the log of the stage, under the names of metrics.jsonl.
         report_to=[],
+        # The log prints a line a step instead, which a file can hold as well.
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -148,6 +148,7 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
         planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= planned or trainer.best.exhausted:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
+            # Its last step and its evaluations are what the end of the run goes by.
             trainer.state = state
             return
         # A signal kept the run from an evaluation: it comes before the next step.
