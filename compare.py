@@ -176,6 +176,7 @@ def talk(versions: answers.Versions, args: ScriptArguments, prompt_format: Promp
             except ValueError as error:
                 launch.say(error)
                 continue
+            # One seed for all versions: a difference between their answers is theirs and not chance's.
             seeds = answers.row_seeds(args.seed, 1, first=turn - 1)
             said = {name: versions.answers(name, [query], seeds)[0] for name in speakers}
             if launch.rank_and_size()[0] == 0:
@@ -188,6 +189,7 @@ def ask(speakers: list[str]) -> str | None:
     if launch.rank_and_size()[0] == 0:
         try:
             line = input(f"[{', '.join(speakers)}] > ").strip()
+        # Ctrl-C ends the conversation as /quit does, and not with an error.
         except (EOFError, KeyboardInterrupt):
             print()
     line = shards.from_first(line)
@@ -230,6 +232,7 @@ def main(args: ScriptArguments) -> None:
     columns = {}
     for name in args.versions:
         launch.say(f"{name}: answering {len(prompts)} prompts")
+        # Version by version: switching the adapter is dear, the next prompt is not.
         columns[name] = versions.answers(name, queries, seeds)
 
     wins = tables.wins_in_words(columns)

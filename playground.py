@@ -22,6 +22,7 @@ from rlhf.data.arguments import FormatFlags
 from rlhf.flags import at_least, flag, parse
 from rlhf.run import startup
 
+# Addresses that only this machine reaches: everything else needs a token.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Sampling settings that are kept with each answer.
 SAMPLING = ("do_sample", "temperature", "top_p", "max_new_tokens")
@@ -105,6 +106,7 @@ class ScriptArguments(FormatFlags):
         at_least(self, 1, "max_new_tokens", "max_rows", "min_pairs")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} must be from 0 to 65535")
+        # It stands in a link and in a header: other characters would have to be escaped differently in each.
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isalnum()):
             raise ValueError("--token must have at least 8 letters and digits, and nothing else")
         super().__post_init__()
@@ -119,6 +121,7 @@ def parse_args(argv: list[str] | None = None) -> ScriptArguments:
 if __name__ == "__main__":
     given = startup.begin(parse_args)
 
+# No torch among these: voting on answers that are written opens in a moment, and on any machine.
 from rlhf.page import answers_file, export
 from rlhf.page.store import Store, Version
 from rlhf.page.vote import Plan
@@ -128,6 +131,7 @@ from rlhf.page.vote import Plan
 def stored_answers(args: ScriptArguments, store: Store) -> list[Version]:
     """Put the answers of --answers into the store; the versions that wrote them."""
     rows = answers_file.read(args.answers)
+    # The same prompt of several versions is one prompt of the store.
     ids = store.add_prompts([[("user", row["prompt"])] for row in rows], args.overlap)
     store.add_answers([row | {"prompt": prompt} for row, prompt in zip(rows, ids, strict=True)])
     return list(dict.fromkeys(row["version"] for row in rows))
@@ -148,6 +152,7 @@ def open_model(args: ScriptArguments):
     rows = inputs.read_prompts(args.prompts, prompt_format.template)
     room = inputs.room_for_prompt(base_dir, 0)
     for row in rows:
+        # Tried before the model loads: a prompt that is too long should not show after minutes.
         inputs.encode_prompt(prompt_format, row, room - args.max_new_tokens)
 
     # 2. One base in memory, and one thread that owns it.
@@ -155,6 +160,7 @@ def open_model(args: ScriptArguments):
     names = list(args.versions)
     reward = versions.score_heads.get(answers.REWARD_MODEL)
     running = engine.Engine(versions.model, prompt_format, names, reward=reward, max_rows=args.max_rows)
+    # Of the page as well as of the answers that are prepared, so that both are drawn alike.
     defaults = {name: getattr(args, name) for name in SAMPLING}
     talk = chat.Chat(running, prompt_format, names, defaults, room, has_reward=reward is not None)
     return talk, [template.turns_of(row) for row in rows]
@@ -178,6 +184,7 @@ def open_page(args: ScriptArguments, store: Store):
         # With a file of answers the prompts are the file's.
         if not args.answers:
             store.add_prompts(prompts, args.overlap)
+        # A version of the file and the one in memory are the same if name and fingerprint are.
         versions = list(dict.fromkeys([*versions, *fingerprinted(args)]))
         # An export names it in the command that comes next.
         store.note("base", args.base_model_name)
@@ -204,8 +211,10 @@ def open_page(args: ScriptArguments, store: Store):
 # ---- serving ----
 def listen(args: ScriptArguments) -> socket.socket:
     """A socket at --host and --port. Raises: OSError in a sentence where the port is taken."""
+    # Opened here and not by uvicorn, whose own message on a taken port is a log line and an exit code.
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     opened = socket.socket(family)
+    # A restart may take the port at once, without waiting until the last connections are forgotten.
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         opened.bind((args.host, args.port))
@@ -219,6 +228,7 @@ def listen(args: ScriptArguments) -> socket.socket:
 def link(args: ScriptArguments, port: int) -> str:
     """The address to open, with the token where there is one."""
     everywhere = args.host in ("0.0.0.0", "::")
+    # 0.0.0.0 is an address to listen on, and none to open.
     host = socket.gethostname() if everywhere else f"[{args.host}]" if ":" in args.host else args.host
     return f"http://{host}:{port}/" + (f"?token={args.token}" if args.token else "")
 
@@ -233,10 +243,12 @@ def serve(args: ScriptArguments, page) -> None:
     config = uvicorn.Config(
         app.create_app(page),
         http=connections.PatientProtocol,
+        # The page needs no WebSocket, and what is not there cannot be attacked.
         ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
+        # An answer that is being streamed would otherwise keep the process for as long as it is written.
         timeout_graceful_shutdown=2,
     )
     print(f"open {link(args, opened.getsockname()[1])} (Ctrl-C ends; votes are in {page.store.file})", flush=True)
@@ -257,10 +269,12 @@ def main(args: ScriptArguments) -> None:
     missing = [package for package in ("starlette", "uvicorn") if find_spec(package) is None]
     if missing and not args.export_pairs:
         raise ValueError(f"the page needs {', '.join(missing)}: pip install -r requirements.txt")
+    # Opening the store would make an empty one.
     if args.export_pairs and not (Path(args.output_dir) / "votes.sqlite").is_file():
         raise FileNotFoundError(f"--output_dir {args.output_dir} holds no votes.sqlite: give that of the page")
     # Whoever can reach the machine could otherwise vote, and read every answer.
     if args.host not in LOOPBACK and args.token is None:
+        # Anew at each start, unless a fixed one is asked for.
         args.token = secrets.token_hex(16)
 
     store = Store(args.output_dir)
@@ -281,6 +295,7 @@ def run(args: ScriptArguments) -> None:
         from rlhf.run import launch
 
         return launch.run_main(main, args)
+    # What `run_main` would do, without the import of its libraries.
     startup.hand_signals_back()
     try:
         main(args)

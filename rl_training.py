@@ -141,6 +141,7 @@ def train_step(loop: PPOLoop, step: int, clock=time.perf_counter) -> tuple[dict,
 def make_roles(args: ScriptArguments, device: torch.device, start: Path | None) -> roles.Roles:
     """Base and adapters; policy and critic come from a checkpoint if there is one."""
     members = args.reward_roles
+    # A critic is a head on the policy's own states, or an adapter that starts as the reward model.
     critic = None
     if args.advantage == "gae":
         critic = "adapter" if args.value_lora else "head"
@@ -193,6 +194,7 @@ def make_loop(
         sampling=sampling,
         optimizer=update.make_optimizer(args, loaded),
         kl_controller=kl_controller,
+        # No rise of the KL below the one that is aimed at counts as a collapse.
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target, spread_limit=args.ensemble_spread_limit),
         twin=tensor_parallel.sampler_of(loaded.model) if in_place else None,
         functions=load_functions(args.reward_functions),

@@ -79,6 +79,7 @@ def _refuse_other_shapes(terms: list[Term], flag: str) -> None:
     first: dict[str, tuple] = {}
     for term in terms:
         for layer, (a, b) in layers_of(term.tensors).items():
+            # The outer sizes alone: ranks may differ, and are stacked.
             size = (a.shape[1], b.shape[0])
             if first.setdefault(layer, size) != size:
                 raise ValueError(
@@ -95,6 +96,7 @@ def refuse_unlike(paths: list[str], flag: str) -> dict | None:
     runs = [run for path in paths if (run := run_json.load_run(path)) is not None]
     if not runs:
         return None
+    # SFT and PPO adapters have the same task and may be mixed; a reward adapter has a head and may not.
     first = runs[0]
     stages = ("reward",) if first["stage"] == "reward" else ("sft", "ppo")
     for path in paths:
@@ -126,6 +128,7 @@ def scaling(config: LoraConfig, layer: str, rank: int) -> float:
     """The factor s of B A in a layer, as peft has it."""
     name = layer.removeprefix(INSIDE_PEFT)
     alphas = config.alpha_pattern or {}
+    # By peft's own rule for patterns, so that a pattern means here what it means when the adapter is loaded.
     alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
@@ -139,6 +142,7 @@ def weighted_sum(terms: list[Term]) -> tuple[LoraConfig, dict[str, Tensor]]:
     # 1. One rank for all layers: the sum of the adapters' largest.
     layers = [layers_of(term.tensors) for term in terms]
     ranks = [max((a.shape[0] for a, _ in found.values()), default=0) for found in layers]
+    # A layer of smaller rank gets rows of zeros, which add nothing: peft would need a rank_pattern for anything else.
     rank = sum(ranks)
     names = sorted(set().union(*layers))
 
@@ -150,10 +154,12 @@ def weighted_sum(terms: list[Term]) -> tuple[LoraConfig, dict[str, Tensor]]:
         for term, found in zip(terms, layers, strict=True):
             if name in found:
                 a, b = found[name]
+                # Weight and scale go into A alone: in both factors they would count twice.
                 stacked_a.append(a.float() * (term.weight * scaling(term.config, name, a.shape[0])))
                 stacked_b.append(b.float())
         a = torch.cat(stacked_a)
         b = torch.cat(stacked_b, dim=1)
+        # At the end of both factors, where the zeros of one meet those of the other.
         missing = rank - a.shape[0]
         first, second = _endings(name, terms)
         tensors[name + first] = torch.nn.functional.pad(a, (0, 0, 0, missing)).contiguous()
@@ -177,6 +183,7 @@ def _endings(layer: str, terms: list[Term]) -> tuple[str, str]:
 def _targets(terms: list[Term], layers: list[str]) -> list[str]:
     """target_modules of the sum: the adapters' own short names, or every layer in full where those would not do."""
     configs = [term.config for term in terms]
+    # Short names match in every layer; where an adapter is on some layers only, each has to be named in full.
     plain = all(
         isinstance(config.target_modules, list | set)
         and config.layers_to_transform is None
@@ -199,6 +206,8 @@ def _heads(terms: list[Term]) -> dict[str, Tensor]:
                     f"{term.path}: {name} stands in some of the adapters or is no score head: only LoRA weights and "
                     "score heads can be summed"
                 )
+        # A head is linear in the states, but the states of summed adapters are no sums: the sum of heads is Ramé's, by
+        # weights.
         heads[name] = sum(term.weight * found[name].float() for term, found in zip(terms, rest, strict=True))
     return heads
 
@@ -211,6 +220,7 @@ def difference(terms: list[Term], tensors: dict[str, Tensor]) -> tuple[float, fl
     largest = 0.0
     worst = 0.0
     for layer, (a, b) in layers_of(tensors).items():
+        # In float64, so that what is measured is the rounding of the file and not that of the check.
         wanted = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64)
         for term in terms:
             factors = _factors(term.tensors, layer)
@@ -249,9 +259,11 @@ def write_run(folder: Path, first: dict, arguments: dict, paths: list[str], metr
     Args:
         first: run.json of the first adapter that has one. arguments: of this command. paths: the adapters.
     """
+    # With a PPO adapter among them the sum is one too: it goes wherever a policy may.
     stages = [run["stage"] for path in paths if (run := run_json.load_run(path)) is not None]
     # A later stage looks there for a tokenizer of the training's own.
     arguments |= {"tokenizer_name": first["arguments"].get("tokenizer_name")}
+    # What the terms agree in was checked before.
     kept = {name: first[name] for name in KEPT if name in first}
     run = {
         "stage": "ppo" if "ppo" in stages else first["stage"],

@@ -90,6 +90,7 @@ def _answers_row(prompt: str, row: dict[str, Answer]) -> str:
     best = best_scores(row)
     cells = [f"<td{_language(prompt)}>{_plain(prompt)}</td>"]
     for name, cell in row.items():
+        # By colour and by a star: not everybody tells the colours apart, and a printer has none.
         mark = ' class="best"' if name in best else ""
         star = "★ " if name in best else ""
         text = _plain(cell.text) or "<em>(empty)</em>"
@@ -104,6 +105,7 @@ def _row(tag: str, cells: list[str]) -> str:
 
 
 def _plain(text: str) -> str:
+    # Escaped last: what `printable` puts in place of a control character is text as well.
     return html.escape(printable(text))
 
 

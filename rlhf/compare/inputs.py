@@ -51,6 +51,7 @@ def format_of(args, base_dir: str, tokenizer) -> PromptFormat:
     Raises: ValueError or FileNotFoundError for an adapter that is missing, of another base, stage or format.
     """
     runs = [run_json.load_run(path) for _, path, _ in adapters_of(args)]
+    # The first adapter's format is asked of all: the check below refuses one that was trained in another.
     trained = next((run for run in runs if run), None)
     if args.prompt_template is None and trained:
         prompt_format = stored_format(trained, tokenizer, base_dir)
@@ -100,6 +101,7 @@ def read_prompts(values: list[str], template: str) -> list[dict]:
 def looks_like_file(path: Path) -> bool:
     """Return True for a file, and for what has the suffix of one: asking the model a file's name helps nobody."""
     try:
+        # By the suffix too, or a mistyped file name would be asked as a prompt.
         return path.is_file() or path.suffix.lower() in PROMPT_FILES
     # A long prompt is too long for a file's name.
     except OSError:
@@ -127,6 +129,7 @@ def _rows(path: Path, template: str) -> list[dict]:
             if isinstance(row, dialogues.BadRow):
                 raise row
             names = set(row) if isinstance(row, dict) else set()
+            # Row by row, as prompts are few and may come from several files.
             row_format = columns.find_format(names, "prompt", {})
             prompts += formats.examples(row, row_format, template)
         except (dialogues.BadRow, dialogues.Unusable) as error:
@@ -152,6 +155,7 @@ def encode_prompt(prompt_format: PromptFormat, row: dict, room: int) -> list[int
 def room_for_prompt(base_dir: str, max_new_tokens: int) -> int:
     """Tokens of a prompt that leave room for the longest answer within the positions of this base."""
     positions = getattr(loading.read_config(base_dir).get_text_config(), "max_position_embeddings", None)
+    # A base that computes its positions has no limit that could be named here.
     return sys.maxsize if positions is None else positions - max_new_tokens
 
 

@@ -37,10 +37,12 @@ def answer_kl(versions: Versions, name: str, first: str, query: list[int], answe
     places = slice(len(query) - 1, -1)
     logprobs = []
     for version in (name, first):
+        # The whole answer in one pass for each of the two: sampling has its logits, but of one version alone.
         with versions.use(version) as model:
             logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
         logprobs.append(logits[0, places].float().log_softmax(-1))
     p, q = logprobs
+    # Summed over the tokens and not averaged: PPO's KL is of an answer too.
     return (p.exp() * (p - q)).sum().item()
 
 
@@ -48,6 +50,7 @@ def measure(versions: Versions, columns: Columns, queries: list[list[int]], firs
     """A row for each version, under the names of HEADER: means over the prompts, None where nothing scores."""
     rows = []
     for name, cells in columns.items():
+        # Over each version's own answers: KL(version || first) is a mean under the version.
         distances = [
             answer_kl(versions, name, first, query, cell.ids) for query, cell in zip(queries, cells, strict=True)
         ]
@@ -69,6 +72,7 @@ def _mean(values: list[float | None]) -> float | None:
 # ---- files ----
 def write_slide(folder: Path, rows: list[dict]) -> None:
     """Write slide.csv, slide.md and slide.png."""
+    # Without translation of line ends, as csv writes its own.
     with (folder / "slide.csv").open("w", encoding="utf-8", newline="") as out:
         writer = csv.DictWriter(out, HEADER)
         writer.writeheader()
@@ -95,6 +99,7 @@ def draw(rows: list[dict], file: Path) -> None:
 
     for axis, name, colour in zip(axes[0], names, (BLUE, BLACK, GREEN), strict=False):
         points = [(row["KL to the first"], row[name], row["version"]) for row in rows if row[name] is not None]
+        # The line joins the weighted sums; a checkpoint of the run lies on no line between them.
         slide = [(kl, value) for kl, value, version in points if version.startswith(SLIDE)]
         axis.plot(*zip(*slide, strict=True), "o-", color=colour)
         for kl, value, version in points:

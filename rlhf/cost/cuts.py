@@ -32,6 +32,7 @@ class Cuts:
         """Of a base without adapters, with or without weights."""
         backbone = backbone_of(model)
         plan = parallel_plan(backbone.config)
+        # Vectors stay whole: norms and biases are not worth a meeting.
         matrices = sum(p.numel() for p in decoder_layers(backbone).parameters() if p.dim() > 1)
 
         linear = {

@@ -45,6 +45,7 @@ COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 # ---- traffic ----
 def parts_of(rows: int) -> int:
     """Forwards that the queries of so many rows take."""
+    # As `parts_by_length` cuts them.
     return min(PARTS, max(1, rows // PART_ROWS))
 
 
@@ -67,8 +68,10 @@ def step_bytes(args, base: Base, kind: str, cuts: Cuts, ranks: int, lengths) -> 
     """
     size = precision_of(args).size
     once = cuts.layers_once(size)
+    # A ring of processes sends every number twice: once to be summed, once as the sum.
     gradients = 2 * FP32 * trained_of(args, base, kind) * (ranks - 1) / ranks
     if kind != "ppo":
+        # Forward and backward gather the layers once each.
         return {"update": 2 * args.gradient_accumulation_steps * once + gradients}
 
     # Rows are sampled at once, or one by one.
@@ -92,6 +95,7 @@ def step_bytes(args, base: Base, kind: str, cuts: Cuts, ranks: int, lengths) -> 
 def link_of(args, card: Card) -> float | None:
     """Bytes a second that a process receives from the others: --link_gbps, else by the card's name."""
     if args.link_gbps:
+        # Bits are what makers of networks count, and bytes what memory is counted in.
         return args.link_gbps * 1e9 / 8
     return next((rate * 1e9 for name, rate in LINK_GB.items() if name in card.name), None)
 
@@ -100,6 +104,7 @@ def spared_seconds(args, base: Base, card: Card, cuts: Cuts, lengths) -> float:
     """Seconds of a PPO step that decoding in place spares: each card reads its own part of the weights alone."""
     if args.decode != "auto" or cuts.exchanged is None:
         return 0.0
+    # Row by row the weights are read as often as there are rows.
     rounds = 1 if args.batched_gen else args.batch_size
     read = precision_of(args).size * cuts.matrices * (lengths.answer - 1) * rounds
     return cuts.others * read / card.bandwidth / REACHED["rollout"]
@@ -115,6 +120,7 @@ def shard_lines(args, base: Base, kind: str, lengths, cards: dict[int, Card]) ->
     ranks = processes(args)
     fits = {}
     for size in CARDS_GB:
+        # The same flags but for the number of processes: what else could be lowered is another line of the plan.
         enough = [n for n in COUNTS if memory_of(replace(args, shard_base=str(n)), base, kind).peak() <= size * 1e9]
         fits[size] = str(enough[0]) if enough else "none"
     found = ", ".join(f"{size} GB {count}" for size, count in fits.items())

@@ -144,6 +144,7 @@ def _fill(folder: Path, make: Callable[[Path | None], Prepared]) -> None:
             rows.save(part / name)
         about = {"rows": list(made.rows), "funnel": vars(made.funnel), "about": made.about}
         (part / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        # One step: a reader finds all of the rows, or none.
         part.rename(folder)
     except OSError as error:
         if not is_full(error, folder.parent):

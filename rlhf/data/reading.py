@@ -138,6 +138,7 @@ class _Reader:
             located = Again(islice, located, limit)
 
         # All rows once for their columns alone: only together do they show which are usual.
+        # From the source once more below, so that no row has to be kept for it.
         survey = Survey(shown(located, "reading"))
         # Texts alone are prompts.
         if self.kind == "prompt" and survey.only_texts:

@@ -144,6 +144,7 @@ def load_base(
     if mesh is not None and mesh.device_type == "cpu":
         shards.own_memory(model)
     model = model if device is None or mesh is not None else model.to(device)
+    # After the move, for the trials have to run where the model will.
     fuse(model)
     # A layer in shards is whole, and can be tried, one at a time.
     for layer in shards.gathered_layers(model) if kernels_available() else ():

@@ -167,6 +167,8 @@ def put_lora(
     lora = lora_weights(weights)
 
     with refused(f"{owner} on this base"):
+        # Wrapped once: a second wrapper would name the modules within its own way, and stored names would no longer
+        # fit.
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
         else:

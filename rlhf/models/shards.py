@@ -44,13 +44,16 @@ def base_mesh(shard_base: str) -> DeviceMesh | None:
     count = processes_a_copy(shard_base)
     if not count:
         return None
+    # On a CPU the same code runs over gloo, for tests and for machines of much memory.
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda":
+        # Before the mesh is made, which takes the current card for this process's own.
         torch.cuda.set_device(read_launch().local_rank)
     if not dist.is_initialized():
         # One process has nobody to meet.
         backend = "nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # Neighbouring ranks share a copy: on one machine they have the fastest links.
     sizes = (dist.get_world_size() // count, count)
     return init_device_mesh(kind, sizes, mesh_dim_names=("copies", SHARDS))[SHARDS]
 
@@ -68,6 +71,7 @@ def mesh_of(model: nn.Module) -> DeviceMesh | None:
 def any_of(mesh: DeviceMesh, *marks: bool | int) -> list[int]:
     """For each mark the largest that any process of the mesh has. Collective."""
     largest = torch.tensor([int(mark) for mark in marks], device=mesh.device_type)
+    # Several marks in one call, as each is a meeting of all.
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=mesh.get_group())
     return largest.tolist()
 
@@ -122,6 +126,8 @@ def place(backbone: PreTrainedModel, mesh: DeviceMesh) -> None:
     plan = parallel_plan(backbone.config)
     dims = {}
     for name, module in backbone.named_modules():
+        # By the plan of tensor parallelism, though FSDP would do with any cut: the parts then serve for decoding where
+        # they lie.
         by_inputs = isinstance(module, nn.Linear) and (cut_of(plan, name) or "").startswith("rowwise")
         # FSDP2 pads an uneven cut of the first dimension alone.
         dims[module] = 1 if by_inputs and module.in_features % mesh.size() == 0 else 0
@@ -129,8 +135,10 @@ def place(backbone: PreTrainedModel, mesh: DeviceMesh) -> None:
     for layer in decoder_layers(backbone):
         matrices = {}
         for module in layer.modules():
+            # Matrices in the dtype of the base: norms are vectors, and adapters, if any, are float32.
             own = [p for p in module.parameters(recurse=False) if p.dim() > 1 and p.dtype == backbone.dtype]
             matrices |= dict.fromkeys(own, dims[module])
+        # Left out of FSDP, which would otherwise gather, and cast, what every process has anyway.
         whole = set(layer.parameters()) - matrices.keys()
         cuts = {id(p): Shard(dim) for p, dim in matrices.items()}
         fully_shard(
@@ -155,6 +163,7 @@ def placing_class(kind: type[PreTrainedModel], mesh: DeviceMesh) -> type[PreTrai
     """
 
     def maybe_distribute_model(cls, model, distributed_config, mesh_manager):
+        # Taken off again: it would go into the saved configuration.
         model.config.distributed_config = None
         place(getattr(model, model.base_model_prefix), mesh)
         return model
@@ -177,12 +186,14 @@ def gathered_layers(model: nn.Module) -> Iterator[nn.Module]:
     for layer in [module for module in model.modules() if isinstance(module, FSDPModule)]:
         layer.unshard()
         yield layer
+        # At once, or a walk over the layers would end with the whole base in memory.
         layer.reshard()
 
 
 def in_ddp(model: nn.Module, **settings) -> DistributedDataParallel:
     """The model in DDP over all processes, which reduces the gradients of what is whole: adapters and heads."""
     parts = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    # DDP would broadcast what it takes for copies, and shards are no copies of one another.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, parts)
     device_ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
     return DistributedDataParallel(model, device_ids=device_ids, **settings)

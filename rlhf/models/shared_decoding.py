@@ -54,12 +54,15 @@ class InStep:
         # Asked first: the forwards of one process meet those of the others.
         spare = missing(self.mesh, own)
         found = self.decoder.prefill() if own else idle(self.decoder.model)
+        # A process without rows has made one forward already, in place of its own.
         for _ in range(spare if own else spare - 1):
             idle(self.decoder.model)
         return found
 
     def goes_on(self, ended: Tensor) -> bool:
         """Return True if any process has rows [B] that have not ended, and none of them got a signal. Collective."""
+        # Both in one meeting: a process that stopped at its own signal would leave the others waiting in the next
+        # layer.
         unfinished, signum = any_of(self.mesh, bool((~ended).any()), received())
         return bool(unfinished) and not signum
 

@@ -76,11 +76,13 @@ class PartLinear(nn.Module):
         if by_outputs and self.how != "colwise":
             y = self.gathered(y)
         for a, b, scaling in self.adapters:
+            # Of an input that is cut, this is a part of the adapter's term as well: the sum below completes both.
             y = y.addmm_(nn.functional.linear(flat, a), b, alpha=scaling)
 
         if not by_outputs:
             dist.all_reduce(y, group=self.group)
         if self.bias is not None and self.how != "colwise":
+            # After the sum, or it would be added once for each process.
             y = y + self.bias
         if self.how == "packed_thirds":
             y = y.unflatten(-1, (3, self.size, -1))[:, :, self.rank].flatten(1)
@@ -93,6 +95,7 @@ class PartLinear(nn.Module):
 
 def exchange(group: dist.ProcessGroup, size: int, x: Tensor) -> Tensor:
     """[size, N, *] of what each process has, x [N, *], which has one shape on all of them. Collective."""
+    # The shapes must agree beforehand: a collective of unequal sizes hangs, or reads beyond its end.
     found = x.new_empty(size * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(found, x.contiguous(), group=group)
     return found.view(size, *x.shape)

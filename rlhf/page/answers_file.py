@@ -17,6 +17,7 @@ def read(path: str) -> list[dict]:
     if not file.is_file():
         raise FileNotFoundError(f"--answers {path} does not exist: compare.py writes it into its --output_dir")
     try:
+        # An editor on Windows may have put a byte order mark in front.
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"--answers {path} is not UTF-8 text: convert it with iconv -t UTF-8") from None

@@ -37,6 +37,7 @@ def routes(
         default_tokens: length of an answer at most, where a request does not say. body_bytes: of a request at most.
     """
     api = Api(engine, default_tokens, body_bytes)
+    # An application of its own, so that these errors take the API's shape and those of the page keep theirs.
     inner = Starlette(
         routes=[
             Route("/chat/completions", api.chat, methods=["POST"]),
@@ -57,6 +58,7 @@ class Api:
         self.encoder = Encoder(engine.prompt_format)
         self.default_tokens = default_tokens
         self.body_bytes = body_bytes
+        # Of the server and not of the adapter: clients only want a number here.
         self.created = int(time.time())
 
     # ---- models ----
@@ -91,14 +93,17 @@ class Api:
         tickets = self._submit(wanted)
         shape = Shape(is_chat, wanted.model, self.engine.prompt_format.tokenizer)
         prompt_tokens = sum(map(len, wanted.queries))
+        # The tickets are the stream's own from here on: it frees their places when it ends, however that is.
         if wanted.stream:
             return Stream(tickets, chunks(tickets, shape, prompt_tokens, wanted.usage_in_stream))
         try:
             answers = await unless_gone(request, asyncio.gather(*map(finished, tickets)))
         except BadRequest:
             raise
+        # The engine's own errors (out of memory, numbers that are not finite) are told as the server's.
         except Exception as problem:
             raise BadRequest(_unfinished(problem), status=500) from None
+        # Of a finished answer this changes nothing; of an unfinished one it frees the place.
         finally:
             for ticket in tickets:
                 ticket.cancel()
@@ -112,10 +117,13 @@ class Api:
                 query = wanted.queries[number // wanted.n]
                 # The answers to one request differ, and the first of them is that of a request for one.
                 seed = (wanted.seed + number) % openai_requests.SEEDS
+                # A default may be cut to what fits, for nobody asked for it; a number that was asked for is refused
+                # instead.
                 room = self.engine.positions - len(query)
                 most = wanted.max_tokens or max(1, min(self.default_tokens, room))
                 tickets.append(self.engine.submit(wanted.model, query, wanted.settings_for(most), seed))
         except (UnknownVersion, TooLong, QueueFull, EngineClosed, ValueError) as problem:
+            # All or none: a request for several answers does not begin with a part of them.
             for ticket in tickets:
                 ticket.cancel()
             raise self._refusal(problem, wanted.model) from None
@@ -140,6 +148,7 @@ class Api:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
+                    # Counted as it comes: a header may promise fewer bytes than are sent.
                     size += len(part)
                     if size > self.body_bytes:
                         raise BadRequest(f"the body is larger than {self.body_bytes} bytes", status=413)
@@ -162,6 +171,7 @@ async def finished(ticket: Ticket) -> Answer:
 
 async def unless_gone(request: Request, work: Awaitable[list[Answer]]) -> list[Answer]:
     """The answers, unless the client goes away before. Raises: BadRequest then; the error that ended an answer."""
+    # The body has been read, so that the next thing to be received can only be the end of the connection.
     work = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_gone(request))
     try:
@@ -170,12 +180,14 @@ async def unless_gone(request: Request, work: Awaitable[list[Answer]]) -> list[A
             raise BadRequest("the client has gone", status=400)
         return work.result()
     finally:
+        # Only the waiting ends here; the answers end by their tickets.
         work.cancel()
         gone.cancel()
 
 
 async def _gone(request: Request) -> None:
     """Return as soon as the client has closed its connection."""
+    # What else may come is an empty rest of the body.
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -201,13 +213,16 @@ class Stream(StreamingResponse):
 async def chunks(tickets: list[Ticket], shape: Shape, prompt_tokens: int, counted: bool) -> AsyncIterator[bytes]:
     """The events of a stream: pieces of all answers as they come, the end of each, the counts if they are wanted."""
     news: asyncio.Queue = asyncio.Queue()
+    # One task an answer: a slow one holds no other up.
     readers = [asyncio.ensure_future(_read(index, ticket, news)) for index, ticket in enumerate(tickets)]
     answers: list[Answer] = []
     try:
+        # Clients build a message from its role, which has to come before its text.
         for index in range(len(tickets)) if shape.chat else ():
             yield shape.opening(index)
         while len(answers) < len(tickets):
             index, item = await news.get()
+            # One failed answer ends the stream, as a choice that never closes would make a client wait.
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, Answer):
@@ -238,6 +253,7 @@ async def _read(index: int, ticket: Ticket, news: asyncio.Queue) -> None:
 
 # ---- errors ----
 def _unknown(name: str, versions: list[str]) -> BadRequest:
+    # At most 60 characters of the name, for it is the client's own text.
     sentence = f"there is no model {name!r:.60}: there are {', '.join(versions)}"
     return BadRequest(sentence, "model", status=404, code="model_not_found")
 

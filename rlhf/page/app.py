@@ -63,6 +63,7 @@ def create_app(page: Page):
         if page.preparer:
             await page.preparer.stop()
 
+    # Each route names its methods: a GET changes nothing, so that no link can vote.
     routes = [
         Route("/page/state", handlers.state),
         Route("/page/next", handlers.next),
@@ -79,11 +80,13 @@ def create_app(page: Page):
     errors = {
         BadField: _error(400, "bad_request"),
         json.JSONDecodeError: _error(400, "bad_request"),
+        # Bytes that are no UTF-8, and brackets nested too deeply, are the sender's mistake like any other.
         UnicodeDecodeError: _error(400, "bad_request"),
         RecursionError: _error(400, "bad_request"),
         AlreadyVoted: _error(409, "already_voted"),
         UnknownPair: _error(404, "unknown_pair"),
         sqlite3.OperationalError: _error(507, "disk_full"),
+        # The only files that are written are the store and the exports.
         OSError: _error(507, "disk_full"),
     }
     return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=errors), page.token)
@@ -104,6 +107,7 @@ def _static_routes() -> list[Route]:
     for path in sorted(STATIC.iterdir()):
         kind = TYPES.get(path.suffix)
         if kind:
+            # By name and from a list made at the start: no request can name another file.
             address = "/" if path.name == "index.html" else f"/static/{path.name}"
             routes.append(Route(address, _file_handler(path.read_bytes(), kind)))
     return routes
@@ -144,11 +148,13 @@ class Handlers:
         query = request.query_params
         person = text_field(query, "person", 60)
         tab = text_field(query, "tab", 60)
+        # Numbers of at most 14 digits: longer ones would be a request to compute, and SQLite has no place for them.
         held = {int(word) for word in query.get("held", "").split(",") if word.isdecimal() and len(word) < 15}
         count = count_field(query, "count", MOST_AHEAD)
         # Those that lie in the browser are found again, so it takes more than are asked for.
         found = await run_in_threadpool(self.page.plan.next, person, tab, count + len(held))
         pairs = [in_view(shown) for shown in found if shown.pair not in held][:count]
+        # Beside the pairs, so that a page that was open all night shows what others have done.
         progress = await run_in_threadpool(self.page.plan.progress, person)
         if self.page.preparer:
             self.page.preparer.wake()
@@ -157,6 +163,7 @@ class Handlers:
     async def vote(self, request: Request):
         """Store a vote; what it answers comes after the vote is on the disk, and holds the names."""
         given = vote_fields(await request.json())
+        # In a thread, for a vote waits for the disk and everybody else for this loop.
         number, shown = await run_in_threadpool(self.page.plan.vote, given)
         if self.page.preparer:
             self.page.preparer.wake()
@@ -166,6 +173,7 @@ class Handlers:
 
     async def undo(self, request: Request):
         """Take a vote back and give its pair again."""
+        # The person is part of it: an undo of somebody else's vote finds nothing.
         number, person, tab = undo_fields(await request.json())
         shown = await run_in_threadpool(self.page.plan.undo, number, person, tab)
         if shown is None:
@@ -177,6 +185,7 @@ class Handlers:
         if self.page.preparer is None:
             raise BadField("no model is loaded that could answer it")
         turns = prompt_fields(await request.json())
+        # Shared with everybody: whoever adds a prompt wants to hear what others think.
         await run_in_threadpool(self.page.store.add_prompts, [turns], 1.0, "chat")
         await run_in_threadpool(self.page.plan.refresh)
         self.page.preparer.wake()
@@ -187,6 +196,7 @@ class Handlers:
         """Answer a conversation, as lines of JSON while it is written."""
         if self.page.chat is None:
             raise BadField("no model is loaded: start playground.py with --base_model_name")
+        # Checked against the names in memory: a request cannot name an adapter that was not loaded.
         fields = chat_fields(await request.json(), self.page.chat.names)
         try:
             ticket, seed = self.page.chat.ask(fields)
@@ -199,6 +209,7 @@ class Handlers:
     async def results(self, request: Request):
         """Tables of the votes, of everybody or of ?person=NAME."""
         person = request.query_params.get("person") or None
+        # Computed anew each time, so that a vote shows at once; a thousand votes take milliseconds.
         made = await run_in_threadpool(lambda: results(self._votes(), person))
         return JSONResponse(made)
 
@@ -209,6 +220,7 @@ class Handlers:
             made = await run_in_threadpool(lambda: export.write(self._votes(), file, self.page.min_pairs))
         except ValueError as error:
             funnel = await run_in_threadpool(lambda: export.collect(self._votes()).funnel)
+            # Too few votes are no error of the request: the page shows what is missing.
             return JSONResponse({"refused": str(error), "funnel": funnel})
         rows = {export.PAIRS: made.pairs, export.SFT: made.sft, export.BAD: made.bad}
         command = export.training_command(made, file, self.page.base)
@@ -221,6 +233,7 @@ class Handlers:
         path = self.page.output_dir / name
         if name not in export.FILES or not path.is_file():
             return PlainTextResponse("there is no such file", 404)
+        # Saved and not shown: its texts are of people and models, and a browser would try to make something of them.
         headers = {"content-disposition": f'attachment; filename="{name}"'}
         content = await run_in_threadpool(path.read_bytes)
         return Response(content, media_type="application/x-ndjson", headers=headers)
@@ -231,5 +244,6 @@ class Handlers:
 
 def in_view(shown: Shown) -> dict:
     """A pair as the browser gets it before the vote: texts, and nothing of who wrote them."""
+    # No id of an answer either: ids rise in the order of writing, and would give versions away.
     turns = [list(turn) for turn in shown.prompt.turns]
     return {"pair": shown.pair, "turns": turns, "left": shown.left.text, "right": shown.right.text}

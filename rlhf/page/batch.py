@@ -55,9 +55,11 @@ class RowsLayer(DynamicLayer):
 
         like: a layer to take the shape of heads from, where there is no store yet.
         """
+        # Of the columns before `first` no row needs any.
         width = self.end - first
         stores = []
         for place, pattern in enumerate(self.stores or (like.keys, like.values)):
+            # Zeros and not memory as it is found, where a NaN would come through the mask.
             store = pattern.new_zeros(slots, pattern.shape[1], room, pattern.shape[3])
             if self.stores and width:
                 store[: self.rows, :, end - width : end] = self.stores[place][: self.rows, :, first : self.end]
@@ -76,6 +78,8 @@ class RowsLayer(DynamicLayer):
 
     def remove(self, row: int) -> None:
         """Take a row out; the last one gets its place."""
+        # The mask leaves columns before a row's start out, so that only its keys and values have to move, not those
+        # behind it.
         self.rows -= 1
         for store in self.stores:
             store[row, :, : self.end] = store[self.rows, :, : self.end]
@@ -119,6 +123,7 @@ class Batch:
         """Read up to `most` more tokens of a row's prompt; logits [V] after the last of them, else None."""
         if row.cache is None:
             row.cache = own_cache(self.model)[0]
+        # A model that keeps a state in place of columns reads its prompt at once.
         end = min(len(row.query_ids), row.read + most) if self.joins else len(row.query_ids)
         tokens = torch.tensor([row.query_ids[row.read : end]], device=self.model.device)
         logits = self._logits([row], tokens, torch.ones(1, end, dtype=torch.bool), row.cache)
@@ -128,10 +133,12 @@ class Batch:
     def join(self, row: Row) -> None:
         """Let a row that has been read decode with the others from the next step on."""
         if self.joins:
+            # The longest row sets the end for all; a longer one that joins moves the others to the right.
             length = len(row.query_ids)
             end = max(self.end, length)
             slots = self.slots
             if len(self.rows) == slots:
+                # Doubled, so that a batch that fills up copies its memory a few times and not for every row.
                 slots = min(self.max_rows, max(1, 2 * slots))
             if slots > self.slots or end > self.end:
                 self._rearrange(end, slots, row.cache)
@@ -143,6 +150,7 @@ class Batch:
 
     def leave(self, place: int) -> None:
         """Take the row at this place out; the last row gets its place."""
+        # Nothing is kept for an empty batch: the next one begins at column 0.
         if len(self.rows) == 1:
             return self.clear()
         if self.joins:
@@ -164,6 +172,7 @@ class Batch:
             # Rows that began long ago may have left: their columns go.
             self._rearrange(self.end - min(self.starts), self.slots, None)
         self.end += 1
+        # Made on the CPU, where the starts are: one copy of a small mask in place of one for every start.
         columns = torch.arange(self.end)
         mask = columns >= torch.tensor(self.starts)[:, None]
         return self._logits(self.rows, newest, mask, self.cache)
@@ -176,6 +185,7 @@ class Batch:
     def _rearrange(self, end: int, slots: int, like: Cache | None) -> None:
         """Make room: the columns that are in use end at column `end` from now on, with free ones behind."""
         first = min(self.starts, default=self.end)
+        # At least one free column, for the token that comes next.
         self.room = (end // ROOM + 1) * ROOM
         layers = like.layers if like else [None] * len(self.cache.layers)
         for layer, pattern in zip(self.cache.layers, layers, strict=True):
@@ -186,6 +196,7 @@ class Batch:
 
     def _logits(self, rows: list[Row], tokens: Tensor, mask: Tensor, cache: Cache) -> Tensor:
         """Logits [rows, V] after new tokens [rows, L], each row with its own adapters."""
+        # In the order of the batch's rows, which is that of `leave` too.
         with self.adapters.active([row.adapters for row in rows]):
             return next_logits(self.model, tokens, mask.to(tokens.device), cache)[0]
 
@@ -193,6 +204,7 @@ class Batch:
 def positions_of(model: PreTrainedModel) -> int:
     """Tokens that prompt and answer may have together, as the model has it, or MOST_POSITIONS."""
     text = model.config.get_text_config()
+    # What the base was trained with: rotary positions would go on, and the answers would not.
     limit = getattr(text, "max_position_embeddings", None) or MOST_POSITIONS
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):

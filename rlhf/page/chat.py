@@ -40,6 +40,7 @@ class Chat:
             temperature=float(fields["temperature"]) or 1.0,
             top_p=float(fields["top_p"]),
             max_new_tokens=fields["max_new_tokens"],
+            # Temperature 0 is greedy decoding, which is a setting of its own in the engine.
             do_sample=fields["temperature"] > 0,
         )
         query = self.encode(fields["turns"], settings.max_new_tokens)
@@ -52,6 +53,7 @@ class Chat:
             query = self.prompt_format.query_ids(turns)
         except Unusable as error:
             raise BadField(str(error)) from None
+        # Answered as a sentence here; further down it would be an error of positions.
         if len(query) + max_new_tokens > self.room:
             raise BadField(
                 f"the conversation has {len(query)} tokens, and with an answer of {max_new_tokens} it is longer than "
@@ -79,5 +81,6 @@ def weights_of(version: str | dict[str, float]) -> str | dict[str, float]:
     """A version as the engine takes it: in a mix the base has no weights of its own, and its share is left out."""
     if isinstance(version, str):
         return version
+    # The base is what the terms are added to, with weight 1 whatever its share.
     adapters = {name: weight for name, weight in version.items() if name != BASE and weight}
     return adapters or BASE

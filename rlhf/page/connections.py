@@ -17,9 +17,11 @@ class PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; the timer runs from the first byte of a head to its last."""
+        # First, as it is what tells whether the head has come to its end.
         super().data_received(data)
         waits = self._waits_for_head()
         if waits and self.head_timer is None:
+            # Not moved on by further bytes: one a minute would otherwise keep the connection for ever.
             self.head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
         if not waits:
             self._stop_timer()
@@ -30,6 +32,7 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _waits_for_head(self) -> bool:
+        # Between two requests of one connection the last cycle is done; a first request has none yet.
         return self.cycle is None or self.cycle.response_complete
 
     def _give_up(self) -> None:

@@ -62,6 +62,7 @@ class Engine:
         self._adapters = RowAdapters(self.model)
         self._batch = Batch(self.model, self._adapters, max_rows)
         self._waiting = Waiting(max_waiting, max_rows)
+        # Its prompt is read in pieces, between which the others get their tokens.
         self._reading: Ticket | None = None
         # In the order of the batch's rows.
         self._writing: list[Ticket] = []
@@ -99,6 +100,8 @@ class Engine:
         Raises: UnknownVersion, TooLong, QueueFull, EngineClosed; ValueError for ids that are no tokens.
         """
         adapters = self._adapters_of(version)
+        # Refused here, in the caller's thread: an id beyond the table would be an error of the card, after which no
+        # kernel runs.
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if not query_ids or not all(0 <= token < vocabulary for token in query_ids):
             raise ValueError(f"the prompt needs at least one token, and none outside of 0 to {vocabulary - 1}")
@@ -175,6 +178,7 @@ class Engine:
 
     def _read_prompts(self) -> None:
         """Read prompts of waiting requests, as many tokens as fit between two steps."""
+        # A budget of tokens and not of requests: one prompt may be as long as a hundred.
         left = READ_AT_ONCE
         while left > 0 and (ticket := self._next_to_read()):
             row = ticket.row
@@ -237,6 +241,7 @@ class Engine:
     def _fail_batch(self, error: Exception) -> None:
         """End all answers of the batch, which is in no known state (out of memory, say); the next get a new one."""
         failed = self._writing
+        # Emptied first: `fail` wakes others, who may ask how many are being written.
         self._writing = []
         self._batch.clear()
         for ticket in failed:

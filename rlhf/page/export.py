@@ -56,18 +56,23 @@ def collect(votes: list[dict]) -> Export:
     fates = Counter()
     for outcome in together:
         asked = json.loads(outcome.votes[0]["turns"])
+        # A dialogue stays one, for the reader of the pairs to render it as in training.
         prompt = {"messages": as_objects(asked)} if as_messages else {"prompt": asked[0][1]}
         fate = _fate(outcome)
         fates[fate] += 1
         if fate == "pairs":
+            # The texts as they were shown; an edited answer is another text, and goes to SFT alone.
             chosen, rejected = outcome.ordered
             margin = _margin(outcome)
             made.pairs.append({**prompt, "chosen": chosen["text"], "rejected": rejected["text"], "margin": margin})
+            # One vote with a margin is enough for the flag: pairs without one have a margin of 0, which asks for no
+            # distance.
             made.with_margin |= margin > 0
         if fate == "bad":
             made.bad += [{**prompt, "answer": side["text"]} for side in outcome.sides if side["text"]]
         made.sft += [_edited(vote, asked, as_messages) for vote in outcome.votes if vote["edited"]]
 
+    # Every number follows from the others, so that none can be missing from the sum.
     said = sum(len(outcome.votes) for outcome in together)
     counts = {"votes": len(votes), "skips": len(votes) - said, "repeated": said - len(together)}
     counts["contradicted"] = sum(outcome.contradicted for outcome in together)
@@ -109,6 +114,7 @@ def write(votes: list[dict], file: Path, min_pairs: int) -> Export:
     Raises: ValueError where there are fewer pairs than `min_pairs`: nothing is written then.
     """
     made = collect(votes)
+    # Counted before anything is written: an export of few pairs would be trained on.
     count = len(made.pairs)
     if count < min_pairs:
         raise ValueError(
@@ -124,6 +130,7 @@ def write(votes: list[dict], file: Path, min_pairs: int) -> Export:
 
 def _write_lines(path: Path, rows: list[dict]) -> None:
     if not rows:
+        # A file of an earlier export would pass for this one's.
         path.unlink(missing_ok=True)
         return
     # Whole or not at all: a training may be reading the file of the export before.
@@ -134,6 +141,7 @@ def _write_lines(path: Path, rows: list[dict]) -> None:
 
 def training_command(made: Export, file: Path, base: str | None) -> str:
     """The command that trains a reward model on an export."""
+    # BASE stands for what the page was not told, as where answers came from a file.
     words = ["python", "reward_modeling.py", "--model_name", base or "BASE", "--dataset_name", str(file)]
     if made.with_margin:
         words += ["--margin_field", "margin"]

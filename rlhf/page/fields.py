@@ -15,6 +15,7 @@ class BadField(ValueError):
 
 def text_field(given, name: str, longest: int, required: bool = True) -> str | None:
     """A text of at most so many characters; None where it is empty and not required. Raises: BadField."""
+    # A body may be a list or a number as well, and both have no fields.
     value = given.get(name) if hasattr(given, "get") else None
     if value is None and not required:
         return None
@@ -50,11 +51,13 @@ def vote_fields(given) -> dict:
     side = given.get("side")
     if side not in SIDES:
         raise BadField(f"side must be one of {', '.join(SIDES)}")
+    # Of a tie there is no better answer that a margin or an edit could belong to.
     prefers = side in ("left", "right")
     # How much better, and an edited answer, belong to the better one.
     margin = number_field(given, "margin", 1, 3, whole=True) if prefers and given.get("margin") is not None else None
     return {
         "key": text_field(given, "key", 60),
+        # Up to 2^53, beyond which a browser's numbers are not exact.
         "pair": number_field(given, "pair", 1, 2**53, whole=True),
         "person": text_field(given, "person", 60),
         "side": side,
@@ -75,6 +78,7 @@ def undo_fields(given) -> tuple[int, str, str]:
 def prompt_fields(given) -> list[tuple[str, str]]:
     """The turns of a conversation that ends with a question. Raises: BadField."""
     turns = _object(given).get("turns")
+    # Checked here as well as in the browser: a request need not come from our page.
     if not isinstance(turns, list) or not 0 < len(turns) <= MAX_TURNS:
         raise BadField(f"turns must be a list of at most {MAX_TURNS} turns")
 

@@ -24,10 +24,12 @@ HEADERS = {
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
+    # A browser must not take a file of text for a script.
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
+    # Answers and names are nobody else's who opens this browser later.
     "cache-control": "no-store",
 }
 
@@ -56,12 +58,14 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
 
         send = _with_headers(send)
+        # HTTP's headers are bytes; latin-1 decodes any of them and loses none.
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         try:
             self._check_host(headers)
             if self._came_by_link(scope):
                 return await _answer(send, 303, b"", {"location": "/", "set-cookie": self._cookie()})
             self._check_token(headers)
+            # Reading needs no further proof: another site can ask for it, and gets to see nothing.
             if scope["method"] in ("GET", "HEAD"):
                 return await self.app(scope, receive, send)
             _check_origin(headers)
@@ -74,6 +78,7 @@ class Guard:
 
     def _check_host(self, headers: dict) -> None:
         # With a token a foreign name gains nothing: the cookie belongs to the name under which it was set.
+        # By urlsplit, as a host may be an IPv6 address with colons of its own.
         host = urlsplit(f"//{headers.get('host', '')}").hostname
         if self.token is None and host not in LOOPBACK:
             raise Refused(
@@ -102,6 +107,7 @@ class Guard:
             raise Refused(401, "token", "open this page by the link that playground.py printed, with its token")
 
     def _fits(self, given: str) -> bool:
+        # In constant time: a comparison that stops at the first wrong letter tells how many are right.
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
 
 
@@ -119,6 +125,7 @@ def _check_origin(headers: dict) -> None:
 async def _body(headers: dict, receive) -> bytes:
     """The whole body of a request. Raises: Refused where it is too long, or takes too long to come."""
     too_long = Refused(413, "too_long", f"a request may have {MAX_BODY:,} bytes")
+    # The header alone is refused here; what really comes is counted below.
     length = headers.get("content-length", "0")
     if not length.isdigit() or int(length) > MAX_BODY:
         raise too_long

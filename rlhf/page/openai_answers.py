@@ -59,10 +59,12 @@ class Shape:
 
     def _token(self, token_id: int, logprob: float) -> dict:
         text = self.tokenizer.decode([token_id])
+        # The bytes beside the text: a token may be half a character, which no text can show.
         return {"token": text, "logprob": max(logprob, LEAST), "bytes": list(text.encode())}
 
     def _plain_logprobs(self, tokens: list[TokenLogprob]) -> dict:
         texts = [self.tokenizer.decode([token.token_id]) for token in tokens]
+        # Characters of the answer before each token, as the older API counts them.
         offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
         top = [{self.tokenizer.decode([token]): value for token, value in one.top} for one in tokens]
         return {
@@ -90,6 +92,7 @@ class Shape:
 
     def counted(self, answers: list[Answer], prompt_tokens: int) -> bytes:
         """The chunk after the last answer, for who asked for the counts."""
+        # Without a choice: that is how clients tell this chunk from a piece of an answer.
         return event(self._stream_head() | {"choices": [], "usage": usage(answers, prompt_tokens)})
 
     def _stream_head(self) -> dict:
@@ -98,6 +101,7 @@ class Shape:
 
 def event(content: dict | str) -> bytes:
     """An event of a stream."""
+    # "[DONE]" is the one event that is no JSON.
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     return f"data: {text}\n\n".encode()
 

@@ -81,6 +81,7 @@ class Encoder:
     def plain_ids(self, text: str) -> list[int]:
         """Token ids of a text that goes on, without the format around it."""
         tokenizer = self._format.tokenizer
+        # As the format of the chat begins: a model that has learnt every text behind BOS goes on badly without.
         begin = [tokenizer.bos_token_id] if self._format.bos else []
         with self._alone:
             return begin + encode(tokenizer, text)
@@ -90,6 +91,7 @@ class Encoder:
 def read_json(body: bytes) -> dict:
     """The JSON object of a body. Raises: BadRequest."""
 
+    # Python reads NaN and Infinity, which are no JSON and no setting.
     def refuse(word):
         raise ValueError(f"{word} is no JSON")
 
@@ -110,7 +112,9 @@ def chat(content: bytes, encoder: Encoder) -> Wanted:
     if not messages:
         raise BadRequest("messages is empty: give at least one message", "messages")
     try:
+        # By the reader of the training data, so that roles and parts mean the same in both.
         turns = dialogues.turns(messages, "messages", "user")
+        # A chat that ends with an answer would have it continued, which no version was trained to do.
         if turns[-1][0] != "user":
             raise BadRequest("the last message must be the user's", "messages")
         query = encoder.query_ids(turns)
@@ -129,6 +133,7 @@ def completion(content: bytes, encoder: Encoder) -> Wanted:
     """What the body of a /v1/completions asks for: plain text goes on, without the format. Raises: BadRequest."""
     body = read_json(content)
     prompt = body.get("prompt")
+    # A list of numbers is one prompt as ids, any other list holds prompts.
     several = isinstance(prompt, list) and not all(_is_whole(token) for token in prompt)
     prompts = prompt if several else [prompt]
     if len(prompts) > MOST_ANSWERS:
@@ -144,10 +149,12 @@ def completion(content: bytes, encoder: Encoder) -> Wanted:
 def _plain_ids(text, encoder: Encoder) -> list[int]:
     """Token ids of a plain text, which may come as ids."""
     if isinstance(text, list) and text and all(_is_whole(token) for token in text):
+        # A client that sends ids has encoded them itself: nothing is put in front.
         return text
     if not isinstance(text, str) or not text:
         raise BadRequest("prompt must be text (or token ids), or a list of such, none of them empty", "prompt")
     try:
+        # JSON may escape half a surrogate pair, which no tokenizer takes.
         text.encode()
     except UnicodeEncodeError:
         raise BadRequest("prompt holds half a surrogate pair", "prompt") from None
@@ -157,13 +164,16 @@ def _plain_ids(text, encoder: Encoder) -> list[int]:
 def _wanted(body: dict, queries: list[list[int]]) -> Wanted:
     """The fields that both kinds of request have."""
     for name, neutral in NOT_BUILT.items():
+        # Refused, not ignored: an answer that was asked for otherwise would look as if it were what was asked for.
         if body.get(name) is not None and body[name] not in neutral:
             raise BadRequest(f"{name} is not supported here", name, code="unsupported_parameter")
 
     temperature = _number(body, "temperature", 1.0, 0.0, 2.0)
     top_p = _number(body, "top_p", 1.0, 0.0, 1.0)
+    # Both are the API's ways to ask for the likeliest token; the settings themselves allow no 0.
     greedy = temperature == 0 or top_p == 0
     most = body.get("max_completion_tokens")
+    # The newer name wins where a client sends both.
     name = "max_tokens" if most is None else "max_completion_tokens"
     options = _optional(body, "stream_options", dict, {})
     settings = {"do_sample": not greedy, "stop": _stops(body)}
@@ -174,6 +184,7 @@ def _wanted(body: dict, queries: list[list[int]]) -> Wanted:
         model=_field(body, "model", str),
         queries=queries,
         n=_whole(body, "n", 1, 1, MOST_ANSWERS),
+        # Drawn where none is given, or every request without one would get the same answer.
         seed=_whole(body, "seed", random.randrange(SEEDS), -SEEDS, SEEDS - 1),
         stream=_optional(body, "stream", bool, False),
         usage_in_stream=options.get("include_usage") is True,
@@ -184,6 +195,7 @@ def _wanted(body: dict, queries: list[list[int]]) -> Wanted:
 
 def _checked(wanted: Wanted) -> Wanted:
     """Refuse what goes well by itself only. Raises: BadRequest."""
+    # One request may not fill the queue by itself.
     if len(wanted.queries) * wanted.n > MOST_ANSWERS:
         raise BadRequest(f"that is more than {MOST_ANSWERS} answers: lower n", "n")
     if wanted.stream and wanted.settings.get("logprobs"):
@@ -194,9 +206,11 @@ def _checked(wanted: Wanted) -> Wanted:
 # ---- fields ----
 def _stops(body: dict) -> tuple[str, ...]:
     value = body.get("stop")
+    # null stands for none, as in all fields of the API.
     words = [value] if isinstance(value, str) else value or []
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
         raise BadRequest("stop must be text, or a list of texts, none of them empty", "stop")
+    # Each is looked for at every token.
     if len(words) > MOST_STOPS:
         raise BadRequest(f"stop holds {len(words)} texts: give {MOST_STOPS} at most", "stop")
     return tuple(words)
@@ -223,6 +237,7 @@ def _number(body: dict, name: str, default: float, least: float, most: float) ->
     value = body.get(name)
     if value is None:
         return default
+    # To Python true and false are numbers.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadRequest(f"{name} must be a number, not {dialogues.type_name(value)}", name)
     if not least <= value <= most:

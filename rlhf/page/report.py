@@ -60,14 +60,17 @@ def page(runs: list[Run]) -> str:
         ("audit", ("Audit of the reward model", "奖励模型的审计"), _each(runs, report_audit.audit)),
         ("origin", ("What it was", "训练设置"), _each(runs, report_parts.origin) + report_parts.flags(runs)),
     ]
+    # Before the links are made, or some would lead to a heading that is not there.
     parts = [part for part in parts if part[2]]
     links = " ".join(f'<a href="#{name}">{both(title)}</a>' for name, title, _ in parts)
 
     # A script or a style that is not exactly ours does not run.
+    # Read here and not at import: the file is small, and a script that draws no report needs none of it.
     style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     script = Path(__file__).with_name("report.js").read_text(encoding="utf-8")
     policy = f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; base-uri 'none'"
     names = ", ".join(run.name for run in runs)
+    # Only the braces of PAGE itself are filled in: what goes in is not formatted once more, whatever braces it holds.
     return PAGE.format(
         policy=f"{policy}; form-action 'none'",
         title=text(f"Run report: {names}"),
@@ -88,6 +91,7 @@ def _each(runs: list[Run], part) -> str:
     """A part of every run, under its name where there are several."""
     made = [(run, part(run)) for run in runs]
     made = [(run, body) for run, body in made if body]
+    # A single run needs no name above each of its parts.
     if len(runs) == 1:
         return "".join(body for _, body in made)
     return "".join(f"<h3>{text(run.name)}</h3>\n{body}" for run, body in made)
@@ -116,6 +120,7 @@ def _charts(runs: list[Run]) -> str:
     if not charts and not further:
         return ""
 
+    # Of the folded charts too, so that a step stands at the same place in all of them.
     steps = step_range(charts + further)
     events = _events(runs, steps)
     hint = (
@@ -151,6 +156,7 @@ def _events(runs: list[Run], steps: tuple[int, int]) -> list[Event]:
                 f"{owner}第 {best:.0f} 步，最好的一次评估（best/）",
             )
             found.append((best, "best", words))
+    # An event outside of all curves would be drawn on the edge, where nothing happened.
     return [event for event in found if steps[0] <= event[0] <= steps[1]]
 
 
@@ -176,6 +182,7 @@ def write_report(folders: list[Path], file: Path | None = None) -> Path:
 
 def _names(folders: list[Path]) -> list[str]:
     """A short name for each run: the last part of its path, or as many as tell it from the others."""
+    # The shortest names that differ: runs/ppo and old/ppo are both called ppo otherwise.
     for count in range(1, 4):
         names = ["/".join(folder.absolute().parts[-count:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -189,12 +196,14 @@ def write_at_end(output_dir: str | Path) -> None:
     def write() -> None:
         print(f"report: {printable(str(write_report([Path(output_dir)])))}", flush=True)
 
+    # The run is finished and saved by now: nothing about its report may end it with an error.
     attempt(write, failed="the report could not be written")
 
 
 # ---- the command ----
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; a wrong one ends the program with exit code 2."""
+    # By hand and not by rlhf.flags: it takes directories without the name of a flag.
     parser = argparse.ArgumentParser(
         prog="python -m rlhf.page.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -29,6 +29,7 @@ def kind_words(kind: str) -> Words:
 
 def audit(run: Run) -> str:
     """The audit of the reward model: verdict, reasons, attacks, accuracy by length."""
+    # Whatever the file holds: a report should not fail on one that somebody has changed by hand.
     attacks = _object(run.audit, "attacks")
     verdict = _object(run.audit, "verdict")
     if not attacks and not verdict:
@@ -54,6 +55,7 @@ def audit(run: Run) -> str:
         (("the better answer is longer", "更好的回答更长"), _object(sides, "chosen")),
         (("the worse answer is longer", "更差的回答更长"), _object(sides, "rejected")),
     ]
+    # The second table has the columns of the first, under other names.
     head[0] = both(("accuracy on held-out pairs", "留出数据对上的准确率"))
     head[1] = both(("pairs", "数据对"))
     head[2] = both(("right", "对的比例"))

@@ -154,6 +154,7 @@ def main_charts(runs: list[Run]) -> list[Chart]:
     charts = []
     stages = dict.fromkeys(run.stage for run in runs)
     kinds = chain(*(CHARTS.get(stage, ()) for stage in stages))
+    # Once each, though stages share some charts: runs of two stages are then beside one another in them.
     for title, hint, keys, from_zero in dict.fromkeys(kinds):
         charts.append(Chart(title, hint, _lines(runs, keys), from_zero))
         if title == ("Score", "得分"):
@@ -170,6 +171,7 @@ def _parts(runs: list[Run]) -> Chart:
     """The parts that a score is the sum of, where functions or several models score."""
     names = {}
     for run in runs:
+        # A dictionary keeps the order of the log, which a set would lose.
         names |= {key: None for key in run.metrics() if key.startswith("reward/") and key.endswith("/mean")}
     labels = [(key, (key[len("reward/") : -len("/mean")],) * 2) for key in names]
     hint = ("Before weights and transforms, each in its own unit.", "加权和变换之前，各有各的单位。")
@@ -181,10 +183,12 @@ def further_charts(runs: list[Run]) -> list[Chart]:
     shown = set()
     for run in runs:
         for _, _, keys, _ in CHARTS.get(run.stage, ()):
+            # A smoothed curve comes once more among the further ones, step by step.
             shown |= {key for key, _ in keys if not _is_smoothed(run, key)}
     names = {}
     for run in runs:
         names |= dict.fromkeys(run.metrics())
+    # In the order of the log, which keeps what belongs together side by side.
     rest = [key for key in names if key not in shown and key not in NO_CURVE and not _stands_elsewhere(key)]
     charts = [
         Chart((key, key), ("", ""), _lines(runs, [(key, (key, key))], smooth=False)) for key in rest[:MOST_FURTHER]
@@ -200,16 +204,21 @@ def _stands_elsewhere(key: str) -> bool:
 def _lines(runs: list[Run], keys, smooth: bool = True) -> list[Line]:
     """A line for each key and run that has numbers: a colour a run where there are several, else a colour a key."""
     lines = []
+    # Run by run, so that the legend groups what belongs to one.
     for place, run in enumerate(runs):
         for order, (key, label) in enumerate(keys):
             points = run.points(key)
             if not points:
                 continue
+            # Of several runs the colour says which run it is, in every chart the same.
             colour, dash = (place, order) if len(runs) > 1 else (order, 0)
+            # Only means have a standard error, under a name of its own.
             errors = dict(run.points(key.replace("/mean", "/error"))) if key.endswith("/mean") else {}
+            # Its label says so, or a reader would look for the single steps in the log.
             if smooth and _is_smoothed(run, key):
                 points, label = _smoothed(points, label)
             named = label if len(runs) == 1 else (f"{run.name}: {label[0]}", f"{run.name}：{label[1]}")
+            # Evaluations are far apart: without dots a line would look measured in between.
             dots = key.startswith("eval") or len(points) == 1
             lines.append(Line(named, points, colour % COLOURS, dash % DASHES, dots, errors))
     return lines
@@ -222,6 +231,7 @@ def _is_smoothed(run: Run, key: str) -> bool:
 
 def _smoothed(points: Points, label: Words) -> tuple[Points, Words]:
     """Means over the last steps, a twentieth of all; the label says over how many."""
+    # Means of the steps before a point and never after it, so that a running training draws the same curve later.
     width = len(points) // 20
     if width < 2:
         return points, label
@@ -236,4 +246,5 @@ def step_range(charts: list[Chart]) -> tuple[int, int]:
     lines = list(chain(*(chart.lines for chart in charts)))
     low = min((line.points[0][0] for line in lines), default=0)
     high = max((line.points[-1][0] for line in lines), default=1)
+    # A width of 0 would be a division by it.
     return low, max(high, low + 1)

@@ -60,6 +60,7 @@ class Run:
         named = self.about.get("stage")
         if isinstance(named, str):
             return named
+        # By what it logged, for a run that was killed early has no run.json.
         return next((stage for key, stage in SIGNS if any(key in row for row in self.rows)), "")
 
     @property
@@ -99,6 +100,7 @@ def number(value) -> float | None:
     """A measured number, NaN and infinity written as text included; None for anything else."""
     if type(value) is float:
         return value
+    # Texts too: NaN and Inf stand in the log as texts, because JSON has neither.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -151,6 +153,7 @@ def read_log(file: Path, notes: list[Words], most: int = MAX_METRICS) -> list[di
                 f"{file.name} 有 {count} 行已损坏，未计入，第一处在第 {first} 行。",
             )
         )
+    # Sorted stably: a resumed run writes its steps behind those that it takes the place of.
     return sorted(rows, key=lambda row: row["step"])
 
 
@@ -208,6 +211,7 @@ def load_run(folder: Path, name: str) -> Run:
     notes: list[Words] = []
     about = read_object(folder / "run.json", notes)
     origin = "run.json" if about else ""
+    # From the newest on, until one can be read.
     for place in () if about else _checkpoints(folder):
         about = about or read_object(place / "run.json", notes)
         origin = origin or (f"{place.name}/run.json" if about else "")

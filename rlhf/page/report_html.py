@@ -14,12 +14,14 @@ MAX_TEXT = 2000
 def text(foreign: str, most: int = MAX_TEXT) -> str:
     """Foreign text as HTML: control characters visible, markup without effect, a very long text cut."""
     shown = foreign if len(foreign) <= most else foreign[:most] + " …"
+    # Made printable before it is escaped: what is put in place of a control character has to pass as text too.
     return html.escape(printable(shown))
 
 
 def both(words: Words) -> str:
     """Words in both languages, of which the page shows one."""
     english, chinese = words
+    # A name or a number is the same in both languages, and stands once.
     if english == chinese:
         return text(english)
     return f'<span class="en" lang="en">{text(english)}</span><span class="zh" lang="zh-CN">{text(chinese)}</span>'

@@ -65,6 +65,7 @@ def outcome(runs: list[Run]) -> str:
     wanted = dict.fromkeys(chain(*(OUTCOMES.get(stage, ()) for stage in stages)))
     rows = []
     for key, label in wanted:
+        # A row where any of the runs has the metric.
         pairs = [_ends_of(run, key) for run in runs]
         if any(pairs):
             rows.append([both(label), *map(_change, pairs)])
@@ -77,6 +78,7 @@ def _ends_of(run: Run, key: str) -> tuple[float, float] | None:
     """First and last value of a metric; of single batches, which differ by chance, means over several."""
     if run.stage == "ppo" or key.startswith("eval"):
         return first_and_last(run, key)
+    # Too few steps for two means: then the single values.
     return ends(run, key) or first_and_last(run, key)
 
 
@@ -92,6 +94,7 @@ def _all_numbers(runs: list[Run]) -> str:
     names = dict.fromkeys(chain(*(_flat(run.part("metrics")) for run in runs)))
     rows = []
     for key in names:
+        # A dash where a run has no such number: stages and versions differ in what they write.
         values = [_flat(run.part("metrics")).get(key, "–") for run in runs]
         rows.append([f"<code>{text(key)}</code>", *(text(value, MAX_VALUE) for value in values)])
     head = ["", *(text(run.name) for run in runs)] if len(runs) > 1 else []
@@ -102,6 +105,7 @@ def _flat(part: dict) -> dict[str, str]:
     """Name -> value as text; an object within gives a name for each of its values."""
     found = {}
     for key, value in part.items():
+        # One level is unfolded, as deep as a stage writes; what lies deeper stays JSON.
         inner = value if isinstance(value, dict) else {"": value}
         for name, one in inner.items():
             found[f"{key}/{name}" if name else str(key)] = _value(one)
@@ -129,9 +133,11 @@ def origin(run: Run) -> str:
     if base := run.part("base"):
         rows.append((("base", "基座"), _base(run, base)))
     for role, entry in run.part("parents").items():
+        # Older versions kept the path alone.
         path = entry.get("path") if isinstance(entry, dict) else entry
         rows.append(((f"made from: {role}", f"来自：{role}"), f"<code>{text(str(path), MAX_VALUE)}</code>"))
     if template := run.about.get("prompt_template"):
+        # As it would be typed, or the new lines of a template would be lost in the cell.
         shown = _plain(template).replace("\n", "\\n")
         rows.append((("prompt format", "提示格式"), f"<code>{text(shown, MAX_VALUE)}</code>"))
     versions = {str(name): _plain(value) for name, value in run.part("versions").items()}
@@ -146,6 +152,7 @@ def origin(run: Run) -> str:
 
 
 def _base(run: Run, base: dict) -> str:
+    # PPO calls the flag otherwise than the other stages.
     arguments = run.part("arguments")
     path = arguments.get("base_model_name") or arguments.get("model_name") or ""
     sizes = [
@@ -161,6 +168,7 @@ def _base(run: Run, base: dict) -> str:
 def _funnel(run: Run) -> str:
     """What became of every row of the data."""
     data = run.part("data")
+    # PPO keeps its counts beside the fingerprints, the other stages keep them apart.
     funnel = data["funnel"] if isinstance(data.get("funnel"), dict) else data
     if number(funnel.get("read")) is None:
         return ""
@@ -182,6 +190,7 @@ def _funnel(run: Run) -> str:
 
 def _reason(reason: str) -> Words:
     """Why rows were made or dropped, as the funnel names it, in both languages where it is known."""
+    # Degenerate answers are counted by their kind, which the audit has words for.
     kind = reason.removeprefix(MADE)
     if kind != reason:
         english, chinese = kind_words(kind)
@@ -197,6 +206,7 @@ def _command(run: Run) -> str:
         return f"{title}<pre>{text(command)}</pre>"
 
     # A run of an earlier version: every flag is written out.
+    # Every flag, as defaults of the version that made it are not known here.
     words = ["python", SCRIPTS.get(run.stage, "")]
     for name, value in run.part("arguments").items():
         if value is not None and value != []:
@@ -210,6 +220,7 @@ def _command(run: Run) -> str:
 def flags(runs: list[Run]) -> str:
     """All flags of one run; of several, those in which they differ, and then all."""
     arguments = [{str(key): _plain(value) for key, value in run.part("arguments").items()} for run in runs]
+    # Of all runs, as versions have different flags: a dash stands where one has none.
     names = sorted(set().union(*arguments))
     rows = []
     differing = []
@@ -217,6 +228,7 @@ def flags(runs: list[Run]) -> str:
         values = [part.get(name, "–") for part in arguments]
         row = [f"<code>{text(name)}</code>", *(text(value, MAX_VALUE) for value in values)]
         rows.append(row)
+        # What differs first: of a hundred flags those are the ones one looks for.
         if len(set(values)) > 1:
             differing.append(row)
 

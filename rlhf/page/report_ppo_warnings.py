@@ -22,6 +22,7 @@ def _guard(run: Run) -> Words | None:
     events = run.events()
     if not events:
         return None
+    # Eight of them: a rollback at every step would fill the page.
     steps = ", ".join(str(step) for step, _ in events[:8])
     reason = events[-1][1]
     return (
@@ -34,10 +35,12 @@ def _length(run: Run) -> Words | None:
     pair = ends(run, "len/mean")
     if pair is None or pair[0] <= 0 or SHORTER < pair[1] / pair[0] < LONGER:
         return None
+    # Longer and shorter are both signs, of a reward model that counts words.
     change = abs(pair[1] / pair[0] - 1)
     figures = f"{pair[0]:.1f} → {pair[1]:.1f}"
     english, chinese = ("fell", "缩短") if pair[1] < pair[0] else ("rose", "变长")
     taste = ("short", "短") if pair[1] < pair[0] else ("long", "长")
+    # Without a score that rises nobody is rewarded for the length.
     if not rose(run, "score/mean"):
         return (
             f"Length {english} by {change:.0%} ({figures} tokens).",
@@ -91,6 +94,7 @@ def _variety(run: Run) -> Words | None:
 
 def _distance(run: Run) -> Words | None:
     pair = ends(run, "kl/mean")
+    # Whoever set a larger budget wanted to go that far.
     budget = argument(run, "best_kl_budget", FAR)
     if pair is None or pair[1] <= max(budget, FAR):
         return None
@@ -108,9 +112,11 @@ def _judge(run: Run) -> Words | None:
         return None
     start, before = judged[0]
     last, now = judged[-1]
+    # Of a difference of two independent means.
     error = (errors.get(start, 0.0) ** 2 + errors.get(last, 0.0) ** 2) ** 0.5
     scored = first_and_last(run, "eval/score/mean")
     figures = f"{before:.2f} → {now:.2f}"
+    # The graver finding first: a judge that falls is also one that sees no gain.
     if now < before - CLEAR * error and scored and scored[1] > scored[0]:
         return (
             f"The score rose while the judge fell ({figures}): the reward model is being gamed.",
@@ -156,6 +162,7 @@ def _costly(run: Run) -> Words | None:
 def _best_is_earlier(run: Run) -> Words | None:
     step = number(run.best.get("step"))
     evaluated = run.points("eval/score/mean")
+    # Beside the last evaluation and not the last step, after which nothing was measured.
     if step is None or not evaluated or step >= evaluated[-1][0]:
         return None
     return (

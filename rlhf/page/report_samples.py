@@ -41,6 +41,7 @@ def samples(runs: list[Run]) -> str:
         for row in answers[column]:
             prompt = _prompt(row, runs[column[0]])
             prompts.setdefault(prompt, {}).setdefault(place, []).append(row)
+    # A stable sort: prompts of as many columns stay in the order of the log.
     order = sorted(prompts, key=lambda prompt: -len(prompts[prompt]))
     cards = "".join(_card(prompt, prompts[prompt], columns, runs) for prompt in order)
 
@@ -65,6 +66,7 @@ def _prompt(row: dict, run: Run) -> str:
     query = str(row.get("query", "")).strip()
     template = run.about.get("prompt_template")
     before, _, after = template.partition("{prompt}") if isinstance(template, str) else ("", "", "")
+    # Of the text template alone; a chat template's markers are no part of the logged text.
     inner = query.removeprefix(before.strip()).removesuffix(after.strip()).strip()
     # Blank lines between turns would fill the page.
     return re.sub(r"\n\s*\n", "\n", inner or query)
@@ -86,6 +88,7 @@ def _chosen(run: Run, steps: list[tuple[int, bool]]) -> list[tuple[int, bool]]:
     for held_out in (True, False):
         kind = [place for place in steps if place[1] == held_out]
         ends = [*kind[:1], *kind[-1:]]
+        # Evenly over the run, for the last steps alone show no change.
         stride = max(1, len(kind) // MOST_STEPS)
         wanted += [*ends, *(place for place in kind if place[0] in marked), *kind[::stride]]
     kept = list(dict.fromkeys(wanted))[:MOST_STEPS]
@@ -95,6 +98,7 @@ def _chosen(run: Run, steps: list[tuple[int, bool]]) -> list[tuple[int, bool]]:
 def _first_pair(columns: list[Column]) -> tuple[int, int]:
     """Columns that the page opens with: first and last of the held-out prompts, of several runs the ends of two."""
     places = [place for place, column in enumerate(columns) if column[2]] or list(range(len(columns)))
+    # Of two runs the end of each: that is what one wants to compare.
     last = {columns[place][0]: place for place in places}
     if len(last) > 1:
         ends = list(last.values())

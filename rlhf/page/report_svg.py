@@ -20,6 +20,7 @@ Event = tuple[float, str, Words]
 
 def draw(chart: Chart, steps: tuple[int, int], events: list[Event]) -> str:
     """A chart as a figure: title, how to read it, a legend with the last values, the drawing."""
+    # The drawing alone is thinned: the tables are made of all points.
     lines = [replace(line, points=thinned(line.points)) for line in chart.lines]
     low, high = _value_range(lines, chart.from_zero)
 
@@ -30,6 +31,7 @@ def draw(chart: Chart, steps: tuple[int, int], events: list[Event]) -> str:
         drawn.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         drawn.append(f'<text class="tick" text-anchor="end" x="{LEFT - 6}" y="{y + 4}">{tick_name(value)}</text>')
     for step in ticks(*steps, 5):
+        # Half a step is none.
         if step == int(step):
             x = _x(step, steps)
             drawn.append(f'<text class="tick" text-anchor="middle" x="{x}" y="{HEIGHT - 6}">{int(step)}</text>')
@@ -74,6 +76,7 @@ def _line(line: Line, steps: tuple[int, int], low: float, high: float) -> str:
 
 def _legend(line: Line) -> str:
     """A line's colour, label and last value, with all values for the pointer."""
+    # The page's script has no other source for them: it must not ask the network.
     values = ";".join(f"{step} {value:.6g}" for step, value in line.points)
     last = line.points[-1][1]
     return (
@@ -91,6 +94,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
     kept = []
     for start in range(0, len(points), width):
         stretch = points[start : start + width]
+        # Both extremes of a stretch, so that a spike of one step is not lost between two points.
         ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
         kept += sorted(ends)
     return kept if kept[-1] == points[-1] else [*kept, points[-1]]
@@ -130,6 +134,7 @@ def tick_name(value: float) -> str:
 
 def _x(step: float, steps: tuple[int, int]) -> float:
     low, high = steps
+    # A tenth of a unit is less than a pixel, and every digit costs bytes of the page.
     return round(LEFT + (step - low) / (high - low) * (WIDTH - LEFT - RIGHT), 1)
 
 

@@ -21,6 +21,7 @@ ASKED_FOR = ("beyond the subset", "in the other half")
 
 # ---- warnings of the other stages ----
 def _overfitted(run: Run) -> Words | None:
+    # With fewer than three a rise after a fall cannot be told from a rise alone.
     losses = [value for _, value in run.points("eval_loss")]
     if len(losses) < 3 or losses[-1] <= OVERFITTED * min(losses):
         return None
@@ -91,6 +92,7 @@ def _score_is_length(run: Run) -> Words | None:
 def _rows_dropped(run: Run) -> Words | None:
     data = run.part("data")
     funnel = data["funnel"] if isinstance(data.get("funnel"), dict) else data
+    # Rows that were made here are not counted: nobody lost them.
     read = number(funnel.get("read"))
     dropped = funnel.get("dropped")
     if not read or not isinstance(dropped, dict):
@@ -107,6 +109,7 @@ def _rows_dropped(run: Run) -> Words | None:
 
 
 def _not_finite(run: Run) -> Words | None:
+    # The first place is enough: from there on most numbers are not finite.
     for row in run.rows:
         for key, value in row.items():
             if value in ("nan", "inf", "-inf"):
@@ -118,6 +121,7 @@ def _not_finite(run: Run) -> Words | None:
 
 
 def _left_out(run: Run) -> Words | None:
+    # The last is the largest: the log counts on.
     counts = [value for _, value in run.points("left_out")]
     if not counts or not counts[-1]:
         return None

@@ -19,6 +19,7 @@ def ends(run: Run, key: str) -> tuple[float, float] | None:
     values = [value for _, value in run.points(key)]
     if len(values) < 2:
         return None
+    # Means over several steps: one batch differs from the next by chance.
     count = max(1, min(MOST_ENDS, int(ENDS_SHARE * len(values))))
     return mean(values[:count]), mean(values[-count:])
 
@@ -46,8 +47,10 @@ def gain(run: Run) -> Words | None:
     """The judge's gain over the SFT model where it is more than chance: the best that numbers can say of a PPO run."""
     judged = run.points("eval/judge/mean")
     errors = dict(run.points("eval/judge/error"))
+    # Without the evaluation at step 0 there is nothing to compare with.
     if len(judged) < 2 or judged[0][0] != 0:
         return None
+    # The last evaluation, as it is the adapter that the run leaves at the top of its directory.
     rise = judged[-1][1] - judged[0][1]
     error = math.hypot(errors.get(0, 0.0), errors.get(judged[-1][0], 0.0))
     if rise <= CLEAR * error:
@@ -65,6 +68,7 @@ def standing(run: Run) -> Words:
     steps = run.rows[-1]["step"] if run.rows else 0
     if run.finished:
         return (f"The run is finished, {steps} steps are logged.", f"训练已完成，记录了 {steps} 步。")
+    # Seems, because a process of that number may be another program by now.
     if run.writer is not None:
         return (
             f"The run seems to go on (process {run.writer}): {steps} steps are logged so far, the result is missing.",

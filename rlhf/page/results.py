@@ -60,9 +60,11 @@ def _outcome(group: list[dict]) -> Outcome:
     turned = dict(zip(SIDES, reversed(SIDES), strict=True))
     said = []
     for vote in group:
+        # Two people may have seen the same texts as two pairs, in either order.
         same_order = vote["first_text"] == group[0]["first_text"]
         said.append(vote["choice"] if same_order else turned.get(vote["choice"], vote["choice"]))
     counts = Counter(said).most_common()
+    # A draw among choices is no choice: the first of them would win by chance of the order.
     is_clear = len(counts) == 1 or counts[0][1] > counts[1][1]
     return Outcome(group, said, counts[0][0] if is_clear else None)
 
@@ -79,6 +81,7 @@ def results(votes: list[dict], person: str | None = None) -> dict:
     Two answers count once in every share, however many people voted on them: votes on one pair are not independent,
     and an interval over them would be too narrow.
     """
+    # Of all votes, so that the list of people stays whole while one of them is looked at.
     people = Counter(vote["person"] for vote in votes)
     own = [vote for vote in votes if person in (None, vote["person"])]
     together = outcomes(own)
@@ -88,6 +91,7 @@ def results(votes: list[dict], person: str | None = None) -> dict:
         "skips": sum(vote["choice"] == "skip" for vote in own),
         "prompts": len({vote["turns"] for vote in own}),
         "pairs": version_pairs(together),
+        # Of everybody's votes: one person alone agrees with nobody.
         "agreement": agreement(outcomes(votes)),
         "reward": reward_agreement(together),
         "length": lengths(together),
@@ -110,6 +114,7 @@ def version_pairs(together: list[Outcome]) -> list[dict]:
 
     rows = []
     for (first, second), count in sorted(counts.items()):
+        # Two bad answers are a tie as far as the versions are concerned.
         won = count["wins"] + (count["ties"] + count["bad"]) / 2
         row = {"first": first, "second": second, **interval(won / count.total(), count.total())}
         rows.append(row | {name: count[name] for name in ("wins", "losses", "ties", "bad")})
@@ -131,6 +136,7 @@ def agreement(together: list[Outcome]) -> dict:
     for outcome in together:
         # A tie and two bad answers both prefer neither.
         said = ["tie" if choice == "bad" else choice for choice in outcome.said]
+        # A person who saw the same two texts as two pairs counts once.
         by_person = dict(zip((vote["person"] for vote in outcome.votes), said, strict=True))
         if len(by_person) > 1:
             parts.append(mean(a == b for a, b in combinations(by_person.values(), 2)))
@@ -155,6 +161,7 @@ def lengths(together: list[Outcome]) -> dict:
     "warning" is True where the interval of that share lies above one half.
     """
     pairs = [(len(won["text"]), len(lost["text"])) for won, lost in preferences(together)]
+    # Answers of one length say nothing of it.
     longer = share(np.array([won > lost for won, lost in pairs if won != lost], dtype=bool))
     return {
         "winners": mean(won for won, _ in pairs) if pairs else None,
@@ -166,6 +173,7 @@ def lengths(together: list[Outcome]) -> dict:
 
 def interval(part: float, n: int) -> dict:
     """{"n", "share", "interval"} of a share of n pairs of answers; the interval covers 95 %."""
+    # Wilson's interval also holds for a mean of half points: they vary less than wins and losses.
     low, high = wilson(part, n)
     # Rounding can carry an end of the interval just outside [0, 1].
     return {"n": n, "share": part, "interval": [max(0.0, low), min(1.0, high)]}

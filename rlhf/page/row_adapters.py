@@ -22,6 +22,8 @@ class RowAdapters:
         self.now: Mix | None = None
         for module in model.modules():
             if isinstance(module, LoraLayer):
+                # For good, and hands on outside of `active`: putting it in and out would touch every layer at every
+                # token.
                 module.forward = RowForward(module, self)
 
     @contextmanager

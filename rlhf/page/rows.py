@@ -49,6 +49,7 @@ class Settings:
             raise ValueError(f"top_p {self.top_p} must be over 0 and at most 1")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        # An empty text is found at once in any answer.
         if not all(self.stop):
             raise ValueError("a stop text is empty")
 
@@ -122,6 +123,8 @@ class Row:
         settings = self.settings
         self.processors = LogitsProcessorList()
         if settings.do_sample and settings.temperature != 1:
+            # First the temperature and then top_p, in transformers' own order: the other way round the set of tokens
+            # would differ.
             self.processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.do_sample and settings.top_p < 1:
             self.processors.append(TopP(settings.top_p))
@@ -135,17 +138,21 @@ class Row:
 
         Raises: FloatingPointError where the logits are not finite.
         """
+        # In float32: in half precision many tokens of the tail would share one probability.
         scores = self.processors(None, logits[None].float())
         token = int(scores.argmax())
         self.token_ids.append(token)
+        # Of the logits as they are, before temperature and top_p, as the API has it.
         if self.settings.logprobs:
             self.logprobs.append(_logprob(logits, token, self.settings.top_logprobs))
 
+        # A stop token is counted and not shown.
         if token in self.stop_ids:
             return self.stream.rest(), STOP
         text, stopped = self.stream.add(token)
         if stopped:
             return text, STOP
+        # Last of all: an answer whose last allowed token ends it has ended by itself.
         if len(self.token_ids) == self.settings.max_new_tokens:
             return text + self.stream.rest(), LENGTH
         return text, None

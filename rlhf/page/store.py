@@ -96,7 +96,9 @@ class Store:
         self.file = folder / FILE
         self.lock = threading.Lock()
         try:
+            # One connection and one lock: SQLite allows one writer anyway, and Python's module one thread at a time.
             self.connection = sqlite3.connect(self.file, isolation_level=None, check_same_thread=False, timeout=10)
+            # By name, so that a column that is added later moves no other.
             self.connection.row_factory = sqlite3.Row
             # Readers do not wait for a writer, and a commit is on the disk when it returns.
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -120,6 +122,8 @@ class Store:
     def _writing(self):
         """One transaction: all of it, or nothing where an error comes."""
         with self.lock:
+            # Immediate: the lock for writing is taken now and not in the middle, where another process could be in the
+            # way.
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
@@ -161,6 +165,8 @@ class Store:
             count = connection.execute("SELECT count(*) FROM prompts").fetchone()[0]
             for turns in prompts:
                 text = json.dumps([list(turn) for turn in turns], ensure_ascii=False)
+                # Evenly spread and without a draw: every prefix of the list holds its share, and a restart changes
+                # none.
                 shared = int((count + 1) * overlap) > int(count * overlap)
                 row = connection.execute(
                     "INSERT OR IGNORE INTO prompts (turns, shared, origin) VALUES (?, ?, ?)", (text, shared, origin)
@@ -184,6 +190,7 @@ class Store:
         with self._writing() as connection:
             for row in rows:
                 version = row["version"]
+                # Sorted, because the text is part of what makes an answer the same.
                 sampling = json.dumps(row["sampling"], sort_keys=True)
                 identity = (row["prompt"], version.name, version.adapter, sampling, row["seed"])
                 connection.execute(
@@ -224,11 +231,13 @@ class Store:
         values = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **vote}
         names = ("key", "pair", "person", "choice", "margin", "reason", "edited", "left_side", "seconds", "time")
         with self._writing() as connection:
+            # Asked within the transaction: two tries of one vote cannot both find nothing.
             known = connection.execute("SELECT id FROM votes WHERE key = ?", (vote["key"],)).fetchone()
             if known:
                 return known[0]
             places = ", ".join(f":{name}" for name in names)
             try:
+                # Names from a list of this file, values as parameters: nothing from a request is part of the SQL.
                 row = connection.execute(f"INSERT INTO votes ({', '.join(names)}) VALUES ({places})", values)
             except sqlite3.IntegrityError as error:
                 if "UNIQUE" in str(error):
@@ -239,6 +248,7 @@ class Store:
     def remove_vote(self, number: int, person: str) -> int | None:
         """Take a vote of this person back; the id of its pair, None where there is no such vote."""
         with self._writing() as connection:
+            # By person too, so that nobody takes back another's vote by its number.
             found = connection.execute(
                 "SELECT pair FROM votes WHERE (id, person) = (?, ?)", (number, person)
             ).fetchone()

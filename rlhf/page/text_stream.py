@@ -33,13 +33,16 @@ class TextStream:
         self.ids.append(token)
         shown = self._decode(self.ids[: self.known])
         whole = self._decode(self.ids)
+        # A character may be spread over several tokens: nothing is shown until its last byte is there.
         if not whole.endswith(HALF):
+            # The difference of two decodings, as a tokenizer may write a token otherwise at the beginning of a text.
             self.held += whole[len(shown) :]
             self.ids = self.ids[self.known :]
             self.known = len(self.ids)
 
         places = [place for word in self.stop if (place := self.held.find(word)) >= 0]
         if places:
+            # The first of several stop words counts, whichever was named first.
             given = self._give(min(places))
             self.held = ""
             return given, True
@@ -59,6 +62,7 @@ class TextStream:
     def _perhaps_stop(self) -> int:
         """Characters at the end that may be the beginning of a stop word."""
         longest = max((len(word) - 1 for word in self.stop), default=0)
+        # The longest first: it holds back all that a shorter one would.
         for length in range(min(longest, len(self.held)), 0, -1):
             if any(word.startswith(self.held[-length:]) for word in self.stop):
                 return length
@@ -68,6 +72,7 @@ class TextStream:
         """The first characters of what is held; space at the ends of an answer by itself is never given out."""
         given = self.held[:length]
         if self.strips:
+            # Kept back, and given out if more text follows: only then is it not at the end.
             given = given.rstrip()
         self.held = self.held[len(given) :]
         if self.strips and not self.begun:

@@ -49,11 +49,13 @@ class Ticket:
         """The answer's text as it comes, whole characters only. Raises: the error that ended the answer."""
         reader = (asyncio.get_running_loop(), asyncio.Event())
         self._readers.append(reader)
+        # Each reader counts for itself, so that one who comes late gets the whole text.
         given = 0
         try:
             while True:
                 # In this order: what comes after a look sets the event again.
                 reader[1].clear()
+                # Looked at before the pieces: what comes between the two is then read in the next round.
                 ended = self._future.done()
                 while given < len(self._pieces):
                     given += 1
@@ -67,6 +69,7 @@ class Ticket:
 
     async def result(self) -> Answer:
         """The finished answer. Raises: the error that ended it."""
+        # Cancelling this only ends the waiting of one reader, see `__init__`.
         return await asyncio.wrap_future(self._future)
 
     def cancel(self) -> None:
@@ -86,6 +89,7 @@ class Ticket:
         row = self.row
         self.show(row.stream.rest())
         logprobs = row.logprobs if row.settings.logprobs else None
+        # The keys and values of a row that never joined, which would be kept as long as somebody holds the ticket.
         row.cache = None
         self._future.set_result(Answer("".join(self._pieces), row.token_ids, reason, logprobs, score))
         self._notify()
@@ -97,6 +101,7 @@ class Ticket:
         self._notify()
 
     def _notify(self) -> None:
+        # A copy, for readers come and go in their own threads.
         for loop, news in list(self._readers):
             try:
                 loop.call_soon_threadsafe(news.set)
@@ -128,6 +133,7 @@ class Waiting:
         """Take out the request that comes next while so many places are free; None where none may."""
         if free < 1:
             return None
+        # Whoever waits comes before all of the background, however long that has been there.
         chosen = next((ticket for ticket in self._tickets if not ticket.background), None)
         if chosen is None and self._tickets and free > self.kept_free:
             chosen = self._tickets[0]

@@ -46,6 +46,7 @@ class Plan:
         self.store = store
         self.versions = versions
         self.seed = seed
+        # Re-entrant, because `undo` holds it and calls `show`.
         self.lock = threading.RLock()
         # (prompt, version) -> its answer; where several draws are stored, the first.
         self.written: dict[tuple[int, Version], Written] = {}
@@ -77,6 +78,7 @@ class Plan:
         for prompt in prompts:
             # Drawn by the prompt alone, so that a restart goes on with the same plan.
             draw = random.Random(f"{self.seed} {prompt.turns}")
+            # Rounds: everybody votes on all prompts once before a prompt comes with its next two versions.
             order = draw.sample(couples, len(couples))
             matches += [Match(number, prompt, couple) for number, couple in enumerate(order)]
 
@@ -98,6 +100,7 @@ class Plan:
     def next(self, person: str, tab: str, count: int) -> list[Shown]:
         """Up to `count` prepared pairs for a person, held for this tab of the browser."""
         with self.lock:
+            # Different pairs for different people first: the fewest votes are spent twice.
             found = self._free(person, tab, count, heed_others=True)
             # Rather a pair that lies on another screen too than none.
             found = found or self._free(person, tab, count, heed_others=False)
@@ -161,6 +164,8 @@ class Plan:
             raise UnknownPair("there is no such pair")
         first, second = self.couples[pair]
         prompt = self.prompts[first.prompt]
+        # By a hash and not by a draw: a pair that comes again stands as it stood, and the secret keeps the side from
+        # being computed outside.
         digest = hashlib.sha256(f"{self.store.secret} {pair} {person}".encode()).digest()
         if digest[0] % 2:
             return Shown(pair, prompt, second, first, "second")
@@ -177,6 +182,7 @@ class Plan:
                     continue
                 for version in match.versions:
                     if (match.prompt.id, version) not in self.written:
+                        # Once each, although several matches may wait for one answer.
                         missing[match.prompt.id, version] = (match.prompt, version)
                 count -= 1
                 if count == 0:
@@ -220,6 +226,7 @@ class Plan:
         sides = {"left": shown.left_side, "right": other}
         choice = sides.get(given["side"], given["side"])
         fields = {name: given[name] for name in ("key", "pair", "person", "margin", "reason", "edited", "seconds")}
+        # On the disk first: what is in memory only follows it, so that no error leaves the two apart.
         number = self.store.add_vote({**fields, "choice": choice, "left_side": shown.left_side})
 
         with self.lock:

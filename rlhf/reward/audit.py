@@ -195,6 +195,7 @@ def attack_results(attacks: list[Attack], chosen: np.ndarray, scores: np.ndarray
     results = {}
     for kind, values in margins.items():
         mean = float(np.mean(values)) if values else None
+        # Strictly above: a reward model that cannot tell the two apart does not protect the real answer.
         results[kind] = share(np.array(values) > 0) | {"margin": mean}
     return results
 

@@ -27,6 +27,7 @@ def with_bad_answers(pairs: Sequence[dict], answers: dict[str, list[str]]) -> li
     everything = []
     for given in answers.values():
         everything += given
+    # Without any there is no such kind of attack, and the pairs stay as they are.
     if not everything:
         return list(pairs)
     return [pair | {"bad_answers": answers.get(pair["prompt"]) or everything} for pair in pairs]

@@ -48,6 +48,7 @@ def load(args, prompt_format: PromptFormat) -> Rows | None:
     if SUBSET not in columns or _trained_on(args):
         return None
     fmt = find_format(columns - {SUBSET}, "preference", args.named_columns())
+    # Pairs by a label or by rank are no benchmark of this form.
     if not fmt.chosen:
         return None
 
@@ -58,6 +59,7 @@ def load(args, prompt_format: PromptFormat) -> Rows | None:
     rows = encoding.preference_rows(prompt_format, texts, args.max_length, funnel)
     rows = rows.select(_whole_questions(rows, funnel))
     say(f"{prompt_format.describe()}\n{funnel.table()}")
+    # All of them may be longer than --max_length.
     if not rows:
         raise ValueError(f"{args.dataset_name} leaves no question to judge: {funnel.summary()}")
     return rows
@@ -76,6 +78,7 @@ def _source(args) -> tuple[Iterable[Located], set[str]]:
 def _trained_on(args) -> bool:
     """True where the reward adapter says that it was trained on this very data set."""
     run = load_run(args.reward_model_lora_path)
+    # By the name in run.json: an adapter trained elsewhere says nothing, and is audited as on a benchmark.
     theirs = run and run["arguments"].get("dataset_name")
     if not isinstance(theirs, str):
         return False
@@ -86,13 +89,17 @@ def _pairs(where: str, row, fmt, template: str, funnel: Funnel) -> Iterator[dict
     """Each chosen answer of a row against each rejected one, with what belongs together in `columns`."""
     funnel.read += 1
     if not isinstance(row, dict):
+        # Stopped and not skipped: an accuracy over a part of a benchmark is none of that benchmark.
         raise ValueError(f"{where}: {row if isinstance(row, BadRow) else 'a row must be an object with named fields'}")
     sides = [_answers(row.get(name)) for name in (fmt.chosen, fmt.rejected)]
     count = len(sides[0]) * len(sides[1])
+    # One row makes as many pairs as its sides have combinations.
     funnel.expanded += max(0, count - 1)
+    # How many answers each side had, so that a question that lost one is recognised later.
     about = {SUBSET: str(row.get(SUBSET)), "question": funnel.read, "chosen": len(sides[0]), "rejected": len(sides[1])}
     for chosen, rejected in product(*sides):
         try:
+            # Through the reader of the training data: a prompt is rendered here as the reward model has seen it.
             (pair,) = examples(row | {fmt.chosen: chosen, fmt.rejected: rejected}, fmt, template)
         except Unusable as reason:
             funnel.drop(str(reason), where)
@@ -111,6 +118,7 @@ def _whole_questions(rows: Rows, funnel: Funnel) -> list[int]:
     """Places of the rows whose question lost none of its pairs: a part of them would be easier than the whole."""
     places: dict[int, list[int]] = {}
     for place, row in enumerate(rows):
+        # By the number of the row in the file: two rows may ask the same.
         places.setdefault(row["columns"]["question"], []).append(place)
 
     whole = []
@@ -147,7 +155,9 @@ def by_subset(score_rows: ScoreRows, rows: Sequence[dict]) -> dict[str, dict]:
     for row, chosen, rejected in zip(rows, *sides.values(), strict=True):
         about = row["columns"]
         question = about[SUBSET], about["question"]
+        # Right only if every pair of the question is.
         right[question] = right.get(question, True) and scores[chosen] > scores[rejected]
+        # By chance all chosen answers stand above all rejected ones in one order of so many.
         chance[question] = 1 / math.comb(about["chosen"] + about["rejected"], about["chosen"])
 
     found = {}
@@ -168,6 +178,8 @@ def section(results: dict) -> list[tuple[str, list[list[str]]]]:
         low, high = part["interval"]
         interval = f"{low:.1%} to {high:.1%}"
         rows.append([name, str(part["n"]), f"{part['share']:.1%}", interval, f"{part['chance']:.0%}"])
+    # Over the subsets and not over the questions, as RewardBench has it: a large subset counts no more than a small
+    # one.
     mean = sum(part["share"] for part in found.values()) / len(found)
     count = sum(part["n"] for part in found.values())
     rows.append(["mean of the subsets", str(count), f"{mean:.1%}", "", ""])

@@ -52,6 +52,7 @@ def check_inputs(args, model_dir: str, identity: dict) -> None:
             raise ValueError("--judge_lora_path is the reward model itself, which agrees with all its choices")
     if args.write_best and not Path(args.write_best).absolute().parent.is_dir():
         raise FileNotFoundError(f"--write_best {args.write_best}: that directory does not exist")
+    # The prompts are those of pairs, so a query may be nearly as long as a whole pair.
     longest = args.max_length + args.output_max_length
     refuse_small_base(model_dir, identity["tokenizer"], longest, "--max_length, --output_max_length")
 
@@ -66,6 +67,7 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
     prompts = draw_prompts(rows, args.best_of_prompts, args.seed)
     if not prompts:
         raise ValueError("--best_of: there is no held-out prompt to ask: give --eval_dataset_name, or --eval_size")
+    # Before anything is sampled: an adapter that does not fit is refused within seconds.
     judge = _add_others(args, model)
 
     # 1. All answers, then what both say of them: an adapter is switched once.
@@ -76,6 +78,7 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
         ]
     scores = _scores(args, model, ("reward", head), prompt_format, prompts, answers)
     judged = _scores(args, model, ("judge", judge), prompt_format, prompts, answers) if judge is not None else None
+    # As the caller had it.
     model.base_model.set_adapter("reward", inference_mode=True)
 
     # 2. The curve, and what it means.
@@ -94,12 +97,14 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
 def draw_prompts(rows: Sequence[dict], limit: int, seed: int) -> list[dict]:
     """Up to `limit` rows with different prompts, drawn by the seed; -1: all of them."""
     order = list(range(len(rows)))
+    # A text as seed, so that the draw is another one than that of --eval_subset.
     random.Random(f"best of {seed}").shuffle(order)
     drawn: dict[str, dict] = {}
     for number in order:
         if len(drawn) == limit:
             break
         row = rows[number]
+        # A prompt with several pairs is asked once.
         drawn.setdefault(row["prompt"], row)
     return list(drawn.values())
 
@@ -137,8 +142,10 @@ def _sample(args, policy, prompt_format: PromptFormat, query: list[int], number:
     Raises: Interrupted after a signal.
     """
     settings = Sampling(prompt_format.stop_ids, prompt_format.pad_id, args.output_max_length)
+    # A source for each prompt: answers depend neither on the order of prompts nor on their number.
     generator = torch.Generator(policy.device).manual_seed(args.seed * 1_000_003 + number)
     answers: list[list[int]] = []
+    # In parts, whose size no flag changes: another size would draw other answers.
     while len(answers) < args.best_of:
         ids = torch.tensor([query] * min(ROWS, args.best_of - len(answers)), device=policy.device)
         with explain_out_of_memory("sampling", ids.shape, "--output_max_length or --max_length"):
@@ -157,11 +164,13 @@ def _scores(args, model, judge: tuple, prompt_format: PromptFormat, prompts: lis
     name, head = judge
     rows = []
     for row, own in zip(prompts, answers, strict=True):
+        # All prompts in one call, so that the scorer can sort the rows by length.
         rows += [row["query_ids"] + ids for ids in own]
 
     with active(model, name) as base:
         batch = args.per_device_eval_batch_size
         score_rows = row_scorer(backbone_of(base), head, prompt_format.pad_id, batch, model.device)
+        # In float64, as a mean over thousands of answers is compared in its third digit.
         scores = torch.tensor(score_rows(rows), dtype=torch.float64).view(len(prompts), args.best_of)
     if not scores.isfinite().all():
         raise ValueError(f"scores of the {name} adapter are not finite: nothing can be chosen by them")
@@ -182,6 +191,7 @@ def summary(scores: Tensor, judged: Tensor | None) -> dict:
     Returns: n, prompts, judged, curve (see `best_of_n.curve`), deviations of single answers to one prompt, turns (the
         last n before the judge's fall; None: no fall).
     """
+    # Within a prompt: prompts differ in how good any answer to them can be, and that is not what a choice gains.
     prompts, most = scores.shape
     others = scores if judged is None else judged
     return {
@@ -189,6 +199,7 @@ def summary(scores: Tensor, judged: Tensor | None) -> dict:
         "prompts": prompts,
         "judged": judged is not None,
         "curve": curve(scores, others, sizes(most)),
+        # Variances are averaged and not deviations, which a prompt with equal answers would pull down twice.
         "score_std": scores.var(1).mean().sqrt().item(),
         "judged_std": others.var(1).mean().sqrt().item(),
         "turns": None if judged is None else turning_point(scores, judged, sizes(most)),
@@ -203,6 +214,7 @@ def _write(folder: Path, found: dict, prompts: list[dict], texts: list, scores: 
         line = {"prompt": row["prompt"], "answers": texts[number], "scores": scores[number].tolist()}
         lines.append(line if judged is None else line | {"judged": judged[number].tolist()})
     write_lines(folder / "best_of_n.jsonl", lines)
+    # The JSON comes last: with it the curve counts as made.
     attempt(best_of_report.draw, found, folder / "best_of_n.png")
     write_json(folder / "best_of_n.json", found | {"adapter": adapter_hash(folder)})
 
@@ -213,6 +225,7 @@ def best_rows(prompts: list[dict], texts: list, scores: Tensor, ended: list, is_
     A cut answer would teach to stop in mid-sentence; a prompt without any other is left out.
     """
     rows = []
+    # All rows in one form, as a reader would take one of two kinds for malformed.
     dialogues = is_chat and any("turns" in row for row in prompts)
     for number, row in enumerate(prompts):
         whole = [place for place, text in enumerate(texts[number]) if text and ended[number][place]]
@@ -237,6 +250,7 @@ def _write_best(file: str, rows: list[dict]) -> None:
 
 def write_lines(file: Path, rows: list[dict]) -> None:
     """Write one JSON object a line; a reader sees the whole file or the one before it."""
+    # Beside the file, for a rename is one step within a file system only.
     part = file.with_name(f".{file.name}.{TOKEN}{os.getpid()}")
     try:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]

@@ -37,6 +37,7 @@ class BestOfFlags(Flags):
 
     def __post_init__(self):
         at_least(self, 1, "output_max_length")
+        # The best of one is every answer.
         if self.best_of < 0 or self.best_of == 1:
             raise ValueError(f"--best_of {self.best_of} must be at least 2, or 0 for none")
         if self.best_of_prompts < 1 and self.best_of_prompts != -1:
@@ -56,5 +57,6 @@ class BestOfFlags(Flags):
             return
         if Path(self.write_best).suffix != ".jsonl":
             raise ValueError(f"--write_best {self.write_best} must be the name of a .jsonl file")
+        # The same name alone: a file by another path is replaced as any output is.
         if self.write_best in (self.dataset_name, self.eval_dataset_name):
             raise ValueError(f"--write_best {self.write_best} would replace the data that the prompts come from")

@@ -29,6 +29,7 @@ def best_weights(count: int, n: int) -> Tensor:
     if not 1 <= n <= count:
         raise ValueError(f"the best of {n} needs 1 to {count} answers a prompt")
     subsets = math.comb(count, n)
+    # In whole numbers up to the division: binomials of 64 answers are beyond a float's digits.
     return torch.tensor([math.comb(rank, n - 1) / subsets for rank in range(count)], dtype=torch.float64)
 
 
@@ -40,6 +41,7 @@ def best_of_n(scores: Tensor, judged: Tensor, n: int) -> Tensor:
         judged: [P, N], what the chosen answer is worth to somebody else (or `scores` themselves).
     """
     weights = best_weights(scores.shape[1], n).to(scores.device).expand(scores.shape)
+    # Stable, so that ties stand in one order on every machine.
     ordered, order = scores.sort(dim=1, stable=True)
     values = judged.double().gather(1, order)
     # The answers of one tie stand next to each other: each gets the mean of what the others are worth.
@@ -64,6 +66,7 @@ def curve(scores: Tensor, judged: Tensor, sizes: tuple[int, ...]) -> list[dict[s
         for name, values in (("score", scores), ("judged", judged)):
             each = best_of_n(scores, values, n)
             row |= {name: each.mean().item(), f"{name}_half": _half_width(each)}
+            # Prompt by prompt, so that how much prompts differ cancels.
             gains = each - single[name]
             row |= {f"{name}_gain": gains.mean().item(), f"{name}_gain_half": _half_width(gains)}
         rows.append(row)
@@ -85,6 +88,7 @@ def turning_point(scores: Tensor, judged: Tensor, sizes: tuple[int, ...]) -> int
     for n in sizes:
         if n <= best or len(each[n]) < 2:
             continue
+        # Paired over prompts, for the same reason.
         difference = each[n] - each[best]
         if difference.mean() < -2 * difference.std() / math.sqrt(len(difference)):
             return best

@@ -10,6 +10,7 @@ def sentence(found: dict) -> str:
     last = found["curve"][-1]
     most = found["n"]
     if not found["judged"]:
+        # In deviations of single answers, so that reward models of different scales can be compared.
         gain = last["score_gain"] / max(found["score_std"], 1e-12)
         return (
             f"best of n: the best of {most} answers scores {gain:.1f} standard deviations above a single one; whether "
@@ -18,6 +19,7 @@ def sentence(found: dict) -> str:
 
     by_size = {row["n"]: row for row in found["curve"]}
     turn = found["turns"]
+    # Without a turn the largest value seen, which may lie before the last n by chance.
     best = by_size[turn] if turn else max(found["curve"], key=lambda row: row["judged"])
     gain = f"{_deviations(found, best):+.2f} standard deviations"
     if turn == 1:
@@ -87,6 +89,7 @@ def draw(found: dict, file: Path) -> None:
 def label_sizes(axis, found: dict) -> None:
     """Name the places of the x axis by KL below, and by n above."""
     axis.set_xlabel("KL from the SFT model = log n - (n - 1) / n (nats)")
+    # KL is where curves of different methods can be compared, n is what one can choose.
     above = axis.secondary_xaxis("top")
     above.set_xticks([row["kl"] for row in found["curve"]], [str(row["n"]) for row in found["curve"]])
     above.set_xlabel(f"best of n answers, {found['prompts']} held-out prompts (bands: 95 %)")
@@ -95,6 +98,7 @@ def label_sizes(axis, found: dict) -> None:
 def draw_curve(axis, found: dict, curve: tuple[str, str, str, str]) -> None:
     """One curve with its band of 95 %: name in `found`, label, colour and style of the line."""
     name, label, colour, style = curve
+    # Both curves in deviations of single answers, or a judge of another scale would not fit into the picture.
     scale = max(found[f"{name}_std"], 1e-12)
     kl = [row["kl"] for row in found["curve"]]
     gains = [row[f"{name}_gain"] / scale for row in found["curve"]]

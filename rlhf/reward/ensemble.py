@@ -18,11 +18,13 @@ def standardised(scores: Tensor, means: Tensor, stds: Tensor) -> Tensor:
     Args:
         scores: [K, B] float32. means, stds: [K], of the members on one set of answers.
     """
+    # Without this a member with a larger scale would be the mean, and never the least.
     return (scores - means[:, None]) / (stds[:, None] + 1e-8)
 
 
 def spread(scores: Tensor) -> Tensor:
     """[B]: standard deviation over the members of scores [K, B], with K - 1 below; 0 for one member."""
+    # torch's deviation of one number is NaN.
     return scores.std(0) if len(scores) > 1 else torch.zeros_like(scores[0])
 
 

@@ -35,6 +35,7 @@ def repetition(prompts: list[str], responses: list[str], rows: list[dict]) -> li
     for response in responses:
         words = WORD.findall(response.casefold())
         ngrams = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
+        # Shorter than one n-gram there is nothing that could repeat itself.
         scores.append(len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0)
     return scores
 
@@ -65,7 +66,9 @@ def _result(response: str, answer: str) -> str:
     """What a response gives as its result, in plain form."""
     marked = [first or second for first, second in MARKED.findall(response)]
     if marked:
+        # The last one counts, as a solution may mark what it corrects afterwards.
         return _plain(marked[-1])
+    # Only where the answer is a number: a text may hold any number of them by the way.
     numbers = NUMBER.findall(response)
     if NUMBER.fullmatch(_plain(answer)) and numbers:
         return _plain(numbers[-1])
@@ -74,6 +77,7 @@ def _result(response: str, answer: str) -> str:
 
 def _plain(text: str) -> str:
     """A text to compare: without case, blanks and full stop at its ends, one form of each character and number."""
+    # NFKC makes full-width digits and letters the usual ones.
     text = unicodedata.normalize("NFKC", text).casefold().strip().strip("$.。 ")
     if NUMBER.fullmatch(text):
         return f"{float(text.replace(',', '')):g}"

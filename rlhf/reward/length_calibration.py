@@ -28,6 +28,7 @@ class LengthCalibration:
         """[B] float32: what to subtract from the scores of answers of lengths [B]; 0 in the mean over the fit."""
         x = torch.tensor(self.lengths, dtype=torch.float64)
         y = torch.tensor(self.predicted, dtype=torch.float64)
+        # Outside of what was seen the value at the end holds: a line drawn on would reward ever longer answers.
         at = lengths.detach().cpu().double().clamp(x[0], x[-1])
         right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
         left = right - 1
@@ -45,6 +46,7 @@ def fit_length_calibration(lengths: Tensor, scores: Tensor) -> LengthCalibration
     y = scores.cpu().double()[order]
     if len(x) < FEWEST:
         raise ValueError(f"length calibration needs {FEWEST} held-out answers, there are {len(x)}")
+    # At quantiles, so that as many answers lie between any two places; equal lengths give one place.
     places = torch.quantile(x, torch.linspace(0, 1, PLACES, dtype=torch.float64)).unique()
     if len(places) < 2:
         raise ValueError(f"length calibration needs answers of several lengths, all have {x[0]:.0f} tokens")
@@ -65,5 +67,6 @@ def _local_line(x: Tensor, y: Tensor, place: float) -> float:
     mean_x = (weight * x).sum() / weight.sum()
     mean_y = (weight * y).sum() / weight.sum()
     variance = (weight * (x - mean_x) ** 2).sum()
+    # Neighbours of one length have no slope, and their mean is the value.
     slope = (weight * (x - mean_x) * (y - mean_y)).sum() / variance if variance > 1e-9 else 0.0
     return float(mean_y + slope * (place - mean_x))

@@ -29,14 +29,17 @@ def calibrate(points: dict[str, list]) -> dict:
     Returns: lengths, predicted, mean (the fit), answers, and before and after with accuracy, debiased and spearman;
         or "impossible" alone, with the reason.
     """
+    # [2, P]: chosen answers in the first row, rejected ones in the second.
     lengths = np.array([[tokens for tokens, _ in points[side]] for side in ("chosen", "rejected")])
     scores = np.array([[score for _, score in points[side]] for side in ("chosen", "rejected")])
     try:
         fit = fit_length_calibration(torch.tensor(lengths.ravel()), torch.tensor(scores.ravel()))
     except ValueError as error:
+        # Written down all the same: PPO then says why, and not only that there is no file.
         return {"impossible": str(error)}
 
     subtracted = fit.correction(torch.tensor(lengths.ravel())).numpy().reshape(lengths.shape)
+    # The fit is measured on the answers that it was made of: it has a few knots for thousands of answers.
     sides = {"before": _measured(scores, lengths), "after": _measured(scores - subtracted, lengths)}
     found = {"lengths": fit.lengths, "predicted": fit.predicted, "mean": fit.mean}
     return {**found, "answers": scores.size, **sides}
@@ -68,6 +71,7 @@ def write_length_file(results: dict, folder: Path) -> None:
     """Write the fit of an audit, or why there is none, with the hashes of the adapter that it belongs to."""
     found = results.get("length_calibration")
     if found is not None:
+        # An adapter that is trained again has other scores, and this fit is no longer its own.
         owner = {name: results[name] for name in ("adapter", "config") if name in results}
         write_json(folder / LENGTH_FILE, owner | found)
 
@@ -84,6 +88,7 @@ def read_length_file(folder: str | Path) -> LengthCalibration:
     if not file.is_file():
         raise FileNotFoundError(f"--length_calibration True: {folder} has no {LENGTH_FILE}: {again}")
     content = refuse_types(read_object(file), file, KINDS)
+    # Before anything else of the file: what is of another adapter need not be judged.
     if "adapter" not in content or not same_parent(content, folder):
         raise ValueError(f"--length_calibration True: {file} is of another state of the adapter: {again}")
     if "impossible" in content:
@@ -93,6 +98,7 @@ def read_length_file(folder: str | Path) -> LengthCalibration:
     for name in ("lengths", "predicted"):
         numbers = {f"{name} {number}": value for number, value in enumerate(content[name])}
         refuse_types(numbers, file, dict.fromkeys(numbers, float))
+    # Between two equal lengths no line could be drawn.
     rises = all(one < other for one, other in pairwise(content["lengths"]))
     if not rises or len(content["lengths"]) != len(content["predicted"]) or len(content["lengths"]) < 2:
         raise ValueError(f"{file} holds no rising lengths with a score each: {again}")
@@ -107,6 +113,7 @@ def calibrations(adapters: str | list[str]) -> list[LengthCalibration]:
 def hashes(adapters: str | list[str]) -> list[str]:
     """The first 16 digits of the sha256 of each calibration, as run.json keeps them. Raises: as `read_length_file`."""
     calibrations(adapters)
+    # By the bytes: an audit over other data makes another fit, and the scores of a resumed run would change with it.
     files = [Path(folder) / LENGTH_FILE for folder in _listed(adapters)]
     return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
 

@@ -33,6 +33,7 @@ class PairCollator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
+        # All chosen ones first, so that two halves of the scores are the two sides.
         sides = [row["query_ids"] + row["chosen_ids"] for row in rows]
         sides += [row["query_ids"] + row["rejected_ids"] for row in rows]
         batch = pad(sides, self.pad_id, side="right")
@@ -95,6 +96,7 @@ def score_by_mask(model) -> None:
             scores = score_in_parts(backbone, model.score, input_ids, attention_mask)
         return SequenceClassifierOutput(logits=scores)
 
+    # On the instance alone: its class, and other models of it, stay as they are.
     model.forward = forward
 
 

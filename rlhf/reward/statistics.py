@@ -24,6 +24,7 @@ def wilson(p: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
+    # Wilson's interval and not p plus or minus: that one is empty where nothing, or everything, was right.
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n

@@ -37,6 +37,7 @@ class FunctionFlags(Flags):
         group="reward",
         expert=True,
     )
+    # Free to change on a resume: it decides whether a run ends, never what a score is.
     reward_timeout: float = flag(
         0.0, help="seconds that a function may take for one batch; 0: any", group="reward", resume="free", expert=True
     )

@@ -105,6 +105,7 @@ def _scores(loop: PPOLoop, role: str, pairs: list[dict], attacks: list[tuple]) -
     """A reward model's scores of the answers in `pairs` and of `attacks`, [N] and [M]."""
     # The reward adapter has to be active as long as rows are scored.
     with loop.roles.use(role) as model:
+        # The audit's own way to score, so that gate and audit judge alike.
         score_rows = row_scorer(
             backbone_of(model),
             loop.roles.score_heads[role],

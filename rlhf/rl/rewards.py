@@ -50,11 +50,13 @@ def raw_parts(loop: PPOLoop, rollout: Rollout, prompts: list[dict]) -> dict[str,
     for number, (name, role) in enumerate(members(loop).items()):
         parts[name] = without_length(loop, rollout, experience.score_responses(loop, rollout, role), number)
     if loop.functions:
+        # Without template and control tokens: a function is written for what people read.
         texts = [row["prompt"] for row in prompts]
         real = zip(rollout.response_ids, rollout.mask, strict=True)
         responses = [loop.prompt_format.decode(ids[mask].tolist()) for ids, mask in real]
         sizes = zip(prompts, rollout.lengths().tolist(), strict=True)
         most = loop.sampling.max_new_tokens
+        # Ours win over columns of the same names, which functions could not rely on otherwise.
         rows = [row.get("columns", {}) | {"response_tokens": size, "max_tokens": most} for row, size in sizes]
         for function in loop.functions:
             # A function may change what it is given: each has its own copies.
@@ -77,6 +79,7 @@ def without_length(loop: PPOLoop, rollout: Rollout, scores: Tensor, member: int 
 def weighted(loop: PPOLoop, parts: dict[str, Tensor]) -> Tensor:
     """[B] float32: sum of the parts by their weights, as they are; what does not apply counts 0."""
     weights = loop.args.reward_weights or [1.0] * len(parts)
+    # 0 for what does not apply: it neither rewards nor punishes.
     terms = [weight * part.nan_to_num(nan=0.0) for weight, part in zip(weights, parts.values(), strict=True)]
     return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
@@ -108,6 +111,7 @@ def transform_of(loop: PPOLoop, part: str) -> str:
     if part == REWARD_MODEL:
         return args.reward_transform
     chosen = args.function_transforms or ["raw"]
+    # By place and not by name: the flags follow the order of --reward_functions.
     place = [function.name for function in loop.functions].index(part)
     return chosen[place] if len(chosen) > 1 else chosen[0]
 
@@ -164,6 +168,7 @@ def statistics(loop: PPOLoop, parts: list[dict[str, Tensor]]) -> dict[str, float
     for name in to_measure(loop):
         scores = torch.cat([batch[name] for batch in parts])
         mean, std = moments(loop, scores)
+        # Written so that NaN, of a part that applied to nothing, is refused too.
         if not std > 0:
             who = f"the reward function {name}"
             if name in roles:
@@ -224,8 +229,10 @@ def dominating_part(loop: PPOLoop, record: dict[str, float], first: dict[str, fl
     # Of several reward models the first stands for all.
     names = [name for name in part_names(loop) if f"reward/{name}/std" in record and f"reward/{name}/std" in first]
     weights = dict(zip(part_names(loop), loop.args.reward_weights or [1.0] * len(part_names(loop)), strict=True))
+    # Of the weighted parts: what moves the total most is what PPO follows.
     variances = {name: (weights[name] * record[f"reward/{name}/std"]) ** 2 for name in names}
     whole = sum(variances.values())
+    # One part alone always decides.
     if len(names) < 2 or not whole > 0:
         return None
 

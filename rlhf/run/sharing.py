@@ -30,6 +30,7 @@ class ShardFlags(Flags):
                     f"--shard_base {self.shard_base:.40}: give the number of processes that share a copy of the base, "
                     "True for all of a machine, or 0"
                 )
+            # "08" and "8" are one number to whoever compares commands.
             self.shard_base = str(int(self.shard_base))
 
         # Quantised weights lose their scales where FSDP2 takes them apart.

@@ -52,6 +52,7 @@ class BestEvaluation(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, model=None, **kwargs):
         if not self.load_best or state.global_step == 0:
             return control
+        # Strictly lower: of two equal ones the earlier stays, which was trained less. NaN is lower than nothing.
         if metrics["eval_loss"] < self.loss:
             self.step = state.global_step
             self.loss = float(metrics["eval_loss"])
@@ -88,6 +89,7 @@ class BestEvaluation(TrainerCallback):
         if not self.load_best or not file.is_file():
             return
         with refused(str(file), GO_BACK), safe_open(file, "pt") as content:
+            # safetensors keeps texts beside its tensors, and nothing in it can run.
             about = content.metadata()
             self.step = int(about["step"])
             self.loss = float(about["loss"])
@@ -104,6 +106,7 @@ class BestEvaluation(TrainerCallback):
         """Give the model the weights of the best evaluation, unless it is the one of the `last` step; say which."""
         if self.step is None:
             return
+        # Nothing to put back: the model has these weights.
         if self.step == last:
             say(f"best evaluation: the last one, loss {self.loss:.4f}")
             return
@@ -111,6 +114,7 @@ class BestEvaluation(TrainerCallback):
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, tensor in self.weights.items():
+                # In place, as the optimizer and DDP hold these very tensors.
                 parameters[name].copy_(tensor)
 
     def record(self, output_dir: str) -> dict[str, float]:
@@ -133,6 +137,7 @@ class BestEvaluation(TrainerCallback):
 
 
 def _trained(model) -> dict[str, torch.Tensor]:
+    # Adapters, and a score head where there is one: all else is the base's and never changes.
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -145,6 +145,7 @@ def train(trainer, resume_from: str | None, log: StageLog) -> None:
         # 1. A checkpoint made after the last step has nothing left to train.
         state = read_trainer_state(Path(resume_from))
         trainer.best.load(resume_from, trainer.model)
+        # The Trainer's own count, from rows, epochs, accumulation and processes.
         planned = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
         if state.global_step >= planned or trainer.best.exhausted:
             trainer.model.load_adapter(resume_from, "default", is_trainable=True)
