@@ -41,10 +41,12 @@ class Cuts:
         config = backbone.config.get_text_config()
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        # As `twin_of` refuses them: such a base decodes over gathered layers.
         if None in linear.values() or heads % count or kv_heads % count:
             return cls(count, matrices)
         times = {module: 2 * (kind in BY_INPUTS) + (kind in GATHERED) for module, kind in linear.items()}
         numbers = {module: module.out_features * often for module, often in times.items()}
+        # A query of many tokens computes the last feed-forward part once.
         part = last_mlp(backbone)
         last = sum(numbers.get(module, 0) for module in (part.modules() if part is not None else ()))
         return cls(count, matrices, sum(numbers.values()), last)
@@ -60,6 +62,7 @@ class Cuts:
 
     def in_place(self, rows: int, query: int, answer: int, size: int) -> float:
         """Bytes received for decoding so many rows of all processes in place; query, answer: tokens of each."""
+        # The last token of an answer is drawn and never read.
         tokens = query + answer - 1
         return self.others * size * rows * (self.exchanged * tokens - self.last * (query - 1))
 
@@ -81,6 +84,7 @@ def in_shards(needs: MemoryNeeds, base: Base, size: int, count: int) -> MemoryNe
     if not count:
         return needs
     matrices = size * Cuts.of(base.model, count).matrices
+    # A merged reference is cut as the base is; adapters and heads stay whole.
     saved = matrices * (1 - 1 / count)
     roles = {}
     for role, held in needs.roles.items():

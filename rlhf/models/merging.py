@@ -49,17 +49,21 @@ class FileMerge:
         if any(getattr(config, name, None) for name in UNUSUAL) or getattr(model.config, "norm_head", False):
             return None
         files = sorted(Path(base_dir).glob("*.safetensors"))
+        # By the heads of the files alone: nothing of the weights is read yet.
         held = list(chain.from_iterable(map(names_in, files)))
         known = model.state_dict().keys()
         pairs = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
+        # A half of a pair, or a convolution's, makes the adapter one for the way through memory.
         deltas = {}
         for pair in pairs:
             ends = [weights.get(f"{pair}.lora_{end}.weight") for end in "AB"]
             if None not in ends and all(end.dim() == 2 for end in ends):
                 deltas[f"{pair.removeprefix(PREFIX)}.weight"] = tuple(end.float() for end in ends)
+        # A converted architecture has other names in its files, and a name that stands twice has two values.
         plain = len(held) == len(set(held)) and set(held) <= known and deltas.keys() <= set(held)
         if not deltas or not plain or 2 * len(deltas) != len(weights):
             return None
+        # Rank-stabilised LoRA divides by the root of the rank.
         root = config.r**0.5 if config.use_rslora else config.r
         return cls(model, files, deltas, config.lora_alpha / root, config.fan_in_fan_out)
 
@@ -75,6 +79,7 @@ class FileMerge:
         """What the adapter adds to a weight, float32; None where it adds nothing."""
         if name not in self.deltas:
             return None
+        # Made anew at each call: the products of all matrices would be a second model.
         a, b = self.deltas[name]
         change = b @ a
         return (change.T if self.transposed else change) * self.scaling
@@ -86,11 +91,13 @@ class FileMerge:
         for file in self.files:
             tensors = {}
             for name, tensor in stored_in(file):
+                # Whole numbers, such as buffers of positions, have no other precision.
                 tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
                 change = self.delta(name)
                 if change is not None and change.shape != tensor.shape:
                     shapes = f"{list(tensor.shape)}, and the adapter's {list(change.shape)}"
                     raise ValueError(f"the adapter does not fit this base: {name} is {shapes}")
+                # Rounded before it is added, as peft does: the bytes are then those of a merge in memory.
                 tensors[name] = tensor if change is None else tensor.add_(change.to(dtype))
                 if not tensors[name].isfinite().all():
                     raise ValueError(f"{name} of {file} is not finite after the merge: base or adapter is broken")
@@ -98,6 +105,7 @@ class FileMerge:
             index |= dict.fromkeys(tensors, file.name)
             size += sum(tensor.nbytes for tensor in tensors.values())
 
+        # What transformers would save beside the weights, in its own words.
         self.model.config.dtype = dtype
         self.model.config.save_pretrained(folder)
         self.model.generation_config.save_pretrained(folder)

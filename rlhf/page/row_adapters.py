@@ -47,6 +47,7 @@ class Mix:
         for adapters in rows:
             used |= {name for name, weight in adapters.items() if weight != 0}
         self.names = tuple(sorted(used))
+        # On the CPU: the layers move what they need of it, once for each pattern of ranks.
         self.weights = torch.tensor([[adapters.get(name, 0.0) for name in self.names] for adapters in rows])
         self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
 
@@ -55,6 +56,7 @@ class Mix:
 
         None where every row has every column as it is. ranks: of each name; most layers have the same.
         """
+        # Kept for the batch: hundreds of layers have the same ranks.
         if ranks not in self._columns:
             weights = self.weights.repeat_interleave(torch.tensor(ranks), 1).to(like.device, like.dtype)
             plain = bool((weights == 1).all())
@@ -83,6 +85,7 @@ class RowForward:
         # Not every layer has every adapter; a variant of LoRA (DoRA is one) or an embedding computes something else.
         plain = tuple(name for name in mix.names if name in layer.lora_A and name not in layer.lora_variant)
         others = [name for name in mix.names if name not in plain]
+        # Rows of the bare base take part in the products too: to sort them out would cost more.
         y = self.plain_terms(x, base, mix, plain) if plain else base
         for name in others:
             if name in layer.lora_A or name in layer.lora_embedding_A:
@@ -93,6 +96,7 @@ class RowForward:
         """The base's result with the terms of plain LoRA."""
         a, b, ranks = self.factors(names)
         down = linear(x.to(a.dtype), a)
+        # A version that this layer lacks has no columns in it.
         if names != mix.names:
             ranks = tuple(ranks[names.index(name)] if name in names else 0 for name in mix.names)
         columns = mix.columns(ranks, a)
@@ -104,6 +108,7 @@ class RowForward:
 
     def factors(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """A [sum of ranks, in], B [out, sum of ranks] with the scaling in it, and the rank of each name."""
+        # The weights do not change while a page is open.
         if self.stacked[0] != names:
             layer = self.layer
             a = [layer.lora_A[name].weight for name in names]
