@@ -122,6 +122,7 @@ def _known(shapes: dict[str, Tensor]) -> dict[str, str]:
             stored = _read(file)
             here = stored.setdefault(_machine(), {})
             missing = [key for key in shapes if here.get(key) not in WAYS]
+            # Within the lock: of several processes one tries, and the others read what it found.
             if missing:
                 here |= {key: fastest(key, shapes[key]) for key in missing}
                 write_json(file, stored)
@@ -156,6 +157,7 @@ def fastest(key: str, weight: Tensor) -> str:
     """The name of the way that computes products with this weight in the shortest time, the usual one if in doubt."""
     kind = key.split()[0]
     rows = {"one": 1, "few": FEW, "many": max(16, min(MANY, MULTIPLICATIONS // weight.numel()))}[kind]
+    # What stands in it does not matter to the time.
     x = torch.ones(rows, weight.shape[1])
     # A single row has no other side, and of many the result would have to be turned round.
     names = [name for name in WAYS if name != "left" or kind == "few"]
