@@ -9,7 +9,7 @@ from rlhf.run.launch import say
 # Flags that the stages of one model have in common: what was given to one is given to the next.
 CARRIED = (
     "lora_target_models", "tokenizer_name", "prompt_template", "chat_template", "chat_template_kwargs",
-    "system_prompt", "bos", "stop_tokens", "load_in_4bit", "gradient_checkpointing",
+    "system_prompt", "bos", "stop_tokens", "load_in_4bit", "gradient_checkpointing", "shard_base",
 )  # fmt: skip
 
 # Scripts that have these flags; compare.py and merge_lora.py read them from the adapter.

@@ -51,7 +51,7 @@ def require_optional(args) -> None:
 
     if getattr(args, "deepspeed", None):
         check_deepspeed(args.deepspeed)
-    processes_a_copy(args.shard_base)
+    processes_a_copy(getattr(args, "shard_base", "0"))
 
 
 def check_deepspeed(file: str) -> None:
