@@ -33,7 +33,10 @@ from rlhf.data.encoding import load_tokenizer
 torch.set_num_threads(1)
 
 # Files that take a worker longest go first: begun last, one of them would leave every other worker idle.
-LONGEST_FIRST = ("test_demo_smoke.py", "test_scripts.py", "test_launchers.py", "test_faults.py", "test_damage.py")
+LONGEST_FIRST = (
+    "test_shards_stages.py", "test_demo_smoke.py", "test_circle.py", "test_scripts.py", "test_shards.py",
+    "test_launchers.py", "test_faults.py", "test_damage.py",
+)  # fmt: skip
 
 
 def pytest_collection_finish(session):
