@@ -85,7 +85,7 @@ def _put_back(loop: PPOLoop, state: dict) -> None:
         setattr(loop, name, state[name])
     loop.kl_controller.value = state["kl_coef"]
     loop.guard.load_state_dict(state["guard"])
-    trial.use(state["kernels"])
+    trial.use(state.get("kernels", {}))
 
 
 # ---- checkpoints ----

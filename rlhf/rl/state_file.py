@@ -57,11 +57,10 @@ def read_state(folder: Path) -> dict:
         if state[name]:
             refuse_types(state[name], file, kinds, required=tuple(kinds))
     refuse_types(state["baseline"], file, dict.fromkeys(state["baseline"], (int, float)))
-    # Runs of earlier versions had the usual ones.
+    # A run of an earlier version has none of them.
     kernels = refuse_types({"kernels": {}} | state, file, {"kernels": dict})["kernels"]
     if not all(way in list(trial.WAYS) for way in kernels.values()):
         raise ValueError(f"{file}: its kernels are none of {', '.join(trial.WAYS)}: it is damaged, or was changed")
-    state["kernels"] = kernels
     # A mean and a deviation for each part of the score.
     parts = sorted({name.removesuffix("mean").removesuffix("std") for name in state["reward_stats"]})
     needed = [f"{part}mean" for part in parts] + [f"{part}std" for part in parts]
