@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Stage 2 at 7B, several reward models that PPO combines: MEMBERS of them (default 4) by train_rm.sh, each on a fold of its
-# own of the prompts and from a seed of its own, into OUTPUT_1, OUTPUT_2 and so on (default runs/reward_1, ...).
-# One after the other, or with GPUS="0 1 2 3" one on each of these cards at a time, their words then in OUTPUT_1.log and so
-# on. Further flags go to reward_modeling.py. Given again after an interruption, it goes on where it stopped.
+# Stage 2 at 7B, several reward models that PPO combines: MEMBERS of them (default 4) by train_rm.sh, each on one card of 24
+# GB, on a fold of its own of the prompts and from a seed of its own, into OUTPUT_1, OUTPUT_2 and so on (default
+# runs/reward_1, ...). One after the other, or with GPUS="0 1 2 3" one on each of these cards at a time, their words then in
+# OUTPUT_1.log and so on. Further flags go to reward_modeling.py. Given again after an interruption, it goes on where it
+# stopped.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/forward.sh

@@ -50,6 +50,8 @@ def places(tiny_base, tmp_path_factory):
 def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
     sft = random_adapter(tiny_base, folder / "sft", prompt_format=prompt_format)
     reward = random_adapter(tiny_base, folder / "reward", "reward", seed=1, prompt_format=prompt_format)
+    # A judge that is the reward model is refused.
+    judge = random_adapter(tiny_base, folder / "judge", "reward", seed=2, prompt_format=prompt_format)
     code, _, errors = run_here(
         "merge_lora", "--base_model_name", tiny_base, "--lora_path", sft, "--output_dir", str(folder / "merged"),
         "--dtype", "float32",
@@ -68,9 +70,9 @@ def made_places(tiny_base: str, folder, prompt_format=None) -> dict[str, str]:
     lines.write_text("我喜欢什么？\n小猫想要什么？\n", encoding="utf-8")
     return {
         "--model_name": tiny_base, "--base_model_name": tiny_base, "--sft_model_lora_path": sft, "--lora_path": sft,
-        "--previous_lora_weights": sft, "--reward_model_lora_path": reward, "--judge_lora_path": reward,
+        "--previous_lora_weights": sft, "--reward_model_lora_path": reward, "--judge_lora_path": judge,
         "--merged_sft_model_path": str(folder / "merged"), "--prompts": str(lines), "adapter": sft,
-        "--bad_answers": str(bad), "functions": f"{functions}:",
+        "--bad_answers": str(bad), "--write_best": str(folder / "best.jsonl"), "functions": f"{functions}:",
         "sft_training": write_answers(folder / "answers.jsonl"),
         "reward_modeling": write_pairs(folder / "pairs.jsonl"), "rl_training": str(prompts),
     }  # fmt: skip
