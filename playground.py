@@ -5,7 +5,7 @@ In:  a base model with named adapters (and optionally a reward adapter) and prom
 Out: http://127.0.0.1:7860, and in --output_dir votes.sqlite. With --export_pairs: no page, but pairs for
      reward_modeling.py, edited answers for SFT and bad answers for the audit.
 
-    python playground.py --base_model_name baichuan-inc/baichuan-7B --adapters sft=runs/sft rlhf16=runs/ppo/step_16
+    python playground.py --base_model_name baichuan-inc/baichuan-7B --adapters sft=runs/sft rlhf20=runs/ppo/step_20
     python playground.py --answers runs/compare/answers.jsonl
     python playground.py --export_pairs runs/page/pairs.jsonl
 """
@@ -40,7 +40,7 @@ class ScriptArguments(FormatFlags):
         aliases=["--model_name", "--model_path"],
     )
     adapters: list[str] = flag(
-        [], help="the versions, as NAME=DIR ..., e.g. sft=runs/sft rlhf16=runs/ppo/step_16", group="artefacts"
+        [], help="the versions, as NAME=DIR ..., e.g. sft=runs/sft rlhf20=runs/ppo/step_20", group="artefacts"
     )
     include_base: bool = flag(True, help="let the bare base answer too, as the version base", group="artefacts")
     tokenizer_name: str | None = flag(

@@ -1,6 +1,6 @@
 """The decoding engine of the page and its API: one thread owns the model, and answers join and leave a running batch.
 
-    engine = Engine(versions.model, prompt_format, ["base", "sft", "rlhf16"], reward=score_head)
+    engine = Engine(versions.model, prompt_format, ["base", "sft", "rlhf20"], reward=score_head)
     engine.start()
     ticket = engine.submit("sft", query_ids, Settings(), seed=1)
     async for piece in ticket.pieces(): ...
