@@ -8,11 +8,12 @@ A file of the base becomes a file of the same name, so that no more of the model
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +25,16 @@ from rlhf.models.loading import read_config
 
 # How peft names what an adapter holds, and fields of its configuration that make more of it than one plain product.
 PREFIX = "base_model.model."
-UNUSUAL = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias", "layer_replication")
+
+# Fields of its configuration that a product of two matrices leaves nothing more to say about. Any other that is set
+# makes the adapter something else, also one that a later peft has and that nobody here knows.
+KNOWN = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "init_lora_weights", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type",
+    "peft_type", "peft_version", "auto_mapping", "inference_mode", "corda_config", "eva_config",
+}  # fmt: skip
+# Starts that change nothing of the base; PiSSA and its like do.
+PLAIN_STARTS = (True, False, "gaussian")
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,7 @@ class FileMerge:
         """For plain LoRA on matrices that the files hold under the model's own names; None for anything else."""
         config, weights = read_adapter(adapter_dir)
         model = _without_weights(base_dir)
-        if any(getattr(config, name, None) for name in UNUSUAL) or getattr(model.config, "norm_head", False):
+        if not _is_plain(config) or getattr(model.config, "norm_head", False):
             return None
         files = sorted(Path(base_dir).glob("*.safetensors"))
         # By the heads of the files alone: nothing of the weights is read yet.
@@ -126,6 +136,15 @@ class FileMerge:
                     # Written so that NaN counts as the largest.
                     largest = max(largest, off.item()) if off.isfinite() else float("inf")
         return largest
+
+
+def _is_plain(config: PeftConfig) -> bool:
+    """Return True for LoRA that adds one product to a matrix and changes nothing else."""
+    if type(config) is not LoraConfig or config.init_lora_weights not in PLAIN_STARTS:
+        return False
+    usual = LoraConfig()
+    others = [field.name for field in fields(usual) if field.name not in KNOWN]
+    return all(getattr(config, name) == getattr(usual, name) for name in others)
 
 
 def _without_weights(base_dir: str) -> PreTrainedModel:

@@ -74,7 +74,8 @@ class Preparer:
 
         # One seed a prompt: two answers differ by their weights and never by luck.
         seed = self.seed * 1_000_003 + prompt.id
-        ticket = self.chat.engine.submit(version.name, query, self.settings, seed)
+        # Whoever talks to a version waits for no pair that is written ahead.
+        ticket = self.chat.engine.submit(version.name, query, self.settings, seed, background=True)
         try:
             answer = await ticket.result()
         finally:

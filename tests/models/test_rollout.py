@@ -19,7 +19,7 @@ from rlhf.models.loading import load_base
 from rlhf.models.rollouts import by_length, join
 from rlhf.rl.roles import load_roles, response_logprobs, role_logprobs
 
-TOLERANCE = {"atol": 1e-5, "rtol": 0}
+TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 PROMPTS = ["我喜欢", "小猫今天看见了一本书，老师说", "问：1 + 1 = ", "The cat likes"]
 
 

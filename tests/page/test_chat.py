@@ -162,7 +162,7 @@ def test_a_conversation_is_sent_to_the_vote_and_comes_first(chromium, site):
         page.wait_for_selector("#toast:has-text('first on the list')")
         page.goto(f"{address}/#vote")
         # Behind the pairs that lay ready in the browser.
-        for _ in range(5):
+        for _ in range(12):
             page.wait_for_selector("#ballot:not([hidden])")
             if page.inner_text("#prompt") == "你是谁？":
                 break

@@ -26,7 +26,8 @@ def test_a_launcher_is_believed_and_nothing_means_one_process(monkeypatch):
     assert read_launch() == Launch()
     for name, value in PEERS.items():
         monkeypatch.setenv(name, value)
-    assert read_launch() == Launch(1, 2, 1, launched=True)
+    # All of them on one machine, where the launcher does not say how many are.
+    assert read_launch() == Launch(1, 2, 1, 2, launched=True)
     # A launcher of several processes wins over --nproc.
     assert read_launch(nproc=4).launched
 

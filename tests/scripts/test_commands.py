@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SMALL = {
     "sft_training": ["--max_steps", "1", "--eval_steps", "0", "--save_steps", "0", "--sample_max_new_tokens", "4"],
     "reward_modeling": ["--max_steps", "1", "--eval_steps", "0", "--save_steps", "0", "--audit_prompts", "4",
-                        "--eval_size", "8"],
+                        "--eval_size", "12"],
     "rl_training": ["--steps", "8", "--batch_size", "8", "--output_max_length", "8", "--eval_prompts", "4",
                     "--eval_size", "4", "--reward_gate", "warn", "--on_collapse", "off"],
     "merge_lora": [],
