@@ -1,6 +1,6 @@
 """Five clients ask a server for minutes, some of them going away half way: no answer is lost and memory stays flat.
 
-    python tests/long/soak_serving.py --seconds 120 | tee tests/long/soak_serving.log
+    python tests/long/soak_serving.py --seconds 120 | tee benchmarks/results/soak_serving.log
 
 Every answer that is waited for is held against the engine's answer to the same request alone, asked before. Memory is
 that of the server's process, which the clients share: after a quarter of the time, and at the end.
