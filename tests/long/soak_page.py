@@ -117,7 +117,7 @@ def main() -> None:
         kept = Counter(row["person"] for row in store.votes())
         store.close()
     lost = {person: count - kept[person] for person, count in confirmed.items() if count != kept[person]}
-    votes = sum(confirmed.values())
+    votes = f"{sum(confirmed.values())} votes, {sum(answered.values())} answers"
     print(
         f"{args.seconds:.0f} s, {VOTERS} voters, {CLIENTS} API clients: {votes} votes, {sum(answered.values())} answers"
     )
