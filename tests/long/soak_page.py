@@ -118,9 +118,7 @@ def main() -> None:
         store.close()
     lost = {person: count - kept[person] for person, count in confirmed.items() if count != kept[person]}
     votes = f"{sum(confirmed.values())} votes, {sum(answered.values())} answers"
-    print(
-        f"{args.seconds:.0f} s, {VOTERS} voters, {CLIENTS} API clients: {votes} votes, {sum(answered.values())} answers"
-    )
+    print(f"{args.seconds:.0f} s, {VOTERS} voters, {CLIENTS} API clients: {votes}")
     print(f"confirmed votes that the killed server had not kept: {lost or 'none'}; refused: {dict(wrong) or 'none'}")
     print(f"tracebacks: {sum('Traceback' in line for line in said)}")
     print(f"memory at each tenth, MB: {', '.join(map(str, memory))}")
