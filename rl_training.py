@@ -198,7 +198,7 @@ def make_loop(
         guard=guard.CollapseGuard(kl_budget=args.adap_kl_target, spread_limit=args.ensemble_spread_limit),
         twin=tensor_parallel.sampler_of(loaded.model) if in_place else None,
         functions=load_functions(args.reward_functions),
-        calibrations=length_file.calibrations(args.reward_model_lora_path) if args.length_calibration else [],
+        calibrations=length_file.calibrations(list(args.reward_roles.values())) if args.length_calibration else [],
     )
 
 

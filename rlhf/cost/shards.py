@@ -83,7 +83,7 @@ def step_bytes(args, base: Base, kind: str, cuts: Cuts, ranks: int, lengths) -> 
     mini = args.mini_batch_size or 1
     batches = math.ceil(args.batch_size / args.forward_batch_size)
     recomputed = args.old_logprobs == "recomputed" or (args.old_logprobs == "auto" and args.bf16)
-    passes = (1 + bool(args.reward_model_lora_path) + args.value_lora) * batches
+    passes = (1 + len(args.reward_roles) + args.value_lora) * batches
     passes += math.ceil(args.batch_size / mini) if recomputed else 0
 
     backwards = args.ppo_epochs * args.batch_size // mini

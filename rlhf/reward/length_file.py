@@ -105,18 +105,14 @@ def read_length_file(folder: str | Path) -> LengthCalibration:
     return LengthCalibration(content["lengths"], content["predicted"], content["mean"])
 
 
-def calibrations(adapters: str | list[str]) -> list[LengthCalibration]:
+def calibrations(adapters: list[str]) -> list[LengthCalibration]:
     """The calibration of each reward adapter of a PPO run, in their order. Raises: as `read_length_file`."""
-    return [read_length_file(folder) for folder in _listed(adapters)]
+    return [read_length_file(folder) for folder in adapters]
 
 
-def hashes(adapters: str | list[str]) -> list[str]:
+def hashes(adapters: list[str]) -> list[str]:
     """The first 16 digits of the sha256 of each calibration, as run.json keeps them. Raises: as `read_length_file`."""
     calibrations(adapters)
     # By the bytes: an audit over other data makes another fit, and the scores of a resumed run would change with it.
-    files = [Path(folder) / LENGTH_FILE for folder in _listed(adapters)]
+    files = [Path(folder) / LENGTH_FILE for folder in adapters]
     return [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
-
-
-def _listed(adapters: str | list[str]) -> list[str]:
-    return [adapters] if isinstance(adapters, str) else adapters

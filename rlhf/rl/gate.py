@@ -56,10 +56,10 @@ def read_gate(reward_dir: str | Path, mode: str) -> None:
 def quick_gate(loop: PPOLoop, members: dict[str, str]) -> None:
     """Gate for adapters without an audit: compare their scores of degenerate answers against the SFT model's own.
 
+    Every rank asks the same prompts with the same draws, so all of them come to one decision.
+
     Args:
         members: role -> directory of the adapters to be tried.
-
-    Every rank asks the same prompts with the same draws, so all of them come to one decision.
     """
     args = loop.args
     # 1. Answers of the SFT model, which is what the policy starts as. A prompt counts once, however many rows have it.

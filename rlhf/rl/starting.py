@@ -152,7 +152,7 @@ def check_inputs(args, prompt_format: PromptFormat) -> dict:
         parents["judge"] = args.judge_lora_path
     run = {"base": base, "prompt_format": wanted["prompt_format"], "parents": parents}
     if args.length_calibration:
-        run["length_calibration"] = length_file.hashes(args.reward_model_lora_path)
+        run["length_calibration"] = length_file.hashes(list(args.reward_roles.values()))
     return run | ({"functions": record_of(load_functions(args.reward_functions))} if args.reward_functions else {})
 
 

@@ -56,6 +56,16 @@ def test_decoding_in_place_moves_two_sums_a_layer_and_gathered_decoding_the_base
     assert gathered["rollout"] > 50 * in_place["rollout"]
 
 
+def test_each_reward_model_gathers_the_layers_once_more_for_a_batch_of_answers(llama):
+    base = Base.of(llama, "--base_model_name")
+    cuts = Cuts.of(base.model, 8)
+    several = ["--reward_model_lora_path", "R", "S", "T", "--old_logprobs", "sampled"]
+    moved = step_bytes(planned(llama, *several), base, "ppo", cuts, 8, Lengths(100, 50))
+    batches = -(-8 // planned(llama).forward_batch_size)
+    # The reference, and three reward models.
+    assert moved["score"] == 4 * batches * cuts.layers_once(2)
+
+
 def test_nine_heads_are_not_divided_by_eight_processes_and_decode_gathered(tmp_path):
     LlamaConfig(hidden_size=72, num_attention_heads=9, num_hidden_layers=2, vocab_size=64).save_pretrained(tmp_path)
     base = Base.of(str(tmp_path), "--base_model_name")
