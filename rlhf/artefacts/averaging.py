@@ -10,24 +10,19 @@ Source: Ramé et al. 2024, arXiv:2401.12187 (reward models) and arXiv:2406.16768
 """
 
 import dataclasses
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf.artefacts import adapters, files, foreign, run_json
 from rlhf.artefacts.damage import refuse_nonfinite
+from rlhf.artefacts.factors import FACTORS, INSIDE_PEFT, layers_of, scaling
 from rlhf.artefacts.fingerprints import parent_entry
-
-# Endings of the two factors of a layer, and of an embedding.
-FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
-INSIDE_PEFT = "base_model.model."
 
 # Largest difference from the weighted sum, as a part of the largest change of a weight: float32 leaves 1e-7.
 BOUND = 1e-5
@@ -106,31 +101,6 @@ def refuse_unlike(paths: list[str], flag: str) -> dict | None:
         if run is not None and run.get("tokenizer") != first.get("tokenizer"):
             raise ValueError(f"{flag} {path} was trained with another tokenizer than {paths[0]}")
     return first
-
-
-def layers_of(tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Layer -> its factors A [r, in] and B [out, r], in the order of the names.
-
-    Raises: ValueError naming a layer of which one factor is missing.
-    """
-    layers = {}
-    for name in sorted(tensors):
-        for first, second in FACTORS:
-            if name.endswith(first):
-                layer = name.removesuffix(first)
-                if layer + second not in tensors:
-                    raise ValueError(f"{layer + second} is missing: the adapter is damaged, copy or train it again")
-                layers[layer] = (tensors[name], tensors[layer + second])
-    return layers
-
-
-def scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    """The factor s of B A in a layer, as peft has it."""
-    name = layer.removeprefix(INSIDE_PEFT)
-    alphas = config.alpha_pattern or {}
-    # By peft's own rule for patterns, so that a pattern means here what it means when the adapter is loaded.
-    alpha = alphas.get(get_pattern_key(alphas.keys(), name), config.lora_alpha)
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 # ---- the sum ----

@@ -8,12 +8,12 @@ A file of the base becomes a file of the same name, so that no more of the model
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,20 +21,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from rlhf.artefacts.adapters import read_adapter
+from rlhf.artefacts.factors import FACTORS, INSIDE_PEFT, layers_of, rank_of, scaling
+from rlhf.artefacts.foreign import refuse_unshareable
 from rlhf.models.loading import read_config
-
-# How peft names what an adapter holds, and fields of its configuration that make more of it than one plain product.
-PREFIX = "base_model.model."
-
-# Fields of its configuration that a product of two matrices leaves nothing more to say about. Any other that is set
-# makes the adapter something else, also one that a later peft has and that nobody here knows.
-KNOWN = {
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "init_lora_weights", "target_modules",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "revision", "task_type",
-    "peft_type", "peft_version", "auto_mapping", "inference_mode", "corda_config", "eva_config",
-}  # fmt: skip
-# Starts that change nothing of the base; PiSSA and its like do.
-PLAIN_STARTS = (True, False, "gaussian")
 
 
 @dataclass(frozen=True)
@@ -42,13 +31,13 @@ class FileMerge:
     """An adapter, and the files of the base that it goes into.
 
     model: the base without weights, with all its settings. files: of the base, in the order of their names. deltas:
-    name of a weight -> (A [r, in], B [out, r]), float32.
+    name of a weight -> (A [r, in], B [out, r]), float32. scalings: name of a weight -> factor of its product.
     """
 
     model: PreTrainedModel
     files: list[Path]
     deltas: dict[str, tuple[Tensor, Tensor]]
-    scaling: float
+    scalings: dict[str, float]
     transposed: bool
 
     @classmethod
@@ -56,26 +45,28 @@ class FileMerge:
         """For plain LoRA on matrices that the files hold under the model's own names; None for anything else."""
         config, weights = read_adapter(adapter_dir)
         model = _without_weights(base_dir)
-        if not _is_plain(config) or getattr(model.config, "norm_head", False):
+        plain = _adds_products_alone(config, weights, adapter_dir)
+        if not plain or getattr(model.config, "norm_head", False):
             return None
         files = sorted(Path(base_dir).glob("*.safetensors"))
         # By the heads of the files alone: nothing of the weights is read yet.
         held = list(chain.from_iterable(map(names_in, files)))
         known = model.state_dict().keys()
-        pairs = {name.removesuffix(".lora_A.weight") for name in weights if name.endswith(".lora_A.weight")}
-        # A half of a pair, or a convolution's, makes the adapter one for the way through memory.
         deltas = {}
-        for pair in pairs:
-            ends = [weights.get(f"{pair}.lora_{end}.weight") for end in "AB"]
-            if None not in ends and all(end.dim() == 2 for end in ends):
-                deltas[f"{pair.removeprefix(PREFIX)}.weight"] = tuple(end.float() for end in ends)
+        scalings = {}
+        for layer, (a, b) in layers_of(weights).items():
+            if len(a) != rank_of(config, layer):
+                # peft refuses such tensors when it loads them, on the way through memory.
+                return None
+            name = f"{layer.removeprefix(INSIDE_PEFT)}.weight"
+            deltas[name] = (a.float(), b.float())
+            scalings[name] = scaling(config, layer, len(a))
         # A converted architecture has other names in its files, and a name that stands twice has two values.
-        plain = len(held) == len(set(held)) and set(held) <= known and deltas.keys() <= set(held)
-        if not deltas or not plain or 2 * len(deltas) != len(weights):
+        same_names = len(held) == len(set(held)) and set(held) <= known and deltas.keys() <= set(held)
+        # A second factor without its first makes the adapter one for the way through memory.
+        if not deltas or not same_names or 2 * len(deltas) != len(weights):
             return None
-        # Rank-stabilised LoRA divides by the root of the rank.
-        root = config.r**0.5 if config.use_rslora else config.r
-        return cls(model, files, deltas, config.lora_alpha / root, config.fan_in_fan_out)
+        return cls(model, files, deltas, scalings, config.fan_in_fan_out)
 
     def fits(self, dtype: torch.dtype) -> bool:
         """Return True if the model takes half of this machine's memory at most, so that it can run as well."""
@@ -92,7 +83,7 @@ class FileMerge:
         # Made anew at each call: the products of all matrices would be a second model.
         a, b = self.deltas[name]
         change = b @ a
-        return (change.T if self.transposed else change) * self.scaling
+        return (change.T if self.transposed else change) * self.scalings[name]
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
         """Write the merged files, and their index where there are several. Raises: ValueError for a broken weight."""
@@ -138,13 +129,16 @@ class FileMerge:
         return largest
 
 
-def _is_plain(config: PeftConfig) -> bool:
-    """Return True for LoRA that adds one product to a matrix and changes nothing else."""
-    if type(config) is not LoraConfig or config.init_lora_weights not in PLAIN_STARTS:
+def _adds_products_alone(config: PeftConfig, weights: dict[str, Tensor], adapter_dir: str) -> bool:
+    """Return True for LoRA that adds a product to matrices of linear layers and changes nothing else."""
+    try:
+        refuse_unshareable(config, weights, adapter_dir)
+    except ValueError:
+        # What a shared base cannot carry is merged in memory, which says what it refuses in its own words.
         return False
-    usual = LoraConfig()
-    others = [field.name for field in fields(usual) if field.name not in KNOWN]
-    return all(getattr(config, name) == getattr(usual, name) for name in others)
+    # DoRA scales what it has added, and a convolution's factors have four dimensions.
+    linear = all(name.endswith(FACTORS[0]) and tensor.dim() == 2 for name, tensor in weights.items())
+    return linear and not config.use_dora
 
 
 def _without_weights(base_dir: str) -> PreTrainedModel:

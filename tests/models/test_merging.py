@@ -1,5 +1,6 @@
 """Merging file by file: the tensors of a merge in memory, within the memory of one file."""
 
+import json
 import os
 import resource
 import shutil
@@ -59,6 +60,32 @@ def test_files_hold_the_tensors_of_a_merge_in_memory_and_the_same_settings(split
         expected = PeftModel.from_pretrained(plain, adapter)(input_ids=ids).logits
         atol = 0.2 if dtype == "bfloat16" else 1e-4
         torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=atol, rtol=0)
+
+
+def test_ranks_and_strengths_of_single_layers_are_peft_s(split_base, tmp_path, monkeypatch):
+    base, _ = split_base
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"layers.0.self_attn.q_proj": 5}}
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **patterns)
+    adapter = str(tmp_path / "adapter")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    assert len(set(FileMerge.of(base, adapter).scalings.values())) == 3
+
+    by_file = merged(base, adapter, tmp_path / "files", "--dtype", "float32")
+    monkeypatch.setattr(FileMerge, "of", lambda *given: None)
+    in_memory = merged(base, adapter, tmp_path / "memory", "--dtype", "float32")
+    assert all(torch.equal(tensor, by_file[name]) for name, tensor in in_memory.items())
+
+
+def test_tensors_of_another_rank_than_the_config_says_are_refused(split_base, tmp_path):
+    base, adapter = split_base
+    shutil.copytree(adapter, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"r": config["r"] // 2}))
+    (tmp_path / "adapter" / "run.json").unlink(missing_ok=True)
+    assert FileMerge.of(base, str(tmp_path / "adapter")) is None
+    with pytest.raises((RuntimeError, ValueError), match=r"shape|size|rank"):
+        merged(base, str(tmp_path / "adapter"), tmp_path / "out")
 
 
 def test_a_model_too_large_for_memory_is_proved_by_its_matrices(split_base, tmp_path, monkeypatch, capsys):
