@@ -113,8 +113,8 @@ def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: P
 
 def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, dict]:
     """Encoded training and evaluation pairs, and what run.json says of the data."""
-    found = training.load_prepared(args, prompt_format, prepare, "pair")
-    return found.rows["train"], found.rows["evaluation"], found.about
+    dataset = training.load_prepared(args, prompt_format, prepare, "pair")
+    return dataset.rows["train"], dataset.rows["evaluation"], dataset.about
 
 
 # ---- model ----

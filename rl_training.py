@@ -69,10 +69,10 @@ def load_prompts(
     args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: Path | None
 ) -> tuple[Rows, Rows, Funnel]:
     """Training prompts, held-out prompts and the funnel."""
-    found = prepared(args, prompt_format, starting.prepare, bad_rows_file)
-    if not found.rows["train"]:
+    dataset = prepared(args, prompt_format, starting.prepare, bad_rows_file)
+    if not dataset.rows["train"]:
         raise ValueError(f"no prompt of {args.dataset_name} fits into --max_prompt_length {args.max_prompt_length}")
-    return found.rows["train"], found.rows["evaluation"], found.funnel
+    return dataset.rows["train"], dataset.rows["evaluation"], dataset.funnel
 
 
 # ---- one step ----

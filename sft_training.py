@@ -101,8 +101,8 @@ def prepare(args: ScriptArguments, prompt_format: PromptFormat, bad_rows_file: P
 
 def load_data(args: ScriptArguments, prompt_format: PromptFormat) -> tuple[Rows, Rows, list[dict], dict]:
     """Encoded training and evaluation rows, a few evaluation rows as text, and what run.json says of the data."""
-    found = training.load_prepared(args, prompt_format, prepare, "row")
-    return found.rows["train"], found.rows["evaluation"], list(found.rows["shown"]), found.about
+    dataset = training.load_prepared(args, prompt_format, prepare, "row")
+    return dataset.rows["train"], dataset.rows["evaluation"], list(dataset.rows["shown"]), dataset.about
 
 
 # ---- model ----

@@ -84,13 +84,13 @@ def audit(args: Arguments, demo_dir: Path, reward: Path) -> dict:
     return best_of.summary(scores, judged) | {"gold": best_of.summary(scores, gold.double())}
 
 
-def table(found: dict[str, dict]) -> str:
+def table(audits: dict[str, dict]) -> str:
     """A line for each n: what both reward models choose, by their own score, the judge's and the gold judge's."""
-    lines = [f"{'':>14}" + "".join(f"{NAMES[name]:^36}" for name in found)]
-    lines.append(f"{'n':>4}{'KL (nats)':>10}" + f"{'score':>12}{'judge':>12}{'gold':>12}" * len(found))
-    for place, first in enumerate(found["careless"]["curve"]):
+    lines = [f"{'':>14}" + "".join(f"{NAMES[name]:^36}" for name in audits)]
+    lines.append(f"{'n':>4}{'KL (nats)':>10}" + f"{'score':>12}{'judge':>12}{'gold':>12}" * len(audits))
+    for place, first in enumerate(audits["careless"]["curve"]):
         cells = ""
-        for each in found.values():
+        for each in audits.values():
             row = each["curve"][place]
             gold = each["gold"]["curve"][place]["judged"]
             cells += f"{row['score']:>12.3f}{row['judged']:>12.3f}{gold:>12.3f}"
@@ -98,11 +98,11 @@ def table(found: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: dict[str, dict], file: Path) -> None:
+def draw(audits: dict[str, dict], file: Path) -> None:
     """A panel for each reward model: gains in score, judge and gold score against KL."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), sharey=True, constrained_layout=True)
-    for axis, (name, each) in zip(axes, found.items(), strict=True):
+    for axis, (name, each) in zip(axes, audits.items(), strict=True):
         best_of_report.draw_curve(axis, each, ("score", "reward model, which chooses", ORANGE, "s--"))
         best_of_report.draw_curve(axis, each, ("judged", "judge", BLUE, "o-"))
         best_of_report.draw_curve(axis, each["gold"], ("judged", "gold judge", GREEN, "^-."))
@@ -122,17 +122,17 @@ def main(args: Arguments) -> int:
     output_dir = Path(args.output_dir).resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     make_reward_models(args, demo_dir, output_dir)
-    found = {name: audit(args, demo_dir, output_dir / name) for name in NAMES}
-    draw(found, output_dir / "best_of_n.png")
+    audits = {name: audit(args, demo_dir, output_dir / name) for name in NAMES}
+    draw(audits, output_dir / "best_of_n.png")
 
     commit = (load_run(output_dir / "careless")["git_commit"] or "unknown")[:7]
     print(f"trained by commit {commit}, {platform.machine()}, {os.cpu_count()} cores")
-    print(f"{args.best_of} answers of the SFT model to each of {found['own']['prompts']} held-out prompts\n")
-    print(table(found))
-    for name, each in found.items():
+    print(f"{args.best_of} answers of the SFT model to each of {audits['own']['prompts']} held-out prompts\n")
+    print(table(audits))
+    for name, each in audits.items():
         print(f"\n{NAMES[name]}: {best_of_report.sentence(each)}")
         print(f"  by the gold judge instead: {best_of_report.sentence(each['gold'])}")
-    kept = found["careless"]["turns"] is not None and found["own"]["turns"] is None
+    kept = audits["careless"]["turns"] is not None and audits["own"]["turns"] is None
     print("\nthe careless curve turns, the hardened one does not" if kept else "\nbroken: the curves do not part")
     return int(not kept)
 

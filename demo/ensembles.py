@@ -144,11 +144,11 @@ def figures(folder: Path, run: str, limits: list[float]) -> dict:
     }  # fmt: skip
 
 
-def table(found: dict[tuple[int, str], dict], limits: list[float]) -> str:
+def table(measured: dict[tuple[int, str], dict], limits: list[float]) -> str:
     """A line a run: gold score, where it fell, the spread at its height and end, the first warning at each limit."""
     head = ["seed", "reward model", "gold: SFT", "most", "at step", "end", "fell at", "spread then", "spread at end"]
     lines = [[*head, *(f"x{limit:g} at (steps)" for limit in limits)]]
-    for (seed, run), each in found.items():
+    for (seed, run), each in measured.items():
         gold = each["gold"]
         spread = each["spread"]
         at = each["fell"] or each["height"]
@@ -165,12 +165,12 @@ def table(found: dict[tuple[int, str], dict], limits: list[float]) -> str:
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def draw(found: dict[tuple[int, str], dict], file: Path) -> None:
+def draw(measured: dict[tuple[int, str], dict], file: Path) -> None:
     """Gold score and spread over the steps, a line a run, one look a way of combining."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
     seen = set()
-    for (_, run), each in found.items():
+    for (_, run), each in measured.items():
         colour = RUNS[run][2]
         # One entry of the legend for all seeds.
         label = None if run in seen else run
@@ -205,15 +205,15 @@ def main(args: Arguments) -> None:
         train(args, seed, processes, folder)
     sys.stdout = screen
 
-    found = {}
+    measured = {}
     for (seed, folder), run in product(folders.items(), RUNS):
-        found[seed, run] = figures(folder, run, args.limits)
-    draw(found, output_dir / "ensembles.png")
+        measured[seed, run] = figures(folder, run, args.limits)
+    draw(measured, output_dir / "ensembles.png")
     commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"commit {commit.stdout.strip()}, {machine}; {args.ppo_steps} PPO steps of 32 answers, no KL penalty but in")
     print(f"the last run of a seed; {MEMBERS} reward models on folds of the prompts, {args.reward_steps} steps each\n")
-    print(table(found, args.limits))
+    print(table(measured, args.limits))
 
 
 if __name__ == "__main__":

@@ -97,11 +97,11 @@ def measure(folder: Path, name: str) -> dict[str, dict]:
     calibration = read_length_file(folder / "reward")
     calibrated = scores - calibration.correction(torch.tensor(lengths)).numpy()
 
-    found = {}
+    measured = {}
     for version, values in (("as it is", scores), ("calibrated", calibrated)):
         within = length_results(*values, lengths.T.astype(int))
-        found[version] = {"spearman": within["spearman"], "accuracy": float((values[0] > values[1]).mean())}
-    return found
+        measured[version] = {"spearman": within["spearman"], "accuracy": float((values[0] > values[1]).mean())}
+    return measured
 
 
 # ---- PPO ----

@@ -109,8 +109,8 @@ def choose_python():
     names = [named] if named else ["python3", "python3.13", "python3.12", "python3.11"]
     versions = [version_of(name) for name in names]
     fit = [name for name, version in zip(names, versions) if version and version >= OLDEST]
-    found = "{} is Python {}.{}".format(names[0], *versions[0]) if versions[0] else f"there is no {names[0]}"
-    return (fit[0] if fit else None), found
+    installed = "{} is Python {}.{}".format(names[0], *versions[0]) if versions[0] else f"there is no {names[0]}"
+    return (fit[0] if fit else None), installed
 
 
 def find_uv():
@@ -127,7 +127,7 @@ def make_environment():
         say(f"{ENV} does not work (half made, moved, or its Python changed): making it anew")
         shutil.rmtree(ENV)
 
-    python, found = choose_python()
+    python, installed = choose_python()
     uv = find_uv()
     if python:
         say(f"making {ENV}")
@@ -139,14 +139,14 @@ def make_environment():
             sys.exit(f"{python} -m venv failed: {text.strip()}")
         shutil.rmtree(ENV, ignore_errors=True)
     elif uv:
-        say(f"{found}, and 3.11 or newer is needed: uv makes {ENV} with Python {BROUGHT}")
+        say(f"{installed}, and 3.11 or newer is needed: uv makes {ENV} with Python {BROUGHT}")
     else:
-        sys.exit(TOO_OLD.format(found))
+        sys.exit(TOO_OLD.format(installed))
 
     code, text = heard([*uv, "venv", "--python", python or BROUGHT, ENV])
     if code:
         last = (text.strip().splitlines() or ["no word of it"])[-1].strip()
-        sys.exit(f"{found}, and uv could make no environment with Python {python or BROUGHT}: {last}")
+        sys.exit(f"{installed}, and uv could make no environment with Python {python or BROUGHT}: {last}")
 
 
 # ---- what is in it ----

@@ -92,6 +92,15 @@ def test_long_functions_have_paragraphs():
     assert len(dense) <= 0.1 * len(long), dense
 
 
+@pytest.mark.parametrize("path", [*ROOMS, *SCRIPTS])
+def test_no_value_is_called_by_how_it_was_come_by(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert "found" not in names
+
+
 def is_comment(line: str) -> bool:
     """Return True for a comment that is for a reader: no heading of a section, no mark for a tool."""
     said = line.strip()

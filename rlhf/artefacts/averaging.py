@@ -111,7 +111,7 @@ def weighted_sum(terms: list[Term]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """
     # 1. One rank for all layers: the sum of the adapters' largest.
     layers = [layers_of(term.tensors) for term in terms]
-    ranks = [max((a.shape[0] for a, _ in found.values()), default=0) for found in layers]
+    ranks = [max((a.shape[0] for a, _ in own.values()), default=0) for own in layers]
     # A layer of smaller rank gets rows of zeros, which add nothing: peft would need a rank_pattern for anything else.
     rank = sum(ranks)
     names = sorted(set().union(*layers))
@@ -121,9 +121,9 @@ def weighted_sum(terms: list[Term]) -> tuple[LoraConfig, dict[str, Tensor]]:
     for name in names:
         stacked_a = []
         stacked_b = []
-        for term, found in zip(terms, layers, strict=True):
-            if name in found:
-                a, b = found[name]
+        for term, own in zip(terms, layers, strict=True):
+            if name in own:
+                a, b = own[name]
                 # Weight and scale go into A alone: in both factors they would count twice.
                 stacked_a.append(a.float() * (term.weight * scaling(term.config, name, a.shape[0])))
                 stacked_b.append(b.float())
@@ -170,15 +170,15 @@ def _heads(terms: list[Term]) -> dict[str, Tensor]:
     rest = [{name: one for name, one in term.tensors.items() if "lora_" not in name} for term in terms]
     heads = {}
     for name in sorted(set().union(*rest)):
-        for term, found in zip(terms, rest, strict=True):
-            if name not in found or found[name].dim() != 2 or found[name].shape[0] != 1:
+        for term, own in zip(terms, rest, strict=True):
+            if name not in own or own[name].dim() != 2 or own[name].shape[0] != 1:
                 raise ValueError(
                     f"{term.path}: {name} stands in some of the adapters or is no score head: only LoRA weights and "
                     "score heads can be summed"
                 )
         # A head is linear in the states, but the states of summed adapters are no sums: the sum of heads is Ramé's, by
         # weights.
-        heads[name] = sum(term.weight * found[name].float() for term, found in zip(terms, rest, strict=True))
+        heads[name] = sum(term.weight * own[name].float() for term, own in zip(terms, rest, strict=True))
     return heads
 
 

@@ -45,11 +45,11 @@ def named_adapters(specs: list[str], include_base: bool) -> dict[str, str | None
 
 def terms_of(value: str) -> list[tuple[float, str]]:
     """(weight, directory) of each adapter of a column: of 0.4*runs/sft+0.6*runs/ppo, or of one directory, weight 1."""
-    found = list(TERM.finditer(value))
+    terms = list(TERM.finditer(value))
     # What only looks like a sum may be the name of a directory.
-    if not found or "".join(term[0] for term in found) != value or Path(value).exists():
+    if not terms or "".join(term[0] for term in terms) != value or Path(value).exists():
         return [(1.0, value)]
-    return [(float(term[1]), term[2]) for term in found]
+    return [(float(term[1]), term[2]) for term in terms]
 
 
 def slide_versions(first: str, second: str) -> dict[str, str]:

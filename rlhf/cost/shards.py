@@ -123,8 +123,8 @@ def shard_lines(args, base: Base, kind: str, lengths, cards: dict[int, Card]) ->
         # The same flags but for the number of processes: what else could be lowered is another line of the plan.
         enough = [n for n in COUNTS if memory_of(replace(args, shard_base=str(n)), base, kind).peak() <= size * 1e9]
         fits[size] = str(enough[0]) if enough else "none"
-    found = ", ".join(f"{size} GB {count}" for size, count in fits.items())
-    lines = [f"processes that have to share a copy of the base (--shard_base), by card: {found}"]
+    by_card = ", ".join(f"{size} GB {count}" for size, count in fits.items())
+    lines = [f"processes that have to share a copy of the base (--shard_base), by card: {by_card}"]
 
     count = count_of(args)
     if not count:

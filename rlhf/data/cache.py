@@ -77,17 +77,17 @@ def prepared(args, prompt_format: PromptFormat, prepare: Prepare, bad_rows_file:
 
     folder = root / f"rlhf-{key}"
     with _locked(folder):
-        found = _load(folder)
-        if found is None:
+        cached = _load(folder)
+        if cached is None:
             _fill(folder, partial(prepare, args, prompt_format))
             # What cannot be read now is no damage: too little memory is left to map it, say.
-            found = _read(folder)
+            cached = _read(folder)
     if bad_rows_file:
         # Those of an earlier run are not this one's.
         Path(bad_rows_file).unlink(missing_ok=True)
         if (folder / BAD_ROWS).is_file():
             shutil.copyfile(folder / BAD_ROWS, bad_rows_file)
-    return found
+    return cached
 
 
 def _root(args) -> Path | None:

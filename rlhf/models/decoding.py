@@ -241,14 +241,14 @@ class StaticDecoder:
             self.warm = True
             return self._step()
         self.graph.replay()
-        return self.found
+        return self.result
 
     def record(self) -> None:
         """Record a step; nothing is computed by it."""
         self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph):
-                self.found = self._step()
+                self.result = self._step()
         except RuntimeError as error:
             warnings.warn(f"this model's decoding cannot be recorded ({error}): it is slower", stacklevel=2)
             # Not tried again: an instance attribute hides the method.

@@ -53,11 +53,11 @@ class InStep:
         own = len(self.decoder.query_parts()) if self.rows else 0
         # Asked first: the forwards of one process meet those of the others.
         spare = missing(self.mesh, own)
-        found = self.decoder.prefill() if own else idle(self.decoder.model)
+        output = self.decoder.prefill() if own else idle(self.decoder.model)
         # A process without rows has made one forward already, in place of its own.
         for _ in range(spare if own else spare - 1):
             idle(self.decoder.model)
-        return found
+        return output
 
     def goes_on(self, ended: Tensor) -> bool:
         """Return True if any process has rows [B] that have not ended, and none of them got a signal. Collective."""
@@ -113,8 +113,8 @@ class InPlace:
         """[rows of all, width] of this process's rows x [rows, *], padded on the left."""
         padded = x.new_zeros(max(self.counts), width)
         padded[: len(x), width - x.shape[1] :] = x
-        found = self.exchange(padded)
-        return torch.cat([part[:count] for part, count in zip(found, self.counts, strict=True)])
+        parts = self.exchange(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, self.counts, strict=True)])
 
     def own(self, x: Tensor) -> Tensor:
         """This process's rows of x [rows of all, *]."""
@@ -139,14 +139,14 @@ class InPlace:
         marks = ended.new_zeros(max(self.counts) + 1, dtype=torch.int32)
         marks[: len(ended)] = ended.int()
         marks[-1] = received()
-        found = self.exchange(marks)
-        if found[:, -1].any():
+        gathered = self.exchange(marks)
+        if gathered[:, -1].any():
             return False
 
         kept = []
         counts = []
         start = 0
-        for marked, count in zip(found[:, :-1].bool(), self.counts, strict=True):
+        for marked, count in zip(gathered[:, :-1].bool(), self.counts, strict=True):
             rows = (~marked[:count]).nonzero().squeeze(1)
             # The rule of `generate`.
             leaves = len(rows) <= self.shrink * count and len(rows) < count
@@ -154,16 +154,16 @@ class InPlace:
             kept.append(rows + start)
             counts.append(len(rows))
             start = start + count
-        unfinished = bool((found[:, :-1] == 0)[self._real(found)].any())
+        unfinished = bool((gathered[:, :-1] == 0)[self._real(gathered)].any())
         if unfinished and counts != self.counts:
             self.decoder.keep(torch.cat(kept))
             self.counts = counts
         return unfinished
 
-    def _real(self, found: Tensor) -> Tensor:
+    def _real(self, gathered: Tensor) -> Tensor:
         """[size, most rows] bool: the marks of rows, not of padding."""
-        columns = torch.arange(found.shape[1] - 1, device=found.device)
-        return columns[None] < torch.tensor(self.counts, device=found.device)[:, None]
+        columns = torch.arange(gathered.shape[1] - 1, device=gathered.device)
+        return columns[None] < torch.tensor(self.counts, device=gathered.device)[:, None]
 
     def keep(self, rows: Tensor) -> None:
         """Nothing is left to do: `goes_on` left these rows and no others."""

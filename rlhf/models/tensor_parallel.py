@@ -96,9 +96,9 @@ class PartLinear(nn.Module):
 def exchange(group: dist.ProcessGroup, size: int, x: Tensor) -> Tensor:
     """[size, N, *] of what each process has, x [N, *], which has one shape on all of them. Collective."""
     # The shapes must agree beforehand: a collective of unequal sizes hangs, or reads beyond its end.
-    found = x.new_empty(size * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(found, x.contiguous(), group=group)
-    return found.view(size, *x.shape)
+    gathered = x.new_empty(size * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered.view(size, *x.shape)
 
 
 # ---- the twin ----
@@ -180,14 +180,14 @@ def _refuse_other_states(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     usual = backbone_of(model)(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     prepare(twin)
     try:
-        found = backbone_of(twin)(input_ids=ids, use_cache=False).last_hidden_state[0].float()
+        sharded = backbone_of(twin)(input_ids=ids, use_cache=False).last_hidden_state[0].float()
     except (TypeError, ValueError, IndexError, RuntimeError) as error:
         # There are as many ways to take heads apart as architectures.
         raise ValueError(f"its layers cannot be computed in parts ({error})") from None
     finally:
         model.train(training)
     # Written so that NaN is refused.
-    if not bool(((found - usual).norm(dim=1) <= TOLERANCE[model.dtype] * usual.norm(dim=1)).all()):
+    if not bool(((sharded - usual).norm(dim=1) <= TOLERANCE[model.dtype] * usual.norm(dim=1)).all()):
         raise ValueError("its layers computed in parts give other hidden states")
 
 

@@ -152,8 +152,8 @@ class Handlers:
         held = {int(word) for word in query.get("held", "").split(",") if word.isdecimal() and len(word) < 15}
         count = count_field(query, "count", MOST_AHEAD)
         # Those that lie in the browser are found again, so it takes more than are asked for.
-        found = await run_in_threadpool(self.page.plan.next, person, tab, count + len(held))
-        pairs = [in_view(shown) for shown in found if shown.pair not in held][:count]
+        ahead = await run_in_threadpool(self.page.plan.next, person, tab, count + len(held))
+        pairs = [in_view(shown) for shown in ahead if shown.pair not in held][:count]
         # Beside the pairs, so that a page that was open all night shows what others have done.
         progress = await run_in_threadpool(self.page.plan.progress, person)
         if self.page.preparer:

@@ -143,21 +143,21 @@ def _marks(events: list[Event]) -> str:
 
 def _events(runs: list[Run], steps: tuple[int, int]) -> list[Event]:
     """Steps at which the guard stepped in, and the best evaluation, of all runs."""
-    found = []
+    events = []
     for run in runs:
         owner = f"{run.name}: " if len(runs) > 1 else ""
         for step, reason in run.events():
             words = (f"{owner}step {step}, the guard: {reason}", f"{owner}第 {step} 步，保护机制：{reason}")
-            found.append((step, "guard", words))
+            events.append((step, "guard", words))
         best = number(run.best.get("step"))
         if best is not None:
             words = (
                 f"{owner}step {best:.0f}, the best evaluation (best/)",
                 f"{owner}第 {best:.0f} 步，最好的一次评估（best/）",
             )
-            found.append((best, "best", words))
+            events.append((best, "best", words))
     # An event outside of all curves would be drawn on the edge, where nothing happened.
-    return [event for event in found if steps[0] <= event[0] <= steps[1]]
+    return [event for event in events if steps[0] <= event[0] <= steps[1]]
 
 
 # ---- files ----

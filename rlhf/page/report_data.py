@@ -236,12 +236,12 @@ def load_run(folder: Path, name: str) -> Run:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Directories of a run's checkpoints, the newest first."""
-    found = []
+    numbered = []
     for place in folder.glob("*"):
         match = re.fullmatch(r"(?:step_|checkpoint-)(\d{1,15})", place.name)
         if match and place.is_dir():
-            found.append((int(match[1]), place))
-    return [place for _, place in sorted(found, reverse=True)]
+            numbered.append((int(match[1]), place))
+    return [place for _, place in sorted(numbered, reverse=True)]
 
 
 def _writer(folder: Path) -> int | None:

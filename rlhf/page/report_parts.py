@@ -103,13 +103,13 @@ def _all_numbers(runs: list[Run]) -> str:
 
 def _flat(part: dict) -> dict[str, str]:
     """Name -> value as text; an object within gives a name for each of its values."""
-    found = {}
+    flat = {}
     for key, value in part.items():
         # One level is unfolded, as deep as a stage writes; what lies deeper stays JSON.
         inner = value if isinstance(value, dict) else {"": value}
         for name, one in inner.items():
-            found[f"{key}/{name}" if name else str(key)] = _value(one)
-    return found
+            flat[f"{key}/{name}" if name else str(key)] = _value(one)
+    return flat
 
 
 def _value(value) -> str:

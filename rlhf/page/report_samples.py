@@ -74,11 +74,11 @@ def _prompt(row: dict, run: Run) -> str:
 
 def _by_step(run: Run) -> dict[tuple[int, bool], list[dict]]:
     """A run's samples by step, those of held-out prompts apart; the answers of SFT are all to held-out prompts."""
-    found: dict[tuple[int, bool], list[dict]] = {}
+    groups: dict[tuple[int, bool], list[dict]] = {}
     for row in run.samples:
         held_out = bool(row.get("evaluation")) or run.stage == "sft"
-        found.setdefault((row["step"], held_out), []).append(row)
-    return found
+        groups.setdefault((row["step"], held_out), []).append(row)
+    return groups
 
 
 def _chosen(run: Run, steps: list[tuple[int, bool]]) -> list[tuple[int, bool]]:

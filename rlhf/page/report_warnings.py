@@ -141,5 +141,5 @@ CHECKS = {
 
 def warnings_of(run: Run) -> list[Words]:
     """Everything that should make the run's owner look twice, the gravest first; then what could not be read."""
-    found = [check(run) for check in (*CHECKS.get(run.stage, ()), *COMMON)]
-    return [words for words in found if words is not None] + run.notes
+    sentences = [check(run) for check in (*CHECKS.get(run.stage, ()), *COMMON)]
+    return [words for words in sentences if words is not None] + run.notes

@@ -151,8 +151,8 @@ class Store:
 
     def noted(self, name: str) -> str | None:
         """The text that was kept under this name."""
-        found = self._rows("SELECT value FROM meta WHERE name = ?", (name,))
-        return found[0][0] if found else None
+        stored = self._rows("SELECT value FROM meta WHERE name = ?", (name,))
+        return stored[0][0] if stored else None
 
     # ---- prompts and answers ----
     def add_prompts(self, prompts: list[list[tuple[str, str]]], overlap: float, origin: str = "file") -> list[int]:
@@ -172,8 +172,8 @@ class Store:
                     "INSERT OR IGNORE INTO prompts (turns, shared, origin) VALUES (?, ?, ?)", (text, shared, origin)
                 )
                 count += row.rowcount
-                found = connection.execute("SELECT id FROM prompts WHERE turns = ?", (text,)).fetchone()
-                ids.append(found[0])
+                existing = connection.execute("SELECT id FROM prompts WHERE turns = ?", (text,)).fetchone()
+                ids.append(existing[0])
         return ids
 
     def prompts(self) -> list[Prompt]:
@@ -211,9 +211,9 @@ class Store:
 
     def pair(self, first: int, second: int) -> int:
         """Id of the pair of two answers, made if it is new."""
-        found = self._rows("SELECT id FROM pairs WHERE (first, second) = (?, ?)", (first, second))
-        if found:
-            return found[0][0]
+        existing = self._rows("SELECT id FROM pairs WHERE (first, second) = (?, ?)", (first, second))
+        if existing:
+            return existing[0][0]
         with self._writing() as connection:
             connection.execute("INSERT OR IGNORE INTO pairs (first, second) VALUES (?, ?)", (first, second))
             return connection.execute(
@@ -249,11 +249,11 @@ class Store:
         """Take a vote of this person back; the id of its pair, None where there is no such vote."""
         with self._writing() as connection:
             # By person too, so that nobody takes back another's vote by its number.
-            found = connection.execute(
+            removed = connection.execute(
                 "SELECT pair FROM votes WHERE (id, person) = (?, ?)", (number, person)
             ).fetchone()
             connection.execute("DELETE FROM votes WHERE (id, person) = (?, ?)", (number, person))
-            return found[0] if found else None
+            return removed[0] if removed else None
 
     def pairs(self) -> list[tuple[int, int, int]]:
         """(id, first answer, second answer) of all pairs."""

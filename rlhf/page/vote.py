@@ -101,25 +101,25 @@ class Plan:
         """Up to `count` prepared pairs for a person, held for this tab of the browser."""
         with self.lock:
             # Different pairs for different people first: the fewest votes are spent twice.
-            found = self._free(person, tab, count, heed_others=True)
+            pairs = self._free(person, tab, count, heed_others=True)
             # Rather a pair that lies on another screen too than none.
-            found = found or self._free(person, tab, count, heed_others=False)
-            for shown in found:
+            pairs = pairs or self._free(person, tab, count, heed_others=False)
+            for shown in pairs:
                 self._reserve(shown.pair, person, tab)
-            return found
+            return pairs
 
     def _free(self, person: str, tab: str, count: int, heed_others: bool) -> list[Shown]:
-        found = []
+        pairs = []
         for match in self.matches:
             couple = self._couple(match)
             if couple is None or is_same(couple) or self._is_done(couple, match.prompt, person):
                 continue
             if heed_others and self._is_taken(couple, match.prompt, person, tab):
                 continue
-            found.append(self.show(self._pair(couple), person))
-            if len(found) == count:
+            pairs.append(self.show(self._pair(couple), person))
+            if len(pairs) == count:
                 break
-        return found
+        return pairs
 
     def _couple(self, match: Match) -> Couple | None:
         """Both answers of a match; None while one is missing."""

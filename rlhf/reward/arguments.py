@@ -47,8 +47,8 @@ class PairFlags(Flags):
     @property
     def fold_numbers(self) -> tuple[int, int]:
         """I and K of --fold I/K; zeros for anything else."""
-        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold or "", re.ASCII)
-        return (int(found[1]), int(found[2])) if found else (0, 0)
+        match = re.fullmatch(r"(\d{1,4})/(\d{1,4})", self.fold or "", re.ASCII)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
 
     def __post_init__(self):
         # The two halves share no prompt, so each can judge a model of the other.

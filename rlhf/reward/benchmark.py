@@ -160,27 +160,27 @@ def by_subset(score_rows: ScoreRows, rows: Sequence[dict]) -> dict[str, dict]:
         # By chance all chosen answers stand above all rejected ones in one order of so many.
         chance[question] = 1 / math.comb(about["chosen"] + about["rejected"], about["chosen"])
 
-    found = {}
+    subsets = {}
     for subset in sorted({name for name, _ in right}):
         own = [question for question in right if question[0] == subset]
         guessed = sum(chance[question] for question in own) / len(own)
-        found[subset] = share(np.array([right[question] for question in own])) | {"chance": guessed}
-    return found
+        subsets[subset] = share(np.array([right[question] for question in own])) | {"chance": guessed}
+    return subsets
 
 
 def section(results: dict) -> list[tuple[str, list[list[str]]]]:
     """The table of an audit's report, in a list; an empty one where the rows have no subsets."""
-    found = results.get("subsets")
-    if found is None:
+    subsets = results.get("subsets")
+    if subsets is None:
         return []
     rows = [["subset", "questions", "right", "95% interval", "by chance"]]
-    for name, part in found.items():
+    for name, part in subsets.items():
         low, high = part["interval"]
         interval = f"{low:.1%} to {high:.1%}"
         rows.append([name, str(part["n"]), f"{part['share']:.1%}", interval, f"{part['chance']:.0%}"])
     # Over the subsets and not over the questions, as RewardBench has it: a large subset counts no more than a small
     # one.
-    mean = sum(part["share"] for part in found.values()) / len(found)
-    count = sum(part["n"] for part in found.values())
+    mean = sum(part["share"] for part in subsets.values()) / len(subsets)
+    count = sum(part["n"] for part in subsets.values())
     rows.append(["mean of the subsets", str(count), f"{mean:.1%}", "", ""])
     return [("Accuracy by subset", rows)]

@@ -82,16 +82,16 @@ def run(args, model: PeftModel, head: nn.Module, prompt_format: PromptFormat, ro
     model.base_model.set_adapter("reward", inference_mode=True)
 
     # 2. The curve, and what it means.
-    found = summary(scores, judged)
+    figures = summary(scores, judged)
     texts = [[prompt_format.decode(ids) for ids in own] for own in answers]
     # All processes that share a base come to the same; the first one writes.
     if rank_and_size()[0]:
-        return found
-    _write(Path(args.reward_model_lora_path), found, prompts, texts, scores, judged)
+        return figures
+    _write(Path(args.reward_model_lora_path), figures, prompts, texts, scores, judged)
     if args.write_best:
         ended = [[ids[-1] in prompt_format.stop_ids for ids in own] for own in answers]
         _write_best(args.write_best, best_rows(prompts, texts, scores, ended, prompt_format.template == CHAT))
-    return found
+    return figures
 
 
 def draw_prompts(rows: Sequence[dict], limit: int, seed: int) -> list[dict]:
@@ -207,7 +207,9 @@ def summary(scores: Tensor, judged: Tensor | None) -> dict:
 
 
 # ---- files ----
-def _write(folder: Path, found: dict, prompts: list[dict], texts: list, scores: Tensor, judged: Tensor | None) -> None:
+def _write(
+    folder: Path, figures: dict, prompts: list[dict], texts: list, scores: Tensor, judged: Tensor | None
+) -> None:
     """Write best_of_n.jsonl, .png and .json into a reward adapter's directory."""
     lines = []
     for number, row in enumerate(prompts):
@@ -215,8 +217,8 @@ def _write(folder: Path, found: dict, prompts: list[dict], texts: list, scores: 
         lines.append(line if judged is None else line | {"judged": judged[number].tolist()})
     write_lines(folder / "best_of_n.jsonl", lines)
     # The JSON comes last: with it the curve counts as made.
-    attempt(best_of_report.draw, found, folder / "best_of_n.png")
-    write_json(folder / "best_of_n.json", found | {"adapter": adapter_hash(folder)})
+    attempt(best_of_report.draw, figures, folder / "best_of_n.png")
+    write_json(folder / "best_of_n.json", figures | {"adapter": adapter_hash(folder)})
 
 
 def best_rows(prompts: list[dict], texts: list, scores: Tensor, ended: list, is_chat: bool) -> list[dict]:

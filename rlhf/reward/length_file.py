@@ -41,39 +41,39 @@ def calibrate(points: dict[str, list]) -> dict:
     subtracted = fit.correction(torch.tensor(lengths.ravel())).numpy().reshape(lengths.shape)
     # The fit is measured on the answers that it was made of: it has a few knots for thousands of answers.
     sides = {"before": _measured(scores, lengths), "after": _measured(scores - subtracted, lengths)}
-    found = {"lengths": fit.lengths, "predicted": fit.predicted, "mean": fit.mean}
-    return {**found, "answers": scores.size, **sides}
+    curve = {"lengths": fit.lengths, "predicted": fit.predicted, "mean": fit.mean}
+    return {**curve, "answers": scores.size, **sides}
 
 
 def _measured(scores: np.ndarray, lengths: np.ndarray) -> dict:
     """Accuracy, length-debiased accuracy and rank correlation with length of scores [2, P] of P pairs."""
-    found = length_results(*scores, lengths.T)
+    by_length = length_results(*scores, lengths.T)
     accuracy = share(scores[0] > scores[1])["share"]
-    return {"accuracy": accuracy, "debiased": found["debiased"], "spearman": found["spearman"]}
+    return {"accuracy": accuracy, "debiased": by_length["debiased"], "spearman": by_length["spearman"]}
 
 
 def section(results: dict) -> list[tuple[str, list[list[str]]]]:
     """The table of an audit's report, in a list; an empty one where an older audit has none."""
-    found = results.get("length_calibration")
-    if found is None:
+    calibration = results.get("length_calibration")
+    if calibration is None:
         return []
-    if "impossible" in found:
-        return [("Length calibration", [["none", found["impossible"]]])]
-    rows = [[f"over {found['answers']:,} answers", "score", "score - what length predicts"]]
+    if "impossible" in calibration:
+        return [("Length calibration", [["none", calibration["impossible"]]])]
+    rows = [[f"over {calibration['answers']:,} answers", "score", "score - what length predicts"]]
     names = {"spearman": "rank correlation with length", "accuracy": "accuracy", "debiased": "length-debiased"}
     for name, words in names.items():
-        values = [found[when][name] for when in ("before", "after")]
+        values = [calibration[when][name] for when in ("before", "after")]
         rows.append([words, *("-" if value is None else f"{value:.3f}" for value in values)])
     return [("Length calibration (PPO: --length_calibration True)", rows)]
 
 
 def write_length_file(results: dict, folder: Path) -> None:
     """Write the fit of an audit, or why there is none, with the hashes of the adapter that it belongs to."""
-    found = results.get("length_calibration")
-    if found is not None:
+    calibration = results.get("length_calibration")
+    if calibration is not None:
         # An adapter that is trained again has other scores, and this fit is no longer its own.
         owner = {name: results[name] for name in ("adapter", "config") if name in results}
-        write_json(folder / LENGTH_FILE, owner | found)
+        write_json(folder / LENGTH_FILE, owner | calibration)
 
 
 # ---- PPO ----

@@ -54,12 +54,12 @@ def load_functions(specs: list[str]) -> list[RewardFunction]:
 
     Raises: ValueError in one sentence where a file or a function is missing, or the file cannot be run.
     """
-    found = [_load(spec) for spec in specs]
-    names = [function.name for function in found]
+    functions = [_load(spec) for spec in specs]
+    names = [function.name for function in functions]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"--reward_functions names {name} twice: its parts could not be told apart in the log")
-    return found
+    return functions
 
 
 def _load(spec: str) -> RewardFunction:

@@ -51,18 +51,18 @@ def load_prepared(args, prompt_format: PromptFormat, prepare: Prepare, unit: str
 
     Raises: ValueError where no row is left to train on.
     """
-    found = prepared(args, prompt_format, prepare, bad_rows_file(args))
-    rows = found.rows["train"]
+    dataset = prepared(args, prompt_format, prepare, bad_rows_file(args))
+    rows = dataset.rows["train"]
     if args.inspect_data:
-        inspect_rows(prompt_format, rows, found.funnel)
+        inspect_rows(prompt_format, rows, dataset.funnel)
     else:
-        say(f"{prompt_format.describe()}\n{found.funnel.table()}")
+        say(f"{prompt_format.describe()}\n{dataset.funnel.table()}")
 
     if not rows:
-        raise ValueError(f"{args.dataset_name} leaves no {unit} to train on: {found.funnel.summary()}")
-    counts = {"rows": len(rows), "eval_rows": len(found.rows["evaluation"]), "funnel": found.funnel.as_dict()}
-    found.about |= counts
-    return found
+        raise ValueError(f"{args.dataset_name} leaves no {unit} to train on: {dataset.funnel.summary()}")
+    counts = {"rows": len(rows), "eval_rows": len(dataset.rows["evaluation"]), "funnel": dataset.funnel.as_dict()}
+    dataset.about |= counts
+    return dataset
 
 
 # ---- start ----
